@@ -1,0 +1,78 @@
+"""Which microbatches a layer has taken in: a watermark, the few above it, and the dropped ones among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class AppliedSet:
+    """A set of microbatch indices that stays small while they arrive nearly in order.
+
+    Everything below ``watermark`` is in it; ``above`` holds the rest. ``dropped`` lists the members that are tombstones: they
+    fill a place in an update but brought no gradient. Not thread-safe: its layer's lock guards it.
+    """
+
+    watermark: int = 0
+    above: set[int] = field(default_factory=set)
+    dropped: set[int] = field(default_factory=set)
+
+    def __contains__(self, index: int) -> bool:
+        return index < self.watermark or index in self.above
+
+    def __len__(self) -> int:
+        return self.watermark + len(self.above)
+
+    def add(self, index: int, *, dropped: bool = False) -> bool:
+        """Add ``index``; False (and no change) when it is there already."""
+        if index < 0:
+            raise ValueError(f"microbatch index must not be negative, got {index}")
+        if index in self:
+            return False
+        self.above.add(index)
+        if dropped:
+            self.dropped.add(index)
+        while self.watermark in self.above:
+            self.above.remove(self.watermark)
+            self.watermark += 1
+        return True
+
+    def missing(self, stop: int) -> list[int]:
+        """Indices below ``stop`` that are not in the set, in order."""
+        return [index for index in range(self.watermark, stop) if index not in self.above]
+
+    def copy(self) -> AppliedSet:
+        """An independent copy."""
+        return AppliedSet(self.watermark, set(self.above), set(self.dropped))
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for a cut's metadata."""
+        return {"watermark": self.watermark, "above": sorted(self.above), "dropped": sorted(self.dropped)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, object]) -> AppliedSet:
+        """The inverse of `to_json`; ``ValueError`` when the values do not describe such a set."""
+        watermark, above, dropped = value.get("watermark"), value.get("above"), value.get("dropped", [])
+        if not isinstance(watermark, int) or not isinstance(above, list) or not isinstance(dropped, list):
+            raise ValueError(f"not an applied set: {value}")
+        result = cls(watermark, set(above), set(dropped))
+        if watermark < 0 or any(not isinstance(index, int) or index <= watermark - 1 for index in result.above):
+            raise ValueError(f"not an applied set: {value}")
+        if any(index not in result for index in result.dropped):
+            raise ValueError(f"dropped microbatches that are not in the set: {value}")
+        return result
+
+    @classmethod
+    def intersection(cls, sets: Iterable[AppliedSet]) -> AppliedSet:
+        """What all of ``sets`` hold (dropped where any of them dropped it)."""
+        every = list(sets)
+        if not every:
+            return cls()
+        result = cls(watermark=min(one.watermark for one in every))
+        top = max(max(one.above, default=one.watermark - 1) for one in every) + 1
+        for index in range(result.watermark, top):
+            if all(index in one for one in every):
+                result.add(index)
+        result.dropped = {index for one in every for index in one.dropped if index in result}
+        return result

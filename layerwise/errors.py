@@ -1,0 +1,80 @@
+"""Every error that layerwise raises on purpose.
+
+    LayerwiseError                 one sentence: what happened, what was received, what to do
+    ├── ConfigError                the user's file, flag or environment can't be meant; nothing was started
+    ├── RejectedError              the other side refused; the same call will be refused again
+    │   ├── MalformedMessageError  a frame or message that can't be read
+    │   ├── WrongLifeError         from an older life of a layer
+    │   ├── NotOwnerError          this shard does not own that layer
+    │   ├── NotFoundError          no such job, node, cut or file
+    │   └── NotAllowedError        listening, importing or acting beyond what was allowed
+    ├── RetryableError             may succeed later, or elsewhere
+    │   ├── UnreachableError       nobody answers at that address
+    │   ├── DeadlineError          no answer within the time limit
+    │   └── BusyError              a bound is reached
+    ├── JobFailedError             the job can't go on
+    ├── CorruptError               a file or log does not say what it must
+    └── AuditError                 a promise that the event log contradicts
+"""
+
+from __future__ import annotations
+
+
+class LayerwiseError(Exception):
+    """Base of all errors that a user may see; ``str(error)`` is the sentence shown."""
+
+
+class ConfigError(LayerwiseError):
+    """The job file, a flag or the environment asks for something impossible."""
+
+
+class RejectedError(LayerwiseError):
+    """Refused; repeating the same call is pointless."""
+
+
+class MalformedMessageError(RejectedError):
+    """A frame, message or tensor header does not follow the wire format."""
+
+
+class WrongLifeError(RejectedError):
+    """The message belongs to an older life of the layer; nothing was changed."""
+
+
+class NotOwnerError(RejectedError):
+    """The layer is not in this shard's block."""
+
+
+class NotFoundError(RejectedError):
+    """The job, node, cut or file named does not exist."""
+
+
+class NotAllowedError(RejectedError):
+    """The action needs a permission that was not given."""
+
+
+class RetryableError(LayerwiseError):
+    """Failed for now; the same call may succeed later."""
+
+
+class UnreachableError(RetryableError):
+    """Nobody answers at the address."""
+
+
+class DeadlineError(RetryableError):
+    """No answer within the time limit."""
+
+
+class BusyError(RetryableError):
+    """A bounded resource is full."""
+
+
+class JobFailedError(LayerwiseError):
+    """The job ended without reaching its last cut."""
+
+
+class CorruptError(LayerwiseError):
+    """A file's content contradicts its own checksum, header or manifest."""
+
+
+class AuditError(LayerwiseError):
+    """The event log contradicts a promise."""

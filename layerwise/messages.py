@@ -1,0 +1,588 @@
+"""What the processes say to each other.
+
+Plain frozen values: no protobuf, no sockets. `layerwise.proto` turns each into its wire form and back. Tensors ride in `Tensors`, whose items
+are opaque here, so that the same messages run in the simulated world. A message to a shard carries ``life``: the life of the
+receiver's block as the sender knows it; the receiver refuses any other (`protocol: nothing acts on an older life`).
+
+    forward worker          first shard                 next shard ...              last shard
+        Offer  ───────────►  (position order, window)
+               ◄───────────  Grant
+        Forward ──────────►  Forward ─────────────────►  Forward ───────────────►   loss
+                             BoundaryGradient ◄────────  BoundaryGradient ◄──────
+        Closed ◄───────────  BlockClosed ◄─────────────  BlockClosed ◄───────────
+                             └── AttemptsClosed ──► coordinator
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from layerwise.ids import Attempt, Microbatch
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    APPLIED = "applied"
+    DROPPED = "dropped"
+    ABORTED = "aborted"
+
+
+class Role(StrEnum):
+    """What a process does."""
+
+    COORDINATOR = "coordinator"
+    SHARD = "shard"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    CLIENT = "client"
+
+
+class LeaseKind(StrEnum):
+    """What a lease is for."""
+
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """What one layer hands to the next (or the gradient of it): a tensor, or a tuple of them with ``None`` where there is nothing.
+
+    ``single`` remembers whether the layer returned a bare tensor.
+    """
+
+    items: tuple[Any, ...]
+    single: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTensors:
+    """Tensors of one layer by name (``None``: there is no gradient), in a fixed order."""
+
+    names: tuple[str, ...]
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """An additive metric: ``total`` over ``count`` samples (or tokens)."""
+
+    name: str
+    total: float
+    count: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlace:
+    """One stop of a route: layers ``[start, stop)`` live at process ``shard``, reachable at ``address``, in ``life``."""
+
+    start: int
+    stop: int
+    shard: str
+    address: str
+    life: int
+
+
+# --- forward worker <-> first shard -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Worker: I hold this attempt and its data; admit it when there is room. At most one offer a link waits."""
+
+    job: str
+    attempt: Attempt
+    life: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """First shard: admitted as ``number``; every shard of the route has a place for it. Send the tensors."""
+
+    job: str
+    attempt: Attempt
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decline:
+    """First shard: not admitted. ``reason``: "applied" (all layers have it), "open" (an older attempt goes on by itself), "life", "stopping"."""
+
+    job: str
+    attempt: Attempt
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """First shard to the worker: the attempt's number is closed; its credit is back. ``loss`` is the mean over the samples."""
+
+    job: str
+    attempt: Attempt
+    outcome: Outcome
+    loss: float | None = None
+
+
+# --- along the route ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """A microbatch enters a block. ``needed_from``: the lowest layer before this block that lacks it (the number of layers when none does)."""
+
+    job: str
+    attempt: Attempt
+    number: int
+    life: int
+    needed_from: int
+    inputs: Tensors
+    targets: Tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundaryGradient:
+    """The loss's gradient with respect to what this (upstream) block put out; all ``None`` when nothing below is trainable."""
+
+    job: str
+    attempt: Attempt
+    number: int
+    life: int
+    gradients: Tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockClosed:
+    """Upstream to the first shard: block ``block`` has applied (dropped, or aborted and freed) the attempt on all of its layers.
+
+    The last block adds the summed loss and metrics. Counted only if ``fresh``: at least one layer took it in for the first time.
+    ``missing_from`` names the lowest layer from which a dropped microbatch is missing.
+    """
+
+    job: str
+    attempt: Attempt
+    number: int
+    life: int
+    block: int
+    outcome: Outcome
+    loss: float | None = None
+    metrics: tuple[Metric, ...] = ()
+    reason: str = ""
+    missing_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Downstream: free what this attempt holds; answered with a `BlockClosed` whose outcome is "aborted"."""
+
+    job: str
+    attempt: Attempt
+    number: int
+    life: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotFinite:
+    """Upstream: this attempt's loss is not finite and my block's input already was not; find the first layer."""
+
+    job: str
+    attempt: Attempt
+    number: int
+    life: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopAt:
+    """Downstream: training stops at ``version``; every layer cuts there."""
+
+    job: str
+    version: int
+    life: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateForward:
+    """Validation samples ``[start, stop)`` run through the cut at ``version``: evaluation mode, copies of buffers, nothing kept."""
+
+    job: str
+    version: int
+    start: int
+    stop: int
+    life: int
+    inputs: Tensors
+    targets: Tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """The last block's answer to `EvaluateForward`, relayed upstream to the worker and from it to the coordinator."""
+
+    job: str
+    version: int
+    start: int
+    stop: int
+    loss: Metric
+    metrics: tuple[Metric, ...] = ()
+
+
+# --- detached backward worker <-> shard -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRevision:
+    """Which state of a layer somebody holds."""
+
+    layer: int
+    life: int
+    revision: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerState:
+    """A layer's parameters as read whole under its shared lock."""
+
+    layer: int
+    life: int
+    revision: int
+    version: int
+    parameters: NamedTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRequest:
+    """Worker: send me one backward task; I hold these layer states."""
+
+    job: str
+    life: int
+    have: tuple[LayerRevision, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetachedTask:
+    """One backward task whole: the block's stored input, the boundary gradient (or, in the last block, the targets), the buffers its forward read, the layers that lack it and the states that moved."""
+
+    job: str
+    attempt: Attempt
+    number: int
+    life: int
+    inputs: Tensors
+    targets: Tensors | None
+    gradients: Tensors | None
+    buffers: tuple[tuple[int, NamedTensors], ...]
+    lacking: tuple[int, ...]
+    input_gradient: bool
+    states: tuple[LayerState, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushGradient:
+    """Worker: layer ``layer``'s gradient of this attempt, computed with the parameters of ``revision`` at version ``read``."""
+
+    job: str
+    attempt: Attempt
+    number: int
+    layer: int
+    life: int
+    revision: int
+    read: int
+    gradients: NamedTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFinished:
+    """Worker: all layers of the task are pushed; here is the block's input gradient (``None`` when not asked for)."""
+
+    job: str
+    attempt: Attempt
+    number: int
+    life: int
+    gradients: Tensors | None
+
+
+# --- everybody <-> coordinator ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """A process presents itself. ``address`` is where peers reach it (empty: it accepts no links); ``device`` as in ``--device``."""
+
+    role: Role
+    name: str
+    address: str
+    device: str
+    host: str
+    pid: int
+    version: str
+    allowed_imports: tuple[str, ...] = ()
+    metrics_address: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The coordinator knows the process now; heartbeats are due every ``heartbeat_seconds``."""
+
+    heartbeat_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """I am alive. ``resident_bytes`` and ``cpu_seconds`` are the process's own; wire counters are totals since its start."""
+
+    resident_bytes: int = 0
+    cpu_seconds: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Coordinator to a free shard: build this job's model and data, run them once, tell what they cost."""
+
+    job: str
+    spec_json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """The answer: a profile document (`layerwise.profile.Profile`), or the sentence that says why there is none."""
+
+    job: str
+    profile_json: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Coordinator to a process: take part in a job.
+
+    ``block`` is the index into ``route`` for a shard (for a backward worker: the block it works for), -1 for a forward worker.
+    ``cut`` is the version to restore (0: the initial weights). ``directory`` is where cuts and event logs go.
+    """
+
+    job: str
+    spec_json: str
+    settings_json: str
+    profile_json: str
+    route: tuple[BlockPlace, ...]
+    block: int
+    cut: int
+    directory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The assignment is carried out. A shard tells which microbatches each of its layers already has, as JSON of `AppliedSet`."""
+
+    job: str
+    block: int
+    applied_json: tuple[str, ...] = ()
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTraining:
+    """Coordinator to the first shard, once all are ready: ``done_json`` is the `AppliedSet` of microbatches that every layer has."""
+
+    job: str
+    done_json: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unassign:
+    """Coordinator: leave the job; nothing of it is kept. Answered with `Unassigned`."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unassigned:
+    """The process is free again."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A role: the job can't go on, and why, in one sentence."""
+
+    job: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRequest:
+    """Forward worker: I can hold up to ``count`` leases in all (those I have included)."""
+
+    job: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """Coordinator: these attempts are yours until they close, or until you are gone. Evaluation leases name the cut."""
+
+    job: str
+    kind: LeaseKind
+    attempts: tuple[Attempt, ...] = ()
+    version: int = 0
+    ranges: tuple[Microbatch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseReturn:
+    """Worker: I no longer work on this attempt (``reason`` as in `Decline`, or "load-failed: ...")."""
+
+    job: str
+    attempt: Attempt
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptClosed:
+    """One closed number, for the coordinator's sample ledger."""
+
+    attempt: Attempt
+    number: int
+    outcome: Outcome
+    loss: float | None = None
+    metrics: tuple[Metric, ...] = ()
+    reason: str = ""
+    missing_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptsClosed:
+    """First shard: these numbers are closed. ``active_seconds``: first admission to last close, on its own clock."""
+
+    job: str
+    closed: tuple[AttemptClosed, ...]
+    active_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutTaken:
+    """A block's layers are all copied at ``version`` (in memory)."""
+
+    job: str
+    block: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFile:
+    """One layer's file in a cut: its name inside the cut's folder, its size and the hash of its bytes."""
+
+    layer: int
+    life: int
+    name: str
+    num_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutSaved:
+    """A block's files of the cut are on disk, synced and renamed; or, with ``error``, they are not and training goes on."""
+
+    job: str
+    block: int
+    version: int
+    files: tuple[LayerFile, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitCut:
+    """Coordinator to the first shard: all blocks are saved; write the manifest, then answer `CutCommitted`. ``keep``: delete older ones."""
+
+    job: str
+    version: int
+    files: tuple[LayerFile, ...]
+    manifest_json: str
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutCommitted:
+    """The cut is durable: its manifest is on disk. With ``error``: it is not."""
+
+    job: str
+    version: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutDurable:
+    """Coordinator to the first shard: cuts up to ``version`` are durable (or given up); admission may pass the ones after."""
+
+    job: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldCut:
+    """Coordinator to shards: keep the copy of ``version`` in memory for evaluation."""
+
+    job: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseCut:
+    """Coordinator to shards: copies of versions up to ``version`` may go."""
+
+    job: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Coordinator to the first shard: fix the next update boundary, admit up to it, cut there. Answered with `Stopping`."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopping:
+    """First shard: training ends at ``version``."""
+
+    job: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """Totals of one layer since its restore. ``staleness[t]`` counts gradients whose staleness was ``t`` updates; ``misalignment`` likewise."""
+
+    layer: int
+    life: int
+    version: int
+    revision: int
+    staleness: tuple[int, ...]
+    misalignment: tuple[int, ...]
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockReport:
+    """A shard's totals for one job; each report replaces the one before, so repeats do no harm."""
+
+    job: str
+    block: int
+    layers: tuple[LayerReport, ...]
+    open_attempts: int
+    store_bytes: int
+    forward_queue: int
+    backward_queue: int
+    compute_seconds: float
+    log_bytes: int
+
+
+Message = (
+    Offer | Grant | Decline | Closed | Forward | BoundaryGradient | BlockClosed | Abort | NotFinite | StopAt | EvaluateForward | Evaluated
+    | TaskRequest | DetachedTask | PushGradient | TaskFinished
+    | Hello | Welcome | Heartbeat | Probe | Probed | Assignment | Ready | StartTraining | Unassign | Unassigned | Failure
+    | LeaseRequest | Lease | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
+    | Stop | Stopping | BlockReport
+)  # fmt: skip
