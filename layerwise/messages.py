@@ -109,7 +109,9 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decline:
-    """First shard: not admitted. ``reason``: "applied" (all layers have it), "open" (an older attempt goes on by itself), "life", "stopping"."""
+    """First shard: not admitted. ``reason``: "applied" (all layers have it), "open" (an older attempt goes on by itself), "life",
+    "order" (an earlier microbatch must come first and nobody offers it: take that lease instead), "stopping".
+    """
 
     job: str
     attempt: Attempt
@@ -383,10 +385,14 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartTraining:
-    """Coordinator to the first shard, once all are ready: ``done_json`` is the `AppliedSet` of microbatches that every layer has."""
+    """Coordinator to the first shard, once all are ready: ``done_json`` is the `AppliedSet` of microbatches that every layer has.
+
+    ``held_json`` is the `AppliedSet` of those that at least one layer has (empty: the same): a stop must complete them all.
+    """
 
     job: str
     done_json: str
+    held_json: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
