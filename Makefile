@@ -1,0 +1,108 @@
+# Everything a person or a CI machine runs. Needs make, git and Python >= 3.11 with its venv module; all else is installed into .venv.
+#
+#   make train    install what training needs, train examples/digits.yaml
+#   make test     install the development tools too, run the whole suite (make test ARGS="tests/unit -k window" for a part)
+#   make check    format, lint, types, generated code, wheel, deployment files: all that is not a test
+#   make bench    the benchmarks of benchmarks/ (BENCH="name ..." for some of them)
+#   make format   rewrite the sources as `make check` wants them
+#   make proto    generate proto/*_pb2.py again from proto/*.proto
+#   make clean    remove .venv and all that was built
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first interpreter that is new enough; PYTHON=... says another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+SPEC ?= examples/digits.yaml
+ARGS ?=
+BENCH ?=
+FOLDERS := layerwise server worker proto tests benchmarks tools examples
+
+.PHONY: help train test check bench venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# ---- the environment: one stamp for each thing installed, so that it is installed once ----
+
+.venv/created:
+	@test -n "$(PYTHON)" || { echo "layerwise needs Python 3.11 or newer and found none: install it, or say make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "layerwise needs Python 3.11 or newer; $(PYTHON) is %d.%d" % v[:2])'
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear .venv
+	@touch $@
+
+# No build isolation: the constraint file's setuptools (which torch needs anyway) builds the editable install, nothing is fetched twice.
+.venv/run-time: .venv/created pyproject.toml constraints.txt
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[examples]'
+	@touch $@
+
+.venv/development: .venv/run-time
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+venv: .venv/run-time
+
+dev: .venv/development
+
+# ---- what people run ----
+
+train: .venv/run-time
+	$(BIN)/layerwise train $(SPEC) $(ARGS)
+
+test: .venv/development
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/development
+	$(BIN)/python -m benchmarks $(BENCH)
+
+# ---- make check ----
+
+check: format-check lint types proto-check wheel-check deploy-check
+
+format: .venv/development
+	$(BIN)/ruff format $(wildcard $(FOLDERS))
+	$(BIN)/ruff check --fix-only --quiet $(wildcard $(FOLDERS))
+
+format-check: .venv/development
+	$(BIN)/ruff format --check $(wildcard $(FOLDERS))
+
+lint: .venv/development
+	$(BIN)/ruff check $(wildcard $(FOLDERS))
+
+# mypy knows nothing of the folder mapping in pyproject.toml, so it reads a tree of links laid out as the packages are imported.
+types: .venv/development
+	@rm -rf build/types && mkdir -p build/types/layerwise
+	@for path in layerwise/*; do ln -s "../../../$$path" build/types/layerwise/; done
+	@ln -s ../../../server ../../../worker ../../../proto build/types/layerwise/
+	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p layerwise
+
+proto: .venv/development
+	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=proto --pyi_out=proto $(notdir $(wildcard proto/*.proto))
+
+proto-check: .venv/development
+	@rm -rf build/proto && mkdir -p build/proto
+	@$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=build/proto --pyi_out=build/proto $(notdir $(wildcard proto/*.proto))
+	@for made in build/proto/*; do \
+		cmp -s "$$made" "proto/$$(basename "$$made")" || { echo "proto/$$(basename "$$made") is not what proto/*.proto generates: run make proto and commit it" >&2; exit 1; }; \
+	done
+	@echo "generated code: up to date"
+
+# An editable install shows modules that a wheel may lack, so the wheel is installed on its own and every module in it is imported.
+wheel-check: .venv/development
+	$(BIN)/python tools/check_wheel.py
+
+deploy-check: .venv/development
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	@if command -v promtool >/dev/null; then promtool check config deploy/prometheus/prometheus.yml; \
+	else echo "promtool is not installed (Debian: apt install prometheus): deploy/prometheus/prometheus.yml was not checked" >&2; test -z "$$CI"; fi
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find $(wildcard $(FOLDERS)) -name __pycache__ -type d -prune -exec rm -rf {} +
