@@ -90,6 +90,11 @@ class TrainingPlan:
         epoch, inside = divmod(update, self.updates_per_epoch)
         return epoch * self.num_samples + min(inside * self.batch, self.num_samples)
 
+    def samples_in(self, stop: int) -> int:
+        """Samples of the microbatches at indices below ``stop``."""
+        epoch, inside = divmod(stop, self.microbatches_per_epoch)
+        return epoch * self.num_samples + min(inside * self.microbatch_samples, self.num_samples)
+
     @cached_property
     def total_samples(self) -> int:
         """Samples of the whole run, each epoch's counted anew."""
