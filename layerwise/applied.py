@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 class AppliedSet:
     """A set of microbatch indices that stays small while they arrive nearly in order.
 
-    Everything below ``watermark`` is in it; ``above`` holds the rest. ``dropped`` lists the members that are tombstones: they
-    fill a place in an update but brought no gradient. Not thread-safe: its layer's lock guards it.
+    Everything below ``watermark`` is in it; ``above`` holds the rest. ``dropped`` lists the members that are
+    tombstones: they fill a place in an update but brought no gradient. Not thread-safe: its layer's lock guards it.
     """
 
     watermark: int = 0
@@ -54,10 +54,13 @@ class AppliedSet:
     def from_json(cls, value: dict[str, object]) -> AppliedSet:
         """The inverse of `to_json`; ``ValueError`` when the values do not describe such a set."""
         watermark, above, dropped = value.get("watermark"), value.get("above"), value.get("dropped", [])
-        if not isinstance(watermark, int) or not isinstance(above, list) or not isinstance(dropped, list):
+        if type(watermark) is not int or not isinstance(above, list) or not isinstance(dropped, list):
             raise ValueError(f"not an applied set: {value}")
+        if watermark < 0 or any(type(index) is not int or index < 0 for index in (*above, *dropped)):
+            raise ValueError(f"not an applied set: {value}")
+        # The watermark itself is never above it: equal sets have equal values.
         result = cls(watermark, set(above), set(dropped))
-        if watermark < 0 or any(not isinstance(index, int) or index <= watermark - 1 for index in result.above):
+        if any(index <= watermark for index in result.above) or len(result.above) != len(above):
             raise ValueError(f"not an applied set: {value}")
         if any(index not in result for index in result.dropped):
             raise ValueError(f"dropped microbatches that are not in the set: {value}")

@@ -1,15 +1,17 @@
-"""The event log's files.
+r"""The event log's files.
 
-One folder for each block and life, segments of bounded size in it; a life is written by one process and never reopened::
+One folder for each block and life, segments of bounded size in it; a life is written by one process and never
+reopened::
 
     <job directory>/events/block-0-4/life-1/segment-000000.log
-    <8 hex digits: CRC-32 of the JSON> <header as compact JSON>\\n      who wrote this, under which promises, from where on
-    <8 hex digits: CRC-32 of the JSON> <record as compact JSON>\\n      see `layerwise.events`
+    <8 hex digits: CRC-32 of the JSON> <header as compact JSON>\n    who wrote this, under which promises, from where
+    <8 hex digits: CRC-32 of the JSON> <record as compact JSON>\n    see `layerwise.events`
     ...
 
-Records gather in memory until `EventLog.flush`, which the shard calls before anything that follows from them leaves the process. So a
-process crash loses only what nobody has seen, and a power cut at most what came after the last `EventLog.sync`; both can leave one
-incomplete line at the very end, which readers leave out. Anything else that is wrong is a `CorruptError`.
+Records gather in memory until `EventLog.flush`, which the shard calls before anything that follows from them leaves
+the process. So a process crash loses only what nobody has seen, and a power cut at most what came after the last
+`EventLog.sync`; both can leave one incomplete line at the very end, which readers leave out. Anything else that is
+wrong is a `CorruptError`.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ _BLOCK = re.compile(r"block-(\d+)-(\d+)")
 class LogHeader:
     """Who writes this log, and what it promises.
 
-    Block ``[start, stop)`` of ``job`` in ``life``, trained under ``plan`` with ``window`` microbatches open. ``max_staleness`` is the
-    promise in updates. ``position_order``: gradients are summed in position order. ``hash_algorithm`` names that of the updates' digests.
-    ``layer_names`` belong to the block's layers.
+    Block ``[start, stop)`` of ``job`` in ``life``, trained under ``plan`` with ``window`` microbatches open.
+    ``max_staleness`` is the promise in updates. ``position_order``: gradients are summed in position order.
+    ``hash_algorithm`` names that of the updates' digests. ``layer_names`` belong to the block's layers.
     """
 
     job: str
@@ -61,7 +63,9 @@ class LogHeader:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop or len(self.layer_names) != self.stop - self.start or self.life < 0:
-            raise ValueError(f"not a block's log: layers [{self.start}, {self.stop}), life {self.life}, names {self.layer_names}")
+            raise ValueError(
+                f"not a block's log: layers [{self.start}, {self.stop}), life {self.life}, names {self.layer_names}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in the first line of a segment."""
@@ -85,11 +89,20 @@ class LogHeader:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> LogHeader:
-        """The inverse of `to_json`; ``ValueError`` or ``KeyError`` when it is not such a header or of another format version."""
+        """The inverse of `to_json`.
+
+        ``ValueError``, ``KeyError`` or ``TypeError`` when it is not such a header, or of another format version.
+        """
         if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format {value.get('format')!r} version {value.get('format_version')!r}, this reads {FORMAT!r} {FORMAT_VERSION}")
+            raise ValueError(
+                f"format {value.get('format')!r} version {value.get('format_version')!r}, "
+                f"this reads {FORMAT!r} {FORMAT_VERSION}"
+            )
         numbers = {name: value[name] for name in ("num_samples", "batch", "accumulation", "num_updates")}
-        if any(type(one) is not int for one in (*numbers.values(), *value["block"], value["life"], value["window"], value["max_staleness"])):
+        if any(
+            type(one) is not int
+            for one in (*numbers.values(), *value["block"], value["life"], value["window"], value["max_staleness"])
+        ):
             raise ValueError("a number of the header is none")
         start, stop = value["block"]
         return cls(
@@ -120,9 +133,9 @@ def _line(text: str) -> bytes:
 class EventLog:
     """Writes one block's records of one life. An `EventSink`.
 
-    `append` may be called from any thread, under a layer's lock: it only gathers (and flushes by itself once ``buffer_bytes`` wait).
-    `flush`, `sync` and `close` may be called from any thread. After a failed write every call raises the same ``OSError``: what is on disk is
-    then unknown, and the shard must not go on.
+    `append` may be called from any thread, under a layer's lock: it only gathers (and flushes by itself once
+    ``buffer_bytes`` wait). `flush`, `sync` and `close` may be called from any thread. After a failed write every call
+    raises the same ``OSError``: what is on disk is then unknown, and the shard must not go on.
     """
 
     def __init__(
@@ -149,7 +162,9 @@ class EventLog:
         self._closed = False
         self.directory.mkdir(parents=True, exist_ok=True)
         if any(self.directory.iterdir()):
-            raise NotAllowedError(f"life {header.life} of block {header.start}-{header.stop} has a log already: {self.directory}")
+            raise NotAllowedError(
+                f"life {header.life} of block {header.start}-{header.stop} has a log already: {self.directory}"
+            )
         self._segment = -1
         self._file = -1
         self._segment_written = 0
@@ -260,7 +275,9 @@ class LogReader:
                 header = self._parse_header(self._segments[0], text)[0]
                 break
         if header is None:
-            raise CorruptError(f"no event log begins in {self.directory}: it was never written, or the crash came before its first line")
+            raise CorruptError(
+                f"no event log begins in {self.directory}: nothing was written, or a crash came before the first line"
+            )
         self.header: LogHeader = header
 
     def __iter__(self) -> Iterator[Record]:
@@ -271,14 +288,21 @@ class LogReader:
                 if line == 1:
                     header, segment, starts = self._parse_header(path, text)
                     if header != self.header or segment != number or starts != sequence:
-                        raise _corrupt(path, line, offset, f"its header does not continue the log at segment {number}, record {sequence}")
+                        raise _corrupt(
+                            path,
+                            line,
+                            offset,
+                            f"its header does not continue the log at segment {number}, record {sequence}",
+                        )
                     continue
                 try:
                     record = record_from_json(json.loads(text))
                 except ValueError as error:
                     raise _corrupt(path, line, offset, str(error)) from error
                 if record.sequence != sequence:
-                    raise _corrupt(path, line, offset, f"record {sequence} is expected, this is record {record.sequence}")
+                    raise _corrupt(
+                        path, line, offset, f"record {sequence} is expected, this is record {record.sequence}"
+                    )
                 sequence += 1
                 yield record
 
@@ -306,7 +330,9 @@ class LogReader:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     if not last:
-                        raise _corrupt(path, number, offset, "the line is incomplete, and the log goes on in another segment")
+                        raise _corrupt(
+                            path, number, offset, "the line is incomplete, and the log goes on in another segment"
+                        )
                     self.torn_bytes = len(line)
                     return
                 text = line[9:-1]

@@ -4,8 +4,8 @@
                      ├──► drop      the microbatch is given up: a tombstone fills its place in the update
                      └──► abort     the attempt is given up: the microbatch may come again
 
-Each event says which versions were read and written. The sink numbers the records of one block and life 0, 1, 2, ... without gaps.
-The JSON form is frozen (``FORMAT_VERSION``): other programs read these files.
+Each event says which versions were read and written. The sink numbers the records of one block and life 0, 1, 2, ...
+without gaps. The JSON form is frozen (``FORMAT_VERSION``): other programs read these files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from layerwise.ids import Attempt, Microbatch
 
 
 class WeightMode(StrEnum):
-    """Which weights a backward pass used: those there now, those of the forward pass, or those there now with the forward redone."""
+    """Which weights a backward pass used.
+
+    ``latest``: those there now. ``stashed``: those of the forward pass. ``recompute``: those there now (or those that
+    a detached worker pulled), with the forward pass done again.
+    """
 
     LATEST = "latest"
     STASHED = "stashed"
@@ -39,7 +43,10 @@ def _optional(value: int | None) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreEvent:
-    """A life of the layer begins at ``version``, with what the cut (or the initial weights) held. ``digest`` is "" at version 0."""
+    """A life of the layer begins at ``version``, with what the cut (or the initial weights) held.
+
+    ``digest`` is "" at version 0.
+    """
 
     event: ClassVar[str] = "restore"
     layer: int
@@ -70,7 +77,10 @@ class RestoreEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardEvent:
-    """A forward pass read version ``read`` and opened a ticket. ``buffers``: it is the one that writes this microbatch's buffers."""
+    """A forward pass read version ``read`` and opened a ticket.
+
+    ``buffers``: it is the one that writes this microbatch's buffers.
+    """
 
     event: ClassVar[str] = "forward"
     layer: int
@@ -89,7 +99,7 @@ class ForwardEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccumulateEvent:
-    """A gradient is taken into update ``update``: its forward pass read version ``base``, its backward pass version ``read``."""
+    """A gradient joins update ``update``: its forward pass read version ``base``, its backward pass ``read``."""
 
     event: ClassVar[str] = "accumulate"
     layer: int
@@ -112,9 +122,10 @@ class AccumulateEvent:
 class UpdateEvent:
     """An update is made: version ``version - 1`` was read, ``version`` is written.
 
-    ``gradients`` of them, over ``samples`` samples, are in it (0: tombstones only); ``samples_before`` is the layer's sample count that
-    the schedule was asked with; ``staleness`` the largest of its gradients'; ``open_tickets`` those left open just after;
-    ``learning_rate`` what the optimizer used (``None``: no step was made); ``digest`` the hash of the layer's state after it.
+    ``gradients`` of them, over ``samples`` samples, are in it (0: tombstones only); ``samples_before`` is the layer's
+    sample count that the schedule was asked with; ``staleness`` the largest of its gradients'; ``open_tickets`` those
+    left open just after; ``learning_rate`` what the optimizer used (``None``: no step was made); ``digest`` the hash
+    of the layer's state after it.
     """
 
     event: ClassVar[str] = "update"
@@ -141,7 +152,10 @@ class UpdateEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropEvent:
-    """A tombstone fills a place in update ``update``. ``number`` and ``base`` are those of the ticket it closed, if one was open."""
+    """A tombstone fills a place in update ``update``.
+
+    ``number`` and ``base`` are those of the ticket it closed, if one was open.
+    """
 
     event: ClassVar[str] = "drop"
     layer: int
@@ -256,12 +270,16 @@ def record_from_json(value: Any) -> Record:
     if kind is None:
         raise ValueError(f"no event is called {name!r}")
     if value.keys() != _KEYS[name]:
-        raise ValueError(f"a record of event {name!r} has other fields: {sorted(value.keys() ^ _KEYS[name])} are missing or too many")
+        raise ValueError(
+            f"a record of event {name!r} has other fields: {sorted(value.keys() ^ _KEYS[name])} are missing or too many"
+        )
     for key, one in value.items():
         allowed = _OTHER_TYPES.get(key, (int,))
         if type(one) not in allowed and not (one is None and name == "drop" and key in _OPTIONAL_IN_DROP):
             raise ValueError(f"{key} of event {name!r} can't be {one!r}")
-    arguments: dict[str, Any] = {key: one for key, one in value.items() if key not in ("sequence", "event", "microbatch")}
+    arguments: dict[str, Any] = {
+        key: one for key, one in value.items() if key not in ("sequence", "event", "microbatch")
+    }
     if "microbatch" in value:
         arguments["attempt"] = Attempt(_microbatch(value["microbatch"]), value["attempt"])
     if kind is RestoreEvent:

@@ -2,10 +2,10 @@
 
 `LayerLedger` decides; the layer that holds the tensors (or the simulated one that holds integers) does what it says::
 
-    forward:   if ledger.lacks(index):  writes = ledger.open(attempt, number)     # writes: this forward writes the buffers
+    forward:   if ledger.lacks(index):  writes = ledger.open(attempt, number)     # writes: it writes the buffers
     backward:  intake = ledger.take(attempt, read=version_read, mode=mode)
                hold the gradient; for i in intake.ready: add the held gradient of microbatch i to the sum
-               if intake.closes:  step with it;  ledger.updated(rate, digest)     # in the same hold of the exclusive lock
+               if intake.closes:  step with it;  ledger.updated(rate, digest)     # in the same hold of the lock
                if a cut is due:   ledger.cut()
 """
 
@@ -36,7 +36,8 @@ from layerwise.staleness import StalenessLedger, Ticket
 class LedgerState:
     """What a cut saves of a layer's ledger, taken when no gradient waits for its update.
 
-    ``samples`` counts samples that earlier updates applied or dropped; ``digest`` is the hash of the layer after its last update.
+    ``samples`` counts samples that earlier updates applied or dropped; ``digest`` is the hash of the layer after its
+    last update.
     """
 
     layer: int
@@ -84,8 +85,9 @@ class LedgerState:
 class UpdateDecision:
     """Make update ``update`` now, from the gradients summed so far.
 
-    ``staleness`` is the largest of its gradients'. ``samples`` is what the sum is divided by, unless ``num_gradients`` is 1: then the
-    one gradient is used as it is. ``samples_before`` is what the learning-rate schedule is asked with.
+    ``staleness`` is the largest of its gradients'. ``samples`` is what the sum is divided by, unless
+    ``num_gradients`` is 1: then the one gradient is used as it is. ``samples_before`` is what the learning-rate
+    schedule is asked with.
     """
 
     update: int
@@ -104,8 +106,9 @@ class UpdateDecision:
 class Intake:
     """What became of a gradient (or tombstone) and what to do now.
 
-    ``taken`` is false for one that the layer has already: nothing changed. ``ready`` lists the microbatch indices whose gradients are to
-    be added to the sum now, in this order; in position order a gradient may first wait for those before it.
+    ``taken`` is false for one that the layer has already: nothing changed. ``ready`` lists the microbatch indices
+    whose gradients are to be added to the sum now, in this order; in position order a gradient may first wait for
+    those before it.
     """
 
     taken: bool
@@ -119,8 +122,9 @@ _DUPLICATE = Intake(taken=False)
 class LayerLedger:
     """Versions, applied sets, tickets and the progress of the current update of one layer in one life.
 
-    Update ``u`` closes after ``plan.count(u)`` gradients or tombstones of any identity. Not thread-safe: every call is made under the
-    layer's exclusive lock (or under a mutex that all its callers hold). Calls that raise change nothing.
+    Update ``u`` closes after ``plan.count(u)`` gradients or tombstones of any identity. Not thread-safe: every call
+    is made under the layer's exclusive lock (or under a mutex that all its callers hold). Calls that raise change
+    nothing.
     """
 
     def __init__(
@@ -216,20 +220,25 @@ class LayerLedger:
             raise RejectedError(f"forward of {attempt} refused: layer {self.layer} has applied or dropped it already")
         ticket = self._staleness.get(index)
         if ticket is not None:
-            raise RejectedError(f"forward of {attempt} refused: {ticket.attempt} is still open on layer {self.layer}; abort it first")
+            raise RejectedError(
+                f"forward of {attempt} refused: {ticket.attempt} is still open on layer {self.layer}; abort it first"
+            )
         version = self.version
         self._staleness.open(index, Ticket(attempt=attempt, number=number, base=version))
         writes = self._buffers.add(index)
-        self._events.append(ForwardEvent(layer=self.layer, attempt=attempt, number=number, read=version, buffers=writes))
+        self._events.append(
+            ForwardEvent(layer=self.layer, attempt=attempt, number=number, read=version, buffers=writes)
+        )
         return writes
 
     def take(self, attempt: Attempt, *, read: int, mode: WeightMode) -> Intake:
         """Take in ``attempt``'s gradient, computed with weights of version ``read``. A repeat changes nothing.
 
-        Layers without trainable parameters take in their empty gradients the same way, so that every layer counts alike.
+        Layers without trainable parameters take in their empty gradients the same way, so that every layer counts
+        alike.
 
         Raises:
-            RejectedError: no ticket of this attempt is open, or ``read`` is not between the forward's read and the present.
+            RejectedError: no ticket of this attempt is open, or ``read`` is not between the forward's read and now.
         """
         self._settled()
         index = self._index(attempt)
@@ -238,12 +247,14 @@ class LayerLedger:
         ticket = self._staleness.get(index)
         if ticket is None or ticket.attempt != attempt:
             other = "none is" if ticket is None else f"only {ticket.attempt} is"
-            raise RejectedError(f"gradient of {attempt} refused: its ticket on layer {self.layer} is not open ({other}); it was aborted")
+            raise RejectedError(
+                f"gradient of {attempt} refused: its ticket on layer {self.layer} is not open ({other}); it was aborted"
+            )
         version = self.version
         if not ticket.base <= read <= version or (mode is WeightMode.STASHED and read != ticket.base):
             raise RejectedError(
-                f"gradient of {attempt} refused: its backward pass says it read version {read} of layer {self.layer} ({mode}), the "
-                f"forward pass read version {ticket.base} and the layer is at version {version}"
+                f"gradient of {attempt} refused: its backward pass says it read version {read} of layer {self.layer} "
+                f"({mode}), the forward pass read version {ticket.base} and the layer is at version {version}"
             )
         staleness = self._staleness.apply(index, read=read)
         self._events.append(
@@ -264,7 +275,7 @@ class LayerLedger:
         return self._fill(index, attempt, dropped=False)
 
     def drop(self, attempt: Attempt, reason: str) -> Intake:
-        """Give the microbatch up: a tombstone fills its place, and its ticket, if one is open, is closed. A repeat changes nothing.
+        """Give the microbatch up: a tombstone fills its place and closes its ticket. A repeat changes nothing.
 
         Raises:
             RejectedError: another attempt's ticket is open.
@@ -275,7 +286,9 @@ class LayerLedger:
             return _DUPLICATE
         ticket = self._staleness.get(index)
         if ticket is not None and ticket.attempt != attempt:
-            raise RejectedError(f"drop of {attempt} refused: {ticket.attempt} is still open on layer {self.layer}; abort it first")
+            raise RejectedError(
+                f"drop of {attempt} refused: {ticket.attempt} is still open on layer {self.layer}; abort it first"
+            )
         if ticket is not None:
             self._staleness.drop(index)
         self._events.append(
@@ -305,7 +318,8 @@ class LayerLedger:
     def updated(self, learning_rate: float | None, digest: str) -> int:
         """The update that `take` or `drop` asked for is made. Gives the new version.
 
-        ``learning_rate`` is what the optimizer used (``None``: no step was made); ``digest`` the hash of the layer's state now.
+        ``learning_rate`` is what the optimizer used (``None``: no step was made); ``digest`` the hash of the layer's
+        state now.
         """
         decision = self._pending
         assert decision is not None, f"layer {self.layer}: no update is due"
@@ -333,7 +347,10 @@ class LayerLedger:
         return self.version
 
     def state(self) -> LedgerState:
-        """An independent copy of what a cut must save. Only right after an update or restore, before the next gradient."""
+        """An independent copy of what a cut must save.
+
+        Only right after an update or restore, before the next gradient.
+        """
         self._settled()
         assert self.accumulated == 0, f"layer {self.layer}: {self.accumulated} gradients wait for update {self.version}"
         return LedgerState(
@@ -398,6 +415,7 @@ def _check(state: LedgerState, layer: int, plan: TrainingPlan) -> None:
         raise CorruptError(f"layer {layer} can't be restored from the ledger of layer {state.layer}")
     if len(applied) != plan.gradients_before(state.version) or samples != state.samples:
         raise CorruptError(
-            f"layer {layer} can't be restored at version {state.version}: its ledger holds {len(applied)} microbatches of {samples} "
-            f"samples and says {state.samples}, the plan asks for {plan.gradients_before(state.version)} microbatches"
+            f"layer {layer} can't be restored at version {state.version}: its ledger holds {len(applied)} microbatches "
+            f"of {samples} samples and says {state.samples}; the plan asks for {plan.gradients_before(state.version)} "
+            f"microbatches"
         )

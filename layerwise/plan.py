@@ -1,8 +1,9 @@
 """The arithmetic of a training run: which microbatches exist, and which update each gradient belongs to.
 
 Everything here follows from five numbers, so every process computes the same answers without asking anybody.
-Microbatches are numbered by their *index* in position order over all epochs; updates are numbered from 0, and update ``u``
-turns version ``u`` into version ``u + 1``. An update never spans two epochs: the last one of an epoch may be short.
+Microbatches are numbered by their *index* in position order over all epochs; updates are numbered from 0, and update
+``u`` turns version ``u`` into version ``u + 1``. An update never spans two epochs: the last one of an epoch may be
+short.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from layerwise.ids import Microbatch
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """``num_samples`` of training data, ``batch`` samples an update in ``accumulation`` microbatches, ``num_updates`` in all.
+    """``num_samples`` of training data; ``batch`` samples an update in ``accumulation`` microbatches; ``num_updates``.
 
     ``batch`` is a multiple of ``accumulation``. The run ends after ``num_updates`` updates, in mid-epoch if need be.
     """
@@ -105,10 +106,14 @@ class TrainingPlan:
         span = 2 * (window - 1)
         if span == 0:
             return 0
-        # A full update closes after `accumulation` gradients; each short one inside the span may add one more.
-        short = self.microbatches_per_epoch % self.accumulation != 0
-        shorts = -(-span // self.microbatches_per_epoch) if short else 0
-        return -(-span // self.accumulation) + shorts
+        # Whole epochs close the same number wherever the span begins; what is left is shorter than an epoch. It closes
+        # most when it begins just before an update closes; the epoch's last full one, when a short one follows.
+        epochs, rest = divmod(span, self.microbatches_per_epoch)
+        short = self.microbatches_per_epoch % self.accumulation
+        most = -(-rest // self.accumulation)
+        if 0 < short < rest and self.updates_per_epoch > 1:
+            most = max(most, 2 + (rest - 1 - short) // self.accumulation)
+        return epochs * self.updates_per_epoch + most
 
     def expected_staleness(self, window: int) -> int:
         """The largest staleness with in-order arrival."""

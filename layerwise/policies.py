@@ -1,6 +1,7 @@
 """Delay policies: what a layer's step size becomes when its gradients are stale.
 
-A policy scales the step, never the gradient: optimizers that normalise by the gradient's size would undo a scaled gradient.
+A policy scales the step, never the gradient: optimizers that normalise by the gradient's size would undo a scaled
+gradient.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from layerwise.errors import ConfigError
 
 DelayPolicy = Callable[[int, float], float]
-"""``policy(staleness, learning_rate)`` is the step size of an update whose largest staleness is ``staleness`` updates."""
+"""``policy(staleness, learning_rate)``: the step size of an update whose largest staleness is ``staleness`` updates."""
 
 
 def constant(staleness: int, learning_rate: float) -> float:
@@ -19,7 +20,7 @@ def constant(staleness: int, learning_rate: float) -> float:
 
 
 def inverse(staleness: int, learning_rate: float) -> float:
-    """``learning_rate / (1 + staleness)``: the step shrinks as fast as the stable range of delayed gradient descent does."""
+    """``learning_rate / (1 + staleness)``: shrinks as the stable range of delayed gradient descent does."""
     return learning_rate / (1 + staleness)
 
 
@@ -35,5 +36,5 @@ def delay_policy(name: str) -> DelayPolicy:
 
 
 def automatic_policy(staleness: int) -> str:
-    """The name that ``auto`` stands for in a run whose expected staleness is ``staleness`` updates: constant up to 1."""
+    """The name that ``auto`` stands for in a run whose expected staleness is ``staleness`` updates."""
     return "constant" if staleness <= 1 else "inverse"

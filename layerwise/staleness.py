@@ -1,7 +1,8 @@
 """How old gradients are: tickets, and a count of staleness that must come out exactly.
 
-A *ticket* is open on a layer from a microbatch's forward read until its gradient is taken in, dropped or aborted. Every update of the
-layer ages each ticket that stays open by one, so at any moment, for any delays and any order of arrival (integers, no rounding)::
+A *ticket* is open on a layer from a microbatch's forward read until its gradient is taken in, dropped or aborted.
+Every update of the layer ages each ticket that stays open by one, so at any moment, for any delays and any order of
+arrival (integers, no rounding)::
 
     sum(age when applied) + sum(age when dropped) + sum(age when aborted) + sum(age of those still open)
         == sum over updates of (tickets left open just after the update)
@@ -35,7 +36,8 @@ def _count(histogram: list[int], value: int) -> None:
 class StalenessLedger:
     """Tickets of one layer in one life, and what became of them.
 
-    Keys are microbatch indices: a layer never has two open tickets for one microbatch. Not thread-safe: its layer's lock guards it.
+    Keys are microbatch indices: a layer never has two open tickets for one microbatch. Not thread-safe: its layer's
+    lock guards it.
     """
 
     __slots__ = (
@@ -80,7 +82,7 @@ class StalenessLedger:
 
     @property
     def misalignment(self) -> tuple[int, ...]:
-        """``misalignment[d]``: gradients whose backward pass read weights ``d`` updates newer than the forward pass did."""
+        """``misalignment[d]``: gradients whose backward pass read weights ``d`` updates after the forward's."""
         return tuple(self._misalignment)
 
     def open(self, index: int, ticket: Ticket) -> None:
@@ -93,7 +95,10 @@ class StalenessLedger:
         self._open_bases += ticket.base
 
     def apply(self, index: int, *, read: int) -> int:
-        """Close the ticket: its gradient, computed with weights of version ``read``, is taken in. Gives its staleness."""
+        """Close the ticket: its gradient, computed with weights of version ``read``, is taken in.
+
+        Gives its staleness.
+        """
         ticket = self._close(index)
         staleness = self.version - ticket.base
         _count(self._staleness, staleness)
@@ -134,7 +139,8 @@ class StalenessLedger:
         if self.residual:
             raise AuditError(
                 f"staleness does not add up: applied {self._applied_age} + dropped {self._dropped_age} + aborted "
-                f"{self._aborted_age} + open {self.open_age} is not {self._left_open}, the tickets left open over all updates"
+                f"{self._aborted_age} + open {self.open_age} is not {self._left_open}, the tickets left open over all "
+                f"updates"
             )
 
     def _close(self, index: int) -> Ticket:
