@@ -104,7 +104,7 @@ def repository() -> Path:
 
 @pytest.fixture
 def socket_folder() -> Iterator[Path]:
-    """A folder of mode 0700 with a short name: a unix socket's path may have about 100 characters, tmp_path has more."""
+    """A folder of mode 0700 with a short name: a unix socket's path may have some 100 characters, tmp_path more."""
     folder = Path(tempfile.mkdtemp(prefix="lw-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
