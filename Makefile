@@ -84,14 +84,10 @@ types: .venv/development
 	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p layerwise
 
 proto: .venv/development
-	$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=proto --pyi_out=proto $(notdir $(wildcard proto/*.proto))
+	$(BIN)/python proto/generate.py
 
 proto-check: .venv/development
-	@rm -rf build/proto && mkdir -p build/proto
-	@$(BIN)/python -m grpc_tools.protoc --proto_path=proto --python_out=build/proto --pyi_out=build/proto $(notdir $(wildcard proto/*.proto))
-	@for made in build/proto/*; do \
-		cmp -s "$$made" "proto/$$(basename "$$made")" || { echo "proto/$$(basename "$$made") is not what proto/*.proto generates: run make proto and commit it" >&2; exit 1; }; \
-	done
+	$(BIN)/python proto/generate.py --check
 	@echo "generated code: up to date"
 
 # An editable install shows modules that a wheel may lack, so the wheel is installed on its own and every module in it is imported.
