@@ -1,0 +1,148 @@
+"""The backward passes that a shard gives to detached workers.
+
+    worker                       shard
+      TaskRequest ─────────────►   take the first backward pass off the queue
+                  ◄─────────────   DetachedTask (input, boundary gradient, buffers, states that moved)
+      PushGradient (each layer) ►  ApplyTask to a slot
+      TaskFinished ────────────►   counts once its last ApplyTask is done: the block has closed the attempt
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from layerwise.messages import LayerRevision, PushGradient, TaskFinished, TaskRequest, Tensors
+from layerwise.roles import Effect, Send
+from layerwise.server.task_queue import TaskQueue
+from layerwise.tasks import ApplyTask, BackwardTask, BlockCompute
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Given:
+    """One backward pass in a worker's hands. ``peer`` is ``None`` once the worker is lost and only its last gradients are awaited."""
+
+    peer: str | None
+    task: BackwardTask
+    index: int
+    since: float
+    num_applying: int = 0
+    finished: TaskFinished | None = None
+
+
+class DetachedTasks:
+    """Who works on what. Called by `ShardRole` only, on its thread.
+
+    ``complete(number, gradients)`` is told when a pass is whole: every layer has the gradient, ``gradients`` go upstream.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: str,
+        life: int,
+        compute: BlockCompute,
+        queue: TaskQueue,
+        index_of: Callable[[BackwardTask], int],
+        complete: Callable[[int, Tensors | None, float], list[Effect]],
+        fail: Callable[[str], list[Effect]],
+        task_seconds: float,
+    ) -> None:
+        self._job = job
+        self._life = life
+        self._compute = compute
+        self._queue = queue
+        self._index_of = index_of
+        self._complete = complete
+        self._fail = fail
+        self._task_seconds = task_seconds
+        self._idle: dict[str, tuple[LayerRevision, ...]] = {}
+        self._given: dict[int, _Given] = {}
+
+    @property
+    def num_given(self) -> int:
+        """Backward passes in workers' hands."""
+        return len(self._given)
+
+    def on_request(self, peer: str, request: TaskRequest, now: float) -> list[Effect]:
+        """``peer`` has nothing to do."""
+        self._idle[peer] = request.have
+        return self.feed(now)
+
+    def feed(self, now: float) -> list[Effect]:
+        """Give waiting backward passes to idle workers, the longest idle first."""
+        effects: list[Effect] = []
+        while self._idle and (task := self._queue.take_backward()) is not None:
+            peer, have = next(iter(self._idle.items()))
+            del self._idle[peer]
+            self._given[task.number] = _Given(peer=peer, task=task, index=self._index_of(task), since=now)
+            effects.append(Send(peer, self._compute.detach(task, self._job, self._life, have)))
+        return effects
+
+    def on_gradient(self, peer: str, push: PushGradient) -> None:
+        """A layer's gradient: to a slot with it."""
+        given = self._given.get(push.number)
+        if given is None or given.peer != peer or given.task.attempt != push.attempt or given.finished is not None:
+            log.warning("gradient of layer %d for %s refused: %s does not work on it any more", push.layer, push.attempt, peer)
+            return
+        given.num_applying += 1
+        self._queue.push(ApplyTask(worker=peer, push=push))
+
+    def on_applied(self, task: ApplyTask, now: float) -> list[Effect]:
+        """A slot has taken a pushed gradient in (or refused it as one from another life)."""
+        given = self._given.get(task.push.number)
+        if given is None:
+            return []
+        given.num_applying -= 1
+        return self._settle(given, now)
+
+    def on_finished(self, peer: str, message: TaskFinished, now: float) -> list[Effect]:
+        """The worker has pushed every layer."""
+        given = self._given.get(message.number)
+        if given is None or given.peer != peer or given.task.attempt != message.attempt:
+            log.warning("end of the task for %s refused: %s does not work on it any more", message.attempt, peer)
+            return []
+        given.finished = message
+        return self._settle(given, now)
+
+    def on_lost(self, peer: str, now: float) -> list[Effect]:
+        """The worker is gone: what it had not finished is for the next one."""
+        self._idle.pop(peer, None)
+        effects: list[Effect] = []
+        for given in [one for one in self._given.values() if one.peer == peer]:
+            given.peer = None
+            effects += self._settle(given, now)
+        return effects
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """Take back what a worker, paused perhaps, has had for too long."""
+        effects: list[Effect] = []
+        for given in list(self._given.values()):
+            if given.peer is not None and given.finished is None and now - given.since >= self._task_seconds:
+                log.warning("%s is taken back from %s after %g s", given.task.attempt, given.peer, self._task_seconds)
+                given.peer = None
+                effects += self._settle(given, now)
+        return effects
+
+    def _settle(self, given: _Given, now: float) -> list[Effect]:
+        if given.num_applying:
+            return []
+        if given.finished is not None:
+            del self._given[given.task.number]
+            lacking = self._compute.lacking(given.index)
+            if lacking:
+                return self._fail(
+                    f"detached backward worker {given.peer} ended {given.task.attempt} without a gradient for layer {lacking[-1]}; "
+                    f"its version differs from the shard's, or it has a bug"
+                )
+            self._compute.release(given.task.attempt)
+            return self._complete(given.task.number, given.finished.gradients, now)
+        if given.peer is None:
+            # Layers that have its gradient are not in the next worker's ``lacking``.
+            del self._given[given.task.number]
+            self._queue.push(given.task)
+            return self.feed(now)
+        return []

@@ -1,0 +1,211 @@
+"""What the route's first shard does beside computing: it admits microbatches, closes their numbers and tells the coordinator."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from layerwise.applied import AppliedSet
+from layerwise.ids import Attempt
+from layerwise.messages import (
+    Abort,
+    AttemptClosed,
+    AttemptsClosed,
+    BlockClosed,
+    Closed,
+    Decline,
+    Grant,
+    Offer,
+    Outcome,
+    StartTraining,
+    StopAt,
+    Stopping,
+)
+from layerwise.plan import TrainingPlan
+from layerwise.roles import Effect, Send
+from layerwise.server.admission import Admission, ClosedNumber, Decision, Declined, Granted, OpenNumber
+from layerwise.server.cut_schedule import CutSchedule
+from layerwise.tasks import BlockCompute
+
+REPORT_SECONDS = 0.02
+"""Closed numbers are told to the coordinator in batches: at most so often, and with every tick."""
+MAX_BATCH = 256
+STALL_SECONDS = 1.0
+"""How long offers may wait for an earlier microbatch that nobody offers before their leases are given back."""
+
+log = logging.getLogger(__name__)
+
+
+class FirstShard:
+    """The admission part of `ShardRole` for block 0. Events in, effects out; called by `ShardRole` only."""
+
+    def __init__(
+        self,
+        *,
+        job: str,
+        life: int,
+        next_shard: tuple[str, int] | None,
+        plan: TrainingPlan,
+        window: int,
+        synchronous: bool,
+        num_blocks: int,
+        schedule: CutSchedule,
+        version: int,
+        compute: BlockCompute,
+        coordinator: str,
+        task_seconds: float,
+    ) -> None:
+        self.admission = Admission(
+            plan=plan,
+            window=window,
+            num_blocks=num_blocks,
+            schedule=schedule,
+            synchronous=synchronous,
+            durable=version,
+        )
+        self.max_span = 0
+        self._job = job
+        self._life = life
+        self._next_shard = next_shard
+        self._plan = plan
+        self._schedule = schedule
+        self._compute = compute
+        self._coordinator = coordinator
+        self._task_seconds = task_seconds
+        self._closed: list[AttemptClosed] = []
+        self._reported_at = 0.0
+        self._first_admission: float | None = None
+        self._last_close = 0.0
+        self._stop_wanted = False
+
+    def on_start(self, message: StartTraining, now: float) -> list[Effect]:
+        """The coordinator says that every role is ready."""
+        if self.admission.started:
+            return []
+        done = AppliedSet.from_json(json.loads(message.done_json))
+        held = AppliedSet.from_json(json.loads(message.held_json)) if message.held_json else None
+        effects = self._carry_out(self.admission.start(done, held, now), now)
+        if self._stop_wanted:
+            effects += self.on_stop(now)
+        return effects
+
+    def on_offer(self, peer: str, offer: Offer, now: float) -> list[Effect]:
+        """A worker holds a microbatch."""
+        if offer.life != self._life:
+            log.warning(
+                "offer of %s by %s refused: it is for life %d, the block is in %d", offer.attempt, peer, offer.life, self._life
+            )
+            return [Send(peer, Decline(job=self._job, attempt=offer.attempt, reason="life"))]
+        return self._carry_out(self.admission.offer(peer, offer.attempt, now), now)
+
+    def on_tensors(self, number: int, attempt: Attempt, now: float) -> list[Effect] | None:
+        """A microbatch arrived whole; ``None`` when it is not wanted."""
+        decisions = self.admission.arrived(number, attempt, now)
+        return None if decisions is None else self._carry_out(decisions, now)
+
+    def on_block_closed(self, report: BlockClosed, now: float) -> list[Effect]:
+        """A block of the route, this one included, has closed an attempt."""
+        decisions = self.admission.report(
+            report.number,
+            report.attempt,
+            report.block,
+            report.outcome,
+            now,
+            loss=report.loss,
+            metrics=report.metrics,
+            reason=report.reason,
+            missing_from=report.missing_from,
+        )
+        return self._carry_out(decisions, now)
+
+    def on_lost(self, peer: str, now: float) -> list[Effect]:
+        """A forward worker is gone: what it had not sent whole is aborted."""
+        aborted, decisions = self.admission.lose(peer, now)
+        effects: list[Effect] = []
+        for entry in aborted:
+            effects += self._abort(entry, f"forward worker {peer} was lost before it had sent the samples", now)
+        return effects + self._carry_out(decisions, now)
+
+    def on_stop(self, now: float) -> list[Effect]:
+        """Stop at the next update boundary."""
+        if not self.admission.started:
+            self._stop_wanted = True
+            return []
+        repeated = self.admission.stop_version is not None
+        version, decisions = self.admission.stop(now)
+        effects: list[Effect] = [Send(self._coordinator, Stopping(job=self._job, version=version))]
+        if not repeated:
+            self._compute.cut_at(version)
+            if self._next_shard is not None:
+                shard, life = self._next_shard
+                effects.append(Send(shard, StopAt(job=self._job, version=version, life=life)))
+        return effects + self._carry_out(decisions, now) + self._report(now)
+
+    def on_cut_durable(self, version: int, now: float) -> list[Effect]:
+        """Admission may pass the cuts after ``version``."""
+        return self._carry_out(self.admission.cut_durable(version, now), now)
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """Abort what never arrived, dissolve a stall, report what has closed."""
+        effects: list[Effect] = []
+        for entry in self.admission.abort_late(now - self._task_seconds):
+            reason = f"the samples of {entry.attempt} did not arrive within {self._task_seconds:g} s of its grant"
+            effects += self._abort(entry, reason, now)
+        effects += self._carry_out(self.admission.unblock(now - STALL_SECONDS), now)
+        return effects + self._report(now)
+
+    def _abort(self, entry: OpenNumber, reason: str, now: float) -> list[Effect]:
+        log.info("number %d aborted: %s", entry.number, reason)
+        self._compute.abort(entry.attempt)
+        effects: list[Effect] = []
+        if self._next_shard is not None:
+            shard, life = self._next_shard
+            effects.append(Send(shard, Abort(job=self._job, attempt=entry.attempt, number=entry.number, life=life)))
+        decisions = self.admission.report(entry.number, entry.attempt, 0, Outcome.ABORTED, now, reason=reason)
+        return effects + self._carry_out(decisions, now)
+
+    def _carry_out(self, decisions: list[Decision], now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for decision in decisions:
+            match decision:
+                case Granted(peer=peer, attempt=attempt, number=number):
+                    if self._first_admission is None:
+                        self._first_admission = now
+                    effects.append(Send(peer, Grant(job=self._job, attempt=attempt, number=number)))
+                case Declined(peer=peer, attempt=attempt, reason=reason):
+                    effects.append(Send(peer, Decline(job=self._job, attempt=attempt, reason=reason)))
+                case ClosedNumber():
+                    effects += self._close(decision, now)
+        self.max_span = max(self.max_span, self.admission.span)
+        return effects
+
+    def _close(self, closed: ClosedNumber, now: float) -> list[Effect]:
+        self._last_close = now
+        self._closed.append(
+            AttemptClosed(
+                attempt=closed.attempt,
+                number=closed.number,
+                outcome=closed.outcome,
+                loss=closed.loss,
+                metrics=closed.metrics,
+                reason=closed.reason,
+                missing_from=closed.missing_from,
+            )
+        )
+        effects: list[Effect] = []
+        if closed.peer is not None:
+            done = Closed(job=self._job, attempt=closed.attempt, outcome=closed.outcome, loss=closed.loss)
+            effects.append(Send(closed.peer, done))
+        # Near the end nothing more may come to carry the last reports along.
+        near_end = len(self.admission.done) + 2 * self.admission.window >= self._plan.gradients_before(self._schedule.final)
+        if near_end or len(self._closed) >= MAX_BATCH or now - self._reported_at >= REPORT_SECONDS:
+            effects += self._report(now)
+        return effects
+
+    def _report(self, now: float) -> list[Effect]:
+        if not self._closed:
+            return []
+        closed, self._closed = tuple(self._closed), []
+        self._reported_at = now
+        active = self._last_close - (self._first_admission or 0.0)
+        return [Send(self._coordinator, AttemptsClosed(job=self._job, closed=closed, active_seconds=active))]

@@ -1,0 +1,183 @@
+"""The role of a detached backward worker: pulls one backward pass at a time, pushes a gradient for every layer.
+
+The shell (real or simulated) calls, always from one thread:
+
+    effects = role.on_message(peer, message, now)       # everything but Welcome
+    effects = role.on_lost(peer, now) / role.on_tick(now)
+    for request in role.take_requests(): ...            # after every call above: work for the shell
+        Build(assignment)           -> on_built(job, now) or on_build_failed(job, sentence, now)
+        Execute(job, task)          -> on_gradient(job, push, now) for each lacking layer, last to first, as soon as it exists;
+                                       then on_executed(job, finished, now); or on_execute_failed(job, task, sentence, now)
+        Leave(job)                  # the job is left: drop its layers; answers that still come are ignored
+
+The shell keeps the tensors of the states that came with tasks (the newest of each layer); the role only names them when it asks for the next.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from layerwise.messages import (
+    Assignment,
+    BlockPlace,
+    DetachedTask,
+    Failure,
+    LayerRevision,
+    Message,
+    PushGradient,
+    Ready,
+    TaskFinished,
+    TaskRequest,
+    Unassign,
+    Unassigned,
+)
+from layerwise.roles import Connect, Effect, Send
+
+COORDINATOR = "coordinator"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """Build the block's layers."""
+
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execute:
+    """Recompute the block's forward pass and walk it back."""
+
+    job: str
+    task: DetachedTask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave:
+    """The job is over for this worker."""
+
+    job: str
+
+
+Request = Build | Execute | Leave
+
+
+@dataclass(slots=True)
+class _Job:
+    assignment: Assignment
+    connected: bool = True
+    task: DetachedTask | None = None
+    have: dict[int, LayerRevision] = field(default_factory=dict)
+
+    @property
+    def place(self) -> BlockPlace:
+        return self.assignment.route[self.assignment.block]
+
+
+class BackwardRole:
+    """One detached backward worker, for any number of jobs. Pure: see the module's docstring for who calls what."""
+
+    def __init__(self, *, coordinator: str = COORDINATOR) -> None:
+        self._coordinator = coordinator
+        self._jobs: dict[str, _Job] = {}
+        self._requests: list[Request] = []
+
+    def take_requests(self) -> list[Request]:
+        """What the shell has to do since the last call."""
+        requests, self._requests = self._requests, []
+        return requests
+
+    def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
+        """A message arrived from the coordinator or from the shard that the worker works for."""
+        match message:
+            case Assignment():
+                if message.job in self._jobs:
+                    self._requests.append(Leave(job=message.job))
+                self._jobs[message.job] = _Job(assignment=message)
+                self._requests.append(Build(assignment=message))
+                return []
+            case Unassign():
+                if self._jobs.pop(message.job, None) is not None:
+                    self._requests.append(Leave(job=message.job))
+                return [Send(self._coordinator, Unassigned(job=message.job))]
+            case DetachedTask():
+                return self._on_task(peer, message)
+        log.warning("%s from %s refused: it has no business with this worker", type(message).__name__, peer)
+        return []
+
+    def on_lost(self, peer: str, now: float) -> list[Effect]:
+        """A link is gone for good. Without its shard a job waits for the coordinator's word."""
+        for job in self._jobs.values():
+            if job.place.shard == peer:
+                job.connected = False
+        return []
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """Nothing is due by time here: the shard limits how long a task may take."""
+        return []
+
+    def on_built(self, job: str, now: float) -> list[Effect]:
+        """The block's layers are there."""
+        state = self._jobs.get(job)
+        if state is None:
+            return []
+        ready = Ready(job=job, block=state.assignment.block)
+        return [
+            Connect(state.place.shard, state.place.address),
+            Send(self._coordinator, ready),
+            *self._request(state),
+        ]
+
+    def on_build_failed(self, job: str, sentence: str, now: float) -> list[Effect]:
+        """The block's layers can't be built."""
+        return [Send(self._coordinator, Failure(job=job, message=sentence))] if job in self._jobs else []
+
+    def on_gradient(self, job: str, push: PushGradient, now: float) -> list[Effect]:
+        """One layer's gradient exists."""
+        state = self._current(job, push)
+        return [] if state is None else [Send(state.place.shard, push)]
+
+    def on_executed(self, job: str, finished: TaskFinished, now: float) -> list[Effect]:
+        """Every lacking layer's gradient has been given to `on_gradient`."""
+        state = self._current(job, finished)
+        if state is None:
+            return []
+        state.task = None
+        return [Send(state.place.shard, finished), *self._request(state)]
+
+    def on_execute_failed(self, job: str, task: DetachedTask, sentence: str, now: float) -> list[Effect]:
+        """The pass raised an error; it would raise it elsewhere too."""
+        if self._current(job, task) is None:
+            return []
+        return [Send(self._coordinator, Failure(job=job, message=sentence))]
+
+    def describe(self) -> str:
+        """The state in one line, for logs and for the simulated world's watchdog."""
+        works = (f"{job.assignment.job}: {job.task.attempt if job.task else 'idle'}" for job in self._jobs.values())
+        return "; ".join(works) or "no job"
+
+    def _on_task(self, peer: str, task: DetachedTask) -> list[Effect]:
+        job = self._jobs.get(task.job)
+        if job is None or peer != job.place.shard or task.life != job.place.life or job.task is not None:
+            log.warning("task %s from %s refused: this worker did not ask for it", task.attempt, peer)
+            return []
+        job.task = task
+        for state in task.states:
+            job.have[state.layer] = LayerRevision(layer=state.layer, life=state.life, revision=state.revision)
+        self._requests.append(Execute(job=task.job, task=task))
+        return []
+
+    def _current(self, job: str, message: DetachedTask | PushGradient | TaskFinished) -> _Job | None:
+        """The job, if ``message`` is about the task that it works on now."""
+        state = self._jobs.get(job)
+        if state is None or state.task is None or not state.connected:
+            return None
+        same = state.task.number == message.number and state.task.life == message.life
+        return state if same else None
+
+    def _request(self, state: _Job) -> list[Effect]:
+        have = tuple(state.have[layer] for layer in sorted(state.have))
+        request = TaskRequest(job=state.assignment.job, life=state.place.life, have=have)
+        return [Send(state.place.shard, request)]

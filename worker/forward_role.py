@@ -1,0 +1,357 @@
+"""The role of a forward worker: leases microbatches, has them loaded, streams them through the first shard.
+
+The shell (real or simulated) calls, always from one thread:
+
+    effects = role.on_message(peer, message, now)       # everything but Welcome
+    effects = role.on_lost(peer, now) / role.on_tick(now)
+    for request in role.take_requests(): ...            # after every call above: work for the shell
+        Prepare(assignment)         -> on_prepared(job, window, now) or on_prepare_failed(job, sentence, now)
+        Load(job, attempt)          -> on_loaded(job, attempt, inputs, targets, now) or on_load_failed(job, attempt, sentence, now)
+        LoadEvaluation(job, version, samples)
+                                    -> on_evaluation_loaded(job, version, samples, inputs, targets, now)
+                                       or on_evaluation_load_failed(job, sentence, now)
+        Forget(job)                 # the job is left: drop its data; answers that still come are ignored
+
+At most ``window + prefetch`` leases are held, so as many loads are under way or loaded. The worker keeps nothing that can't be lost.
+
+    leased ── loaded ──► ready ── Offer ──► offered ── Grant ──► sent ── Closed ──► (gone)
+                           ▲                   │
+                           └── a lower index ──┴── Decline ──► LeaseReturn, (gone)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from layerwise.ids import Attempt, Microbatch
+from layerwise.messages import (
+    Assignment,
+    Closed,
+    Decline,
+    Evaluated,
+    EvaluateForward,
+    Failure,
+    Forward,
+    Grant,
+    Lease,
+    LeaseKind,
+    LeaseRequest,
+    LeaseReturn,
+    Message,
+    Offer,
+    Ready,
+    Tensors,
+    Unassign,
+    Unassigned,
+)
+from layerwise.roles import Connect, Effect, Send
+
+COORDINATOR = "coordinator"
+PREFETCH = 8
+"""Leases beyond the window: they cover the coordinator's answer and the loading."""
+MAX_EVALUATIONS = 2
+"""Evaluation microbatches on the way through the route."""
+ASK_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """Get the job's data ready."""
+
+    assignment: Assignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Load the samples of ``attempt``."""
+
+    job: str
+    attempt: Attempt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadEvaluation:
+    """Load validation samples ``[samples.start, samples.stop)``."""
+
+    job: str
+    version: int
+    samples: Microbatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """The job is over for this worker."""
+
+    job: str
+
+
+Request = Prepare | Load | LoadEvaluation | Forget
+
+
+class _State(Enum):
+    LOADING = auto()
+    READY = auto()
+    OFFERED = auto()
+    SENT = auto()
+
+
+@dataclass(slots=True)
+class _Lease:
+    state: _State = _State.LOADING
+    inputs: Tensors | None = None
+    targets: Tensors | None = None
+
+
+@dataclass(slots=True)
+class _Job:
+    assignment: Assignment
+    capacity: int = 0
+    connected: bool = True
+    stopping: bool = False
+    asked_at: float = 0.0
+    leases: dict[Attempt, _Lease] = field(default_factory=dict)
+    evaluation: int = 0
+    to_evaluate: deque[Microbatch] = field(default_factory=deque)
+    evaluating: set[Microbatch] = field(default_factory=set)
+
+    @property
+    def job(self) -> str:
+        return self.assignment.job
+
+    @property
+    def first_shard(self) -> str:
+        return self.assignment.route[0].shard
+
+    @property
+    def life(self) -> int:
+        return self.assignment.route[0].life
+
+    def best_ready(self) -> Attempt | None:
+        """The lowest microbatch that is loaded or offered."""
+        states = (_State.READY, _State.OFFERED)
+        return min((attempt for attempt, lease in self.leases.items() if lease.state in states), default=None)
+
+    def offered(self) -> Attempt | None:
+        """The attempt whose offer waits."""
+        return next((attempt for attempt, lease in self.leases.items() if lease.state is _State.OFFERED), None)
+
+
+class ForwardRole:
+    """One forward worker, for any number of jobs. Pure: see the module's docstring for who calls what."""
+
+    def __init__(self, *, coordinator: str = COORDINATOR, prefetch: int = PREFETCH) -> None:
+        self._coordinator = coordinator
+        self._prefetch = prefetch
+        self._jobs: dict[str, _Job] = {}
+        self._requests: list[Request] = []
+
+    @property
+    def num_leases(self) -> int:
+        """Leases held, in all jobs."""
+        return sum(len(job.leases) for job in self._jobs.values())
+
+    def take_requests(self) -> list[Request]:
+        """What the shell has to do since the last call."""
+        requests, self._requests = self._requests, []
+        return requests
+
+    # Events ----------------------------------------------------------------------------------------------------------
+
+    def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
+        """A message arrived from the coordinator or from a job's first shard."""
+        if isinstance(message, Assignment):
+            return self._on_assignment(message)
+        job = self._jobs.get(getattr(message, "job", ""))
+        if isinstance(message, Unassign):
+            return self._on_unassign(message)
+        if job is None:
+            return []
+        if peer == self._coordinator:
+            if isinstance(message, Lease):
+                return self._on_lease(job, message, now)
+        elif peer == job.first_shard:
+            match message:
+                case Grant():
+                    return self._on_grant(job, message)
+                case Decline():
+                    return self._on_decline(job, message, now)
+                case Closed():
+                    job.leases.pop(message.attempt, None)
+                    return self._ask(job, now)
+                case Evaluated():
+                    return self._on_evaluated(job, message)
+        log.warning("%s from %s refused: it has no business with this worker", type(message).__name__, peer)
+        return []
+
+    def on_lost(self, peer: str, now: float) -> list[Effect]:
+        """A link is gone for good. Without its first shard a job waits for the coordinator's word."""
+        for job in self._jobs.values():
+            if job.first_shard == peer:
+                job.connected = False
+        return []
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """Ask again for leases where there is room for more."""
+        effects: list[Effect] = []
+        for job in self._jobs.values():
+            if now - job.asked_at >= ASK_SECONDS:
+                effects += self._ask(job, now)
+        return effects
+
+    def on_prepared(self, job: str, window: int, now: float) -> list[Effect]:
+        """The job's data is there; at most ``window`` microbatches of the job are in flight."""
+        state = self._jobs.get(job)
+        if state is None or state.capacity:
+            return []
+        state.capacity = window + self._prefetch
+        first = state.assignment.route[0]
+        return [
+            Connect(first.shard, first.address),
+            Send(self._coordinator, Ready(job=job, block=-1)),
+            *self._ask(state, now),
+        ]
+
+    def on_prepare_failed(self, job: str, sentence: str, now: float) -> list[Effect]:
+        """The job's data can't be had."""
+        return [Send(self._coordinator, Failure(job=job, message=sentence))] if job in self._jobs else []
+
+    def on_loaded(self, job: str, attempt: Attempt, inputs: Tensors, targets: Tensors, now: float) -> list[Effect]:
+        """The samples of ``attempt`` are there."""
+        state = self._jobs.get(job)
+        lease = state.leases.get(attempt) if state else None
+        if state is None or lease is None or lease.state is not _State.LOADING:
+            return []
+        lease.state, lease.inputs, lease.targets = _State.READY, inputs, targets
+        return self._offer(state)
+
+    def on_load_failed(self, job: str, attempt: Attempt, sentence: str, now: float) -> list[Effect]:
+        """The samples of ``attempt`` can't be loaded."""
+        state = self._jobs.get(job)
+        if state is None or state.leases.pop(attempt, None) is None:
+            return []
+        return [Send(self._coordinator, LeaseReturn(job=job, attempt=attempt, reason=f"load-failed: {sentence}"))]
+
+    def on_evaluation_loaded(
+        self, job: str, version: int, samples: Microbatch, inputs: Tensors, targets: Tensors, now: float
+    ) -> list[Effect]:
+        """Validation samples are there: send them through the cut."""
+        state = self._jobs.get(job)
+        if state is None or version != state.evaluation or samples not in state.evaluating or not state.connected:
+            return []
+        forward = EvaluateForward(
+            job=job,
+            version=version,
+            start=samples.start,
+            stop=samples.stop,
+            life=state.life,
+            inputs=inputs,
+            targets=targets,
+        )
+        return [Send(state.first_shard, forward)]
+
+    def on_evaluation_load_failed(self, job: str, sentence: str, now: float) -> list[Effect]:
+        """Validation samples can't be loaded: the job can't be evaluated."""
+        return [Send(self._coordinator, Failure(job=job, message=sentence))] if job in self._jobs else []
+
+    def describe(self) -> str:
+        """The state in one line, for logs and for the simulated world's watchdog."""
+        jobs = []
+        for job in self._jobs.values():
+            leases = ", ".join(f"{attempt} {lease.state.name.lower()}" for attempt, lease in job.leases.items())
+            jobs.append(f"{job.job}: [{leases}] of {job.capacity}, evaluating {sorted(job.evaluating)}")
+        return "; ".join(jobs) or "idle"
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _on_assignment(self, message: Assignment) -> list[Effect]:
+        if message.job in self._jobs:
+            self._requests.append(Forget(job=message.job))
+        self._jobs[message.job] = _Job(assignment=message)
+        self._requests.append(Prepare(assignment=message))
+        return []
+
+    def _on_unassign(self, message: Unassign) -> list[Effect]:
+        if self._jobs.pop(message.job, None) is not None:
+            self._requests.append(Forget(job=message.job))
+        return [Send(self._coordinator, Unassigned(job=message.job))]
+
+    def _on_lease(self, job: _Job, message: Lease, now: float) -> list[Effect]:
+        if message.kind is LeaseKind.EVALUATE:
+            if message.version != job.evaluation:
+                # The coordinator is done with the version before, whatever became of its last samples.
+                job.evaluation = message.version
+                job.to_evaluate.clear()
+                job.evaluating.clear()
+            job.to_evaluate.extend(message.ranges)
+            self._load_evaluations(job)
+            return []
+        for attempt in message.attempts:
+            if attempt not in job.leases:
+                job.leases[attempt] = _Lease()
+                self._requests.append(Load(job=job.job, attempt=attempt))
+        return []
+
+    def _on_grant(self, job: _Job, message: Grant) -> list[Effect]:
+        lease = job.leases.get(message.attempt)
+        if lease is None or lease.inputs is None or lease.targets is None:
+            # Left to the shard's time limit: it aborts what does not arrive.
+            log.warning("grant of %s refused: it is not loaded here", message.attempt)
+            return []
+        forward = Forward(
+            job=job.job,
+            attempt=message.attempt,
+            number=message.number,
+            life=job.life,
+            needed_from=job.assignment.route[-1].stop,
+            inputs=lease.inputs,
+            targets=lease.targets,
+        )
+        lease.state, lease.inputs, lease.targets = _State.SENT, None, None
+        return [Send(job.first_shard, forward), *self._offer(job)]
+
+    def _on_decline(self, job: _Job, message: Decline, now: float) -> list[Effect]:
+        if job.leases.pop(message.attempt, None) is None:
+            return []
+        job.stopping = job.stopping or message.reason == "stopping"
+        returned = LeaseReturn(job=job.job, attempt=message.attempt, reason=message.reason)
+        return [Send(self._coordinator, returned), *self._offer(job), *self._ask(job, now)]
+
+    def _offer(self, job: _Job) -> list[Effect]:
+        """Offer the lowest microbatch; it replaces a higher one whose offer waits.
+
+        In position order the shard might wait for the lower one for ever otherwise.
+        """
+        if not job.connected:
+            return []
+        best, offered = job.best_ready(), job.offered()
+        if best is None or best == offered:
+            return []
+        if offered is not None:
+            job.leases[offered].state = _State.READY
+        job.leases[best].state = _State.OFFERED
+        return [Send(job.first_shard, Offer(job=job.job, attempt=best, life=job.life))]
+
+    def _ask(self, job: _Job, now: float) -> list[Effect]:
+        if not job.capacity or job.stopping or len(job.leases) >= job.capacity:
+            return []
+        job.asked_at = now
+        return [Send(self._coordinator, LeaseRequest(job=job.job, count=job.capacity))]
+
+    def _load_evaluations(self, job: _Job) -> None:
+        while job.to_evaluate and len(job.evaluating) < MAX_EVALUATIONS:
+            samples = job.to_evaluate.popleft()
+            job.evaluating.add(samples)
+            self._requests.append(LoadEvaluation(job=job.job, version=job.evaluation, samples=samples))
+
+    def _on_evaluated(self, job: _Job, message: Evaluated) -> list[Effect]:
+        if message.version != job.evaluation:
+            return []
+        done = {samples for samples in job.evaluating if samples.start == message.start}
+        job.evaluating -= done
+        self._load_evaluations(job)
+        return [Send(self._coordinator, message)]
