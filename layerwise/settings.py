@@ -1,0 +1,164 @@
+"""What the ``auto`` values of a job come to, once the number of shards and of training samples is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Literal
+
+from layerwise.errors import ConfigError, MalformedMessageError
+from layerwise.plan import TrainingPlan
+from layerwise.sections import Muon, Sgd
+
+if TYPE_CHECKING:
+    from layerwise.job import JobSpec
+
+CHEAP_HOP = 0.05
+"""A hop below this part of a block's forward time does not need a longer window."""
+LARGEST_NU_BELOW_WINDOW = 0.4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedSettings:
+    """A job's settings without any ``auto`` left. Fixed before the first lease, and used again when the job is resumed.
+
+    ``max_staleness`` is the promise that the audit checks; ``expected_staleness`` is the largest value with in-order
+    arrival. Both are in updates, and 0 in synchronous mode.
+    """
+
+    mode: Literal["asynchronous", "synchronous"]
+    window: int
+    accumulation: int
+    backward_weights: Literal["latest", "stashed", "recompute"]
+    delay_policy: Literal["constant", "inverse"]
+    max_staleness: int
+    expected_staleness: int
+    steps: int
+    epochs: int
+    plan: TrainingPlan
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` gives back equal settings."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ResolvedSettings:
+        """The inverse of `to_json`; ``MalformedMessageError`` for anything else."""
+        try:
+            values = json.loads(text)
+            values["plan"] = TrainingPlan(**values["plan"])
+            values["warnings"] = tuple(values["warnings"])
+            return cls(**values)
+        except (ValueError, TypeError, KeyError) as error:
+            raise MalformedMessageError(f"not the settings of a job ({error}): {text[:200]!r}") from error
+
+
+def resolve(
+    spec: JobSpec, num_train_samples: int, num_blocks: int, hop_fraction: float | None = None
+) -> ResolvedSettings:
+    """Decide every ``auto`` of ``spec``. Pure: the same arguments give the same answer everywhere.
+
+    Args:
+        spec: The job.
+        num_train_samples: Samples in one epoch.
+        num_blocks: Shards on a microbatch's route.
+        hop_fraction: A hop's latency in forward times of one block, where it was measured.
+
+    Raises:
+        ConfigError: the settings contradict each other or the data.
+    """
+    batch = spec.data.batch
+    if num_train_samples < 1:
+        raise ConfigError("data: no training samples are left, expected at least 1; lower data.validation")
+    if batch > num_train_samples:
+        raise ConfigError(
+            f"data.batch: got {batch}, expected at most the number of training samples, {num_train_samples}"
+        )
+    synchronous = spec.mode == "synchronous"
+    wanted = _window(spec, num_blocks, hop_fraction)
+    accumulation = _accumulation(spec, wanted)
+    updates_per_epoch = ceil(num_train_samples / batch)
+    steps = spec.train.steps or (spec.train.epochs or 1) * updates_per_epoch
+    plan = TrainingPlan(num_samples=num_train_samples, batch=batch, accumulation=accumulation, num_updates=steps)
+    if synchronous:
+        window = wanted if spec.asynchrony.window != "auto" else 2 * num_blocks
+        window = min(window, accumulation)
+    else:
+        window = _bounded(spec, wanted, plan)
+    expected = 0 if synchronous else plan.expected_staleness(window)
+    promised = 0 if synchronous else plan.max_staleness(window)
+    weights = spec.asynchrony.backward_weights
+    policy = spec.asynchrony.delay_policy
+    return ResolvedSettings(
+        mode=spec.mode,
+        window=window,
+        accumulation=accumulation,
+        backward_weights=weights if weights != "auto" else ("recompute" if spec.cluster.num_detached else "latest"),
+        delay_policy=policy if policy != "auto" else ("constant" if expected <= 1 else "inverse"),
+        max_staleness=promised,
+        expected_staleness=expected,
+        steps=steps,
+        epochs=plan.num_epochs,
+        plan=plan,
+        warnings=() if synchronous else tuple(_warnings(spec, window, accumulation, expected, num_blocks)),
+    )
+
+
+def _window(spec: JobSpec, num_blocks: int, hop_fraction: float | None) -> int:
+    """Microbatches in flight that keep every block busy: one each, and more where hops take their time."""
+    if spec.asynchrony.window != "auto":
+        return spec.asynchrony.window
+    if hop_fraction is None or hop_fraction < CHEAP_HOP:
+        return num_blocks
+    filled = ceil(1.3 * (3 * num_blocks + 2 * (num_blocks - 1) * hop_fraction) / 3)
+    return min(max(filled, num_blocks), 2 * num_blocks)
+
+
+def _accumulation(spec: JobSpec, window: int) -> int:
+    """Microbatches in an update: two windows where the batch can be cut so, else one, else single samples."""
+    if spec.asynchrony.accumulation != "auto":
+        return spec.asynchrony.accumulation
+    divisors = [number for number in range(1, spec.data.batch + 1) if spec.data.batch % number == 0]
+    for least in (2 * window, window):
+        enough = [number for number in divisors if number >= least]
+        if enough:
+            return enough[0]
+    return spec.data.batch
+
+
+def _bounded(spec: JobSpec, window: int, plan: TrainingPlan) -> int:
+    """``window``, held to what ``max_staleness`` allows."""
+    limit = spec.asynchrony.max_staleness
+    if limit == "auto" or plan.max_staleness(window) <= limit:
+        return window
+    largest = plan.largest_window(limit)
+    if spec.asynchrony.window != "auto":
+        raise ConfigError(
+            f"async.window: got {window}, expected at most {largest}: with accumulation {plan.accumulation} a larger "
+            f"one can lead to a staleness of {plan.max_staleness(window)} updates, and async.max_staleness is {limit}"
+        )
+    return largest
+
+
+def _warnings(spec: JobSpec, window: int, accumulation: int, expected: int, num_blocks: int) -> list[str]:
+    """Settings that train well synchronously and badly here."""
+    found = []
+    optimizer = spec.train.optimizer
+    if isinstance(optimizer, Sgd) and expected > 1:
+        found.append(
+            f"train.optimizer: sgd with a staleness of {expected} updates often diverges or learns nothing; raise "
+            f"async.accumulation (now {accumulation}) to at least {max(window - 1, 1)}, or use muon"
+        )
+    if isinstance(optimizer, Muon) and accumulation < window and optimizer.nu > LARGEST_NU_BELOW_WINDOW:
+        found.append(
+            f"train.optimizer.nu: {optimizer.nu:g} with async.accumulation {accumulation} below the window of {window} "
+            f"costs accuracy; use {LARGEST_NU_BELOW_WINDOW:g}, or a larger accumulation"
+        )
+    if window > 2 * num_blocks:
+        found.append(
+            f"async.window: {window} is more than twice the {num_blocks} shards: it adds staleness, not speed; use at "
+            f"most {2 * num_blocks}"
+        )
+    return found
