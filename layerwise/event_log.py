@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 from zlib import crc32
 
-from layerwise.errors import CorruptError, NotAllowedError
+from layerwise.errors import CorruptError, NotAllowedError, NotFoundError
 from layerwise.events import Event, Record, RestoreEvent, UpdateEvent, record_from_json
 from layerwise.plan import TrainingPlan
 
@@ -44,12 +44,14 @@ _BLOCK = re.compile(r"block-(\d+)-(\d+)")
 class LogHeader:
     """Who writes this log, and what it promises.
 
-    Block ``[start, stop)`` of ``job`` in ``life``, trained under ``plan`` with ``window`` microbatches open.
-    ``max_staleness`` is the promise in updates. ``position_order``: gradients are summed in position order.
-    ``hash_algorithm`` names that of the updates' digests. ``layer_names`` belong to the block's layers.
+    Block ``[start, stop)`` of the ``num_layers`` layers of ``job`` in ``life``, trained under ``plan`` with
+    ``window`` microbatches open. ``max_staleness`` is the promise in updates. ``position_order``: gradients are
+    summed in position order. ``hash_algorithm`` names that of the updates' digests. ``layer_names`` belong to the
+    block's layers.
     """
 
     job: str
+    num_layers: int
     start: int
     stop: int
     life: int
@@ -62,7 +64,8 @@ class LogHeader:
     layer_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop or len(self.layer_names) != self.stop - self.start or self.life < 0:
+        names_fit = len(self.layer_names) == self.stop - self.start
+        if not 0 <= self.start < self.stop <= self.num_layers or not names_fit or self.life < 0:
             raise ValueError(
                 f"not a block's log: layers [{self.start}, {self.stop}), life {self.life}, names {self.layer_names}"
             )
@@ -73,6 +76,7 @@ class LogHeader:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "job": self.job,
+            "num_layers": self.num_layers,
             "block": [self.start, self.stop],
             "life": self.life,
             "hash_algorithm": self.hash_algorithm,
@@ -99,14 +103,13 @@ class LogHeader:
                 f"this reads {FORMAT!r} {FORMAT_VERSION}"
             )
         numbers = {name: value[name] for name in ("num_samples", "batch", "accumulation", "num_updates")}
-        if any(
-            type(one) is not int
-            for one in (*numbers.values(), *value["block"], value["life"], value["window"], value["max_staleness"])
-        ):
+        others = [*value["block"], *(value[name] for name in ("num_layers", "life", "window", "max_staleness"))]
+        if any(type(one) is not int for one in (*numbers.values(), *others)):
             raise ValueError("a number of the header is none")
         start, stop = value["block"]
         return cls(
             job=str(value["job"]),
+            num_layers=value["num_layers"],
             start=start,
             stop=stop,
             life=value["life"],
@@ -259,13 +262,13 @@ class EventLog:
 
 
 class LogReader:
-    """Reads one block's log of one life. Iterating gives its records; it can be iterated again.
+    """Reads one block's log of one life; each use of `records` reads it anew.
 
-    ``torn_bytes``: length of the incomplete last line that a crash left, known once an iteration has reached the end.
+    ``torn_bytes``: length of the incomplete last line that a crash left, known once `records` has come to the end.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """`CorruptError` when there is no readable header in ``directory``."""
+        """`NotFoundError` when no log begins in ``directory``; `CorruptError` when its first line can't be read."""
         self.directory = Path(directory)
         self.torn_bytes = 0
         self._segments = self._find_segments()
@@ -275,12 +278,14 @@ class LogReader:
                 header = self._parse_header(self._segments[0], text)[0]
                 break
         if header is None:
-            raise CorruptError(
+            raise NotFoundError(
                 f"no event log begins in {self.directory}: nothing was written, or a crash came before the first line"
             )
         self.header: LogHeader = header
 
-    def __iter__(self) -> Iterator[Record]:
+    @property
+    def records(self) -> Iterator[Record]:
+        """Every record in order, read as it is asked for."""
         sequence = 0
         self.torn_bytes = 0
         for number, path in enumerate(self._segments):

@@ -153,7 +153,11 @@ class LayerLedger:
         self._learning_rate: float | None = None
         self._held: set[int] = set()
         self._pending: UpdateDecision | None = None
-        self._clear()
+        # Of the update that gathers now:
+        self._gradients = 0
+        self._gradient_samples = 0
+        self._update_samples = 0
+        self._largest_staleness = 0
         events.append(
             RestoreEvent(
                 layer=layer,

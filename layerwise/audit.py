@@ -1,0 +1,370 @@
+"""Recompute a job's promises from its event logs alone, and from the coordinator's sample ledger where there is one.
+
+    blocks' logs ──► LayerAudit, one a layer and life ──► chain of lives, layer by layer ──► all layers ──► ledger
+
+Counters that the running job keeps are not asked: this is what checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from layerwise.applied import AppliedSet
+from layerwise.audit_report import AuditReport, Findings, LayerFacts
+from layerwise.errors import CorruptError, NotFoundError
+from layerwise.event_log import LogHeader, LogReader, find_logs
+from layerwise.events import AbortEvent, AccumulateEvent, DropEvent, Event, ForwardEvent, Record
+from layerwise.ids import Attempt, Microbatch
+from layerwise.layer_audit import CutState, LayerAudit, LearningRate, RateBook
+from layerwise.plan import TrainingPlan
+
+
+class BlockEvents(Protocol):
+    """One block's log of one life: a `LogReader`, or a `StoredEvents`."""
+
+    @property
+    def header(self) -> LogHeader:
+        """Who wrote it."""
+        ...
+
+    @property
+    def records(self) -> Iterable[Record]:
+        """Every record, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEvents:
+    """`BlockEvents` in memory."""
+
+    header: LogHeader
+    records: Iterable[Record]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedMicrobatch:
+    """A microbatch that the ledger lists as dropped; ``missing_from`` is the lowest layer that lacks it, if known."""
+
+    microbatch: Microbatch
+    reason: str
+    missing_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleLedgerSummary:
+    """The coordinator's sample ledger at the end of a job.
+
+    Samples are counted once for each epoch, whatever the attempts.
+    """
+
+    job: str
+    version: int
+    samples_leased: int
+    samples_applied: int
+    samples_dropped: int
+    dropped: tuple[DroppedMicrobatch, ...] = ()
+
+
+_DETAILS = {
+    "log": "records",
+    "versions": "updates",
+    "lives": "restores",
+    "exactly-once": "microbatches taken in",
+    "updates": "updates",
+    "tickets": "records of tickets",
+    "numbers": "attempts",
+    "buffers": "forward passes",
+    "staleness-identity": "layers and lives",
+    "staleness-bound": "gradients",
+    "learning-rates": "updates",
+    "position-order": "updates",
+    "agreement": "layers",
+    "ledger": "microbatches",
+}
+
+
+def audit(
+    blocks: Iterable[BlockEvents],
+    *,
+    ledger: SampleLedgerSummary | None = None,
+    plan: TrainingPlan | None = None,
+    learning_rate: LearningRate | None = None,
+) -> AuditReport:
+    """Check every promise against the records of ``blocks``: all blocks and all lives of one job, in any order.
+
+    With ``ledger`` the job is taken to be at its end: all layers must agree with each other and with it. ``plan`` is
+    what the logs must have been written under; ``learning_rate(samples_before, staleness)`` what each update must
+    have used. Contradictions are in the report; nothing is raised for them.
+    """
+    every = sorted(blocks, key=lambda block: (block.header.life, block.header.start))
+    findings = Findings()
+    rates = RateBook(learning_rate)
+    lives: dict[int, list[LayerAudit]] = {}
+    names: dict[int, str] = {}
+    numbers: dict[int, _Numbers] = {}
+    for block in every:
+        header = block.header
+        names.update(zip(range(header.start, header.stop), header.layer_names, strict=True))
+        for layer in _replay(block, findings, rates, numbers.setdefault(header.life, _Numbers(findings))):
+            lives.setdefault(layer.layer, []).append(layer)
+    _check_headers([block.header for block in every], findings, ledger, plan)
+    for chain in lives.values():
+        _check_chain(chain, findings)
+    last = {layer: chain[-1] for layer, chain in sorted(lives.items())}
+    _check_agreement(last, findings, ledger)
+    _check_ledger(last, findings, ledger)
+    if not any(block.header.position_order for block in every):
+        findings.skip("position-order", "gradients are summed as they arrive")
+    job = every[0].header.job if every else "of no name"
+    return findings.report(
+        job, _DETAILS, (_facts(layer, names[layer], chain) for layer, chain in sorted(lives.items()))
+    )
+
+
+def audit_directory(
+    path: str | Path,
+    *,
+    ledger: SampleLedgerSummary | None = None,
+    plan: TrainingPlan | None = None,
+    learning_rate: LearningRate | None = None,
+) -> AuditReport:
+    """`audit` the event logs in a job's directory. A log that can't be read fails the check "log".
+
+    Raises:
+        NotFoundError: there are no event logs.
+    """
+    folders = find_logs(path)
+    if not folders:
+        raise NotFoundError(
+            f"no event logs in {Path(path) / 'events'}: is this a job's directory, and has training begun?"
+        )
+    readers: list[LogReader] = []
+    unreadable: list[str] = []
+    for folder in folders:
+        try:
+            readers.append(LogReader(folder))
+        except NotFoundError:
+            continue  # a crash came before the first line, so this life did nothing
+        except CorruptError as error:
+            unreadable.append(str(error))
+    report = audit(readers, ledger=ledger, plan=plan, learning_rate=learning_rate)
+    return report.with_failures("log", unreadable)
+
+
+class _Numbers:
+    """Which attempt each admission number belongs to, among the blocks of one life."""
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+        self._attempts: dict[int, Attempt] = {}
+        self._numbers: dict[Attempt, int] = {}
+
+    def take(self, layer: int, attempt: Attempt, number: int) -> None:
+        """``attempt`` came to ``layer`` as ``number``."""
+        if attempt not in self._numbers:
+            self._findings.count("numbers")
+        other = self._attempts.setdefault(number, attempt)
+        if other != attempt:
+            self._findings.fail("numbers", f"layer {layer} met {attempt} as number {number}, which belongs to {other}")
+        elif self._numbers.setdefault(attempt, number) != number:
+            known = self._numbers[attempt]
+            self._findings.fail(
+                "numbers", f"layer {layer} met {attempt} as number {number}, elsewhere it is number {known}"
+            )
+
+
+def _replay(block: BlockEvents, findings: Findings, rates: RateBook, numbers: _Numbers) -> Iterable[LayerAudit]:
+    """Feed each of the block's layers its records."""
+    header = block.header
+    layers = {layer: LayerAudit(layer, header, findings, rates) for layer in range(header.start, header.stop)}
+    expected = 0
+    try:
+        for sequence, event in block.records:
+            findings.count("log")
+            if sequence != expected:
+                findings.fail("log", f"{_name(header)}: record {sequence} follows record {expected - 1}")
+            expected = sequence + 1
+            layer = layers.get(event.layer)
+            if layer is None:
+                findings.fail(
+                    "log", f"{_name(header)}: record {sequence} is of layer {event.layer}, which is in another block"
+                )
+                continue
+            layer.take(event)
+            number = _number(event)
+            if number is not None:
+                numbers.take(*number)
+    except CorruptError as error:
+        findings.fail("log", str(error))
+    for layer in layers.values():
+        layer.finish()
+    return layers.values()
+
+
+def _number(event: Event) -> tuple[int, Attempt, int] | None:
+    if isinstance(event, ForwardEvent | AccumulateEvent | AbortEvent):
+        return event.layer, event.attempt, event.number
+    if isinstance(event, DropEvent) and event.number is not None:
+        return event.layer, event.attempt, event.number
+    return None
+
+
+def _name(header: LogHeader) -> str:
+    return f"log of block {header.start}-{header.stop}, life {header.life}"
+
+
+def _check_headers(
+    headers: list[LogHeader], findings: Findings, ledger: SampleLedgerSummary | None, plan: TrainingPlan | None
+) -> None:
+    if not headers:
+        findings.fail("log", "there are no logs")
+        return
+    first = headers[0]
+    job = ledger.job if ledger is not None else first.job
+    arithmetic = _arithmetic(plan if plan is not None else first.plan)
+    seen: set[tuple[int, int]] = set()
+    for header in headers:
+        if header.job != job or header.num_layers != first.num_layers:
+            findings.fail(
+                "log", f"{_name(header)} is of job {header.job} with {header.num_layers} layers, not of job {job}"
+            )
+        if _arithmetic(header.plan) != arithmetic:
+            findings.fail("log", f"{_name(header)} was written under another plan: {header.plan}")
+        again = [layer for layer in range(header.start, header.stop) if (header.life, layer) in seen]
+        if again:
+            findings.fail("log", f"{_name(header)}: layers {again} are in two logs of the same life")
+        seen.update((header.life, layer) for layer in range(header.start, header.stop))
+    missing = sorted(set(range(first.num_layers)) - {layer for _, layer in seen})
+    if missing:
+        findings.fail("log", f"there is no log of layers {missing}")
+
+
+def _arithmetic(plan: TrainingPlan) -> tuple[int, int, int]:
+    """What must stay the same when a job goes on: the number of updates may grow."""
+    return plan.num_samples, plan.batch, plan.accumulation
+
+
+def _check_chain(chain: list[LayerAudit], findings: Findings) -> None:
+    """Each life of one layer must begin at what an earlier life saved (the first one: with nothing)."""
+    for number, layer in enumerate(chain):
+        who = f"layer {layer.layer} (life {layer.header.life})"
+        restored = layer.restored
+        if restored is None:
+            continue
+        found = _saved(chain[:number], restored.version)
+        state = CutState(
+            samples=restored.samples, digest=restored.digest, applied=restored.applied, buffers=restored.buffers
+        )
+        if found is None:
+            findings.fail("lives", f"{who} begins at version {restored.version}, which no earlier life saved")
+        elif found != state:
+            findings.fail(
+                "lives",
+                f"{who} begins at version {restored.version} with other contents than were saved: "
+                f"{_difference(found, state)}",
+            )
+
+
+def _saved(chain: list[LayerAudit], version: int) -> CutState | None:
+    """The newest saved state of ``version`` that a life after ``chain`` may begin with."""
+    for layer in reversed(chain):
+        if version in layer.cuts:
+            return layer.cuts[version]
+        if layer.restored is not None and version > layer.restored.version:
+            return None  # it was passed here and not saved; what older lives had there was rewound
+    return CutState(samples=0, digest="", applied=AppliedSet(), buffers=AppliedSet()) if version == 0 else None
+
+
+def _difference(saved: CutState, found: CutState) -> str:
+    if saved.digest != found.digest:
+        return f"hash {found.digest!r} instead of {saved.digest!r}"
+    if saved.samples != found.samples:
+        return f"{found.samples} samples instead of {saved.samples}"
+    return "another set of microbatches applied" if saved.applied != found.applied else "another set of buffer writes"
+
+
+def _check_agreement(last: dict[int, LayerAudit], findings: Findings, ledger: SampleLedgerSummary | None) -> None:
+    if ledger is None:
+        findings.skip("agreement", "promised for the end of a job: there is no ledger of one")
+        return
+    if not last:
+        return
+    first = next(iter(last.values()))
+    for layer in last.values():
+        findings.count("agreement")
+        if layer.version != ledger.version:
+            findings.fail(
+                "agreement", f"layer {layer.layer} ends at version {layer.version}, the job at {ledger.version}"
+            )
+        elif not _same_members(layer.applied, first.applied):
+            findings.fail(
+                "agreement", f"layers {first.layer} and {layer.layer} end with different sets of microbatches"
+            )
+        for forward in layer.open.values():
+            findings.fail("tickets", f"layer {layer.layer}: {forward.attempt} is still open at the end of the job")
+
+
+def _same_members(one: AppliedSet, other: AppliedSet) -> bool:
+    return one.watermark == other.watermark and one.above == other.above
+
+
+def _check_ledger(last: dict[int, LayerAudit], findings: Findings, ledger: SampleLedgerSummary | None) -> None:
+    """Compare the coordinator's account with the logs'."""
+    if ledger is None:
+        findings.skip("ledger", "no ledger was given")
+        return
+    if not last:
+        return
+    if ledger.samples_leased != ledger.samples_applied + ledger.samples_dropped:
+        findings.fail(
+            "ledger",
+            f"{ledger.samples_leased} samples were leased, {ledger.samples_applied} applied and "
+            f"{ledger.samples_dropped} dropped",
+        )
+    plan = next(iter(last.values())).header.plan
+    common = AppliedSet.intersection([layer.applied for layer in last.values()])
+    lowest: dict[Microbatch, int] = {}
+    for number, layer in last.items():
+        for index in layer.applied.dropped:
+            lowest.setdefault(plan.microbatch(index), number)
+    samples = plan.samples_in(common.watermark) + sum(plan.microbatch(index).num_samples for index in common.above)
+    dropped = sum(microbatch.num_samples for microbatch in lowest)
+    findings.count("ledger", len(common))
+    if (ledger.samples_applied, ledger.samples_dropped) != (samples - dropped, dropped):
+        findings.fail(
+            "ledger",
+            f"the ledger says {ledger.samples_applied} samples applied and {ledger.samples_dropped} dropped, the logs "
+            f"{samples - dropped} and {dropped}",
+        )
+    listed = {one.microbatch: one for one in ledger.dropped}
+    for microbatch in sorted(lowest.keys() ^ listed.keys()):
+        where = "the ledger and not in the logs" if microbatch in listed else "the logs and not in the ledger"
+        findings.fail("ledger", f"{microbatch} is dropped in {where}")
+    for microbatch in sorted(lowest.keys() & listed.keys()):
+        said = listed[microbatch].missing_from
+        if said is not None and said != lowest[microbatch]:
+            findings.fail(
+                "ledger", f"{microbatch} is missing from layer {lowest[microbatch]}, the ledger says from {said}"
+            )
+
+
+def _facts(layer: int, name: str, chain: list[LayerAudit]) -> LayerFacts:
+    last = chain[-1]
+    histogram = [0] * (1 + max((max(life.staleness, default=-1) for life in chain), default=-1))
+    for life in chain:
+        for staleness, count in life.staleness.items():
+            if staleness >= 0:
+                histogram[staleness] += count
+    return LayerFacts(
+        layer=layer,
+        name=name,
+        life=last.header.life,
+        version=last.version,
+        microbatches=len(last.applied),
+        dropped=len(last.applied.dropped),
+        open_tickets=len(last.open),
+        staleness=tuple(histogram),
+    )
