@@ -1,0 +1,125 @@
+"""The gRPC side of a link: one bidirectional stream of frames, opened here or accepted here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from layerwise.address import Address, TcpAddress, UnixAddress
+from layerwise.errors import ConfigError
+from layerwise.proto.frames import MAX_FRAME_BYTES
+
+SERVICE = "layerwise.v1.Peer"
+_METHOD = "Link"
+
+Options = Sequence[tuple[str, Any]]
+
+_SIZES: Options = (
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+)
+# On TCP a larger read-ahead helps chunks of a megabyte; elsewhere the defaults are as good.
+_TCP: Options = (("grpc.http2.lookahead_bytes", 16 << 20),)
+
+TERMINAL_CODES = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+"""Answers that another attempt would get again."""
+
+
+class Stream(Protocol):
+    """Frames in both directions, in order, until it breaks (``grpc.RpcError``)."""
+
+    async def read(self) -> bytes | None:
+        """The next frame; ``None`` at the end."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Hand a frame over; returns when there is room for the next."""
+        ...
+
+    async def finish(self) -> None:
+        """No frame follows."""
+        ...
+
+
+class DialedStream:
+    """The stream that this process opened."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        call: Any = channel.stream_stream(f"/{SERVICE}/{_METHOD}")()
+        self.cancel: Callable[[], bool] = call.cancel
+        self.write: Callable[[bytes], Awaitable[None]] = call.write
+        self.finish: Callable[[], Awaitable[None]] = call.done_writing
+        self._read: Callable[[], Awaitable[Any]] = call.read
+
+    async def read(self) -> bytes | None:
+        """The next frame; ``None`` at the end."""
+        data = await self._read()
+        return None if data is grpc.aio.EOF else data
+
+
+class AcceptedStream:
+    """A stream that a peer opened."""
+
+    def __init__(self, context: Any) -> None:
+        self.write: Callable[[bytes], Awaitable[None]] = context.write
+        self._read: Callable[[], Awaitable[Any]] = context.read
+
+    async def read(self) -> bytes | None:
+        """The next frame; ``None`` at the end."""
+        data = await self._read()
+        return None if data is grpc.aio.EOF else data
+
+    async def finish(self) -> None:
+        """The end of the handler ends the stream."""
+
+
+def open_channel(address: Address) -> grpc.aio.Channel:
+    """A channel of its own for one stream; connects when first used, and fails at once when nobody answers."""
+    options = [
+        *_SIZES,
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.enable_retries", 0),
+    ]
+    if isinstance(address, UnixAddress):
+        credentials = grpc.local_channel_credentials(grpc.LocalConnectionType.UDS)
+        return grpc.aio.secure_channel(str(address), credentials, options=options)
+    return grpc.aio.insecure_channel(str(address), options=[*options, *_TCP])
+
+
+def make_server(handle: Callable[[Any, Any], Awaitable[None]]) -> grpc.aio.Server:
+    """A server (not started) whose links are served by ``handle(request_iterator, context)``."""
+    server = grpc.aio.server(options=[*_SIZES, *_TCP, ("grpc.so_reuseport", 0)])
+    method = grpc.stream_stream_rpc_method_handler(handle)  # type: ignore[arg-type]  # the stubs know generators only
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {_METHOD: method}),))
+    return server
+
+
+def bind(server: grpc.aio.Server, address: Address) -> Address:
+    """Bind ``server``; returns the address with the port that the system chose.
+
+    Raises:
+        ConfigError: the address is taken or not of this host.
+    """
+    try:
+        if isinstance(address, UnixAddress):
+            server.add_secure_port(str(address), grpc.local_server_credentials(grpc.LocalConnectionType.UDS))
+            return address
+        return TcpAddress(host=address.host, port=server.add_insecure_port(str(address)))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"can't listen on {address}: it is taken by another process or not an address of this machine;"
+            " choose another (port 0 takes a free one)"
+        ) from error

@@ -1,0 +1,539 @@
+"""All links of one process over gRPC: who is connected, what is sent, what is lost.
+
+connect(peer) ──► dialing ──► up ◄──────────────── a peer's stream is accepted
+                     │         │ stream breaks
+                     │         ▼
+                     │       down ── redialed, or accepted again, within grace_seconds ──► up (nothing lost, nothing twice)
+                     ▼         ▼
+      connect_seconds over   grace_seconds over, refused, or the peer has a new link incarnation ──► on_lost(peer), once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from layerwise.address import Address, check_may_listen, parse_address
+from layerwise.buffers import BufferPool
+from layerwise.errors import MalformedMessageError, RejectedError
+from layerwise.link import Link, LinkLost, LinkTable, Packet
+from layerwise.messages import Message
+from layerwise.proto.frames import (
+    MAX_MESSAGE_BYTES,
+    Frame,
+    FrameHeader,
+    FrameReader,
+    FrameWriter,
+    WireVersionError,
+    encode_message,
+)
+from layerwise.streams import (
+    SERVICE,
+    TERMINAL_CODES,
+    AcceptedStream,
+    DialedStream,
+    Stream,
+    bind,
+    make_server,
+    open_channel,
+)
+
+_ACKNOWLEDGE_SECONDS = 0.05
+_BACKOFF_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2)
+_MAX_PEERS = 4096
+_MAX_REASONS = 256
+
+
+class _Carrier:
+    """One stream that carries a peer's link."""
+
+    def __init__(self, stream: Stream, reader: FrameReader) -> None:
+        self.stream = stream
+        self.reader = reader
+        self.writer = FrameWriter()
+        self.wake = asyncio.Event()
+        self.bare = False
+        """A frame is due even if it carries no message."""
+        self.named = False
+        """Our name has been said on this stream."""
+        self.unacknowledged_bytes = 0
+        """Received since the last frame that left."""
+        self.farewell: FrameHeader | None = None
+        """The last frame, once the link is closed here."""
+
+
+class _Peer:
+    """A link and what carries it now."""
+
+    def __init__(self, name: str, link: Link) -> None:
+        self.name = name
+        self.link = link
+        self.address: Address | None = None
+        self.carrier: _Carrier | None = None
+        self.dialing: asyncio.Task[None] | None = None
+        self.down = asyncio.Event()
+        self.heard = False
+        self.reason = "nobody answered"
+        self.loss_timer: asyncio.TimerHandle | None = None
+        self.tick_timer: asyncio.TimerHandle | None = None
+
+
+class Transport:
+    """Links of process ``name`` on the running event loop; every method and callback is on its thread.
+
+    ``on_message(peer, message)`` gets each message once and in order; ``on_lost(peer)`` comes once when a link is gone for good (`lost_reason` says
+    why), after which the peer may be connected again. ``before_send()`` runs before each batch of frames leaves the process. An exception
+    in a callback goes to ``on_error`` (default: the loop's exception handler). ``credit_bytes`` bounds what is sent and not acknowledged on a
+    link; more waits in its outbox (`outbox_bytes`), at most ``max_outbox_bytes``, beyond which the link is given up.
+
+    The tensors of a message that is sent must not change until the peer has it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        on_message: Callable[[str, Message], None],
+        on_lost: Callable[[str], None],
+        before_send: Callable[[], None] = lambda: None,
+        on_error: Callable[[Exception], None] | None = None,
+        grace_seconds: float = 0.5,
+        connect_seconds: float = 5.0,
+        credit_bytes: int = 32 << 20,
+        max_outbox_bytes: int = 4 << 30,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        pool: BufferPool | None = None,
+    ) -> None:
+        self.name = name
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.dropped_messages = 0
+        """Messages sent to peers without a link."""
+        self._loop = asyncio.get_running_loop()
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._before_send = before_send
+        self._on_error = on_error or self._report
+        self._grace_seconds = grace_seconds
+        self._connect_seconds = connect_seconds
+        self._credit_bytes = credit_bytes
+        self._max_outbox_bytes = max_outbox_bytes
+        self._max_message_bytes = max_message_bytes
+        self._pool = pool or BufferPool()
+        self._table = LinkTable(self._new_link)
+        self._peers: dict[str, _Peer] = {}
+        self._reasons: OrderedDict[str, str] = OrderedDict()
+        self._servers: list[grpc.aio.Server] = []
+        self._hooks: list[Callable[[grpc.aio.Server], None]] = []
+        self._closings: set[asyncio.Task[Any]] = set()
+        self._flush_due = False
+        self._closed = False
+
+    # --- listening ----------------------------------------------------------------------------------------------------
+
+    def add_servicer(self, hook: Callable[[grpc.aio.Server], None]) -> None:
+        """Let ``hook`` add services to each server that `listen` makes from now on."""
+        self._hooks.append(hook)
+
+    async def listen(self, address: str, *, insecure: bool = False) -> str:
+        """Accept links at ``unix:/path`` or ``host:port``; returns the bound address (port 0 is replaced).
+
+        Raises:
+            ConfigError: no such address, or it is taken.
+            NotAllowedError: beyond this host without ``insecure``, or a unix socket in a folder open to others.
+        """
+        parsed = parse_address(address)
+        check_may_listen(parsed, insecure=insecure)
+        server = make_server(self._serve)
+        servicer: Any = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        for service in ("", SERVICE):
+            await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+        for hook in self._hooks:
+            hook(server)
+        bound = bind(server, parsed)
+        await server.start()
+        self._servers.append(server)
+        return str(bound)
+
+    # --- links --------------------------------------------------------------------------------------------------------
+
+    def connect(self, peer: str, address: str) -> None:
+        """Open a link to ``peer``; nothing happens when there is one that is up.
+
+        Raises:
+            ConfigError: the address can't be read.
+        """
+        if self._closed:
+            return
+        state = self._peers.get(peer)
+        if state is None:
+            state = self._add_peer(peer, self._table.open(peer))
+            self._arm(state, self._connect_seconds)
+        if state.dialing is None and state.carrier is None:
+            state.address = parse_address(address)
+            state.dialing = self._loop.create_task(self._dial(state), name=f"layerwise dial {peer}")
+
+    def send(self, peer: str, message: Message) -> None:
+        """Put ``message`` on the link to ``peer``. Never blocks; without a link the message is gone (`on_lost` said so).
+
+        Raises:
+            MalformedMessageError: the message can't travel (a field's type, a tensor's dtype, the size).
+        """
+        state = self._peers.get(peer)
+        if state is None:
+            self.dropped_messages += 1
+            return
+        encoded = encode_message(message)
+        packets = state.link.send(encoded, self._loop.time(), encoded.size)
+        self._flush_due = True
+        self._push(state, packets)
+        if state.link.outbox_size > self._max_outbox_bytes:
+            reason = f"{peer} does not read: {state.link.outbox_size} bytes wait for it, the limit is {self._max_outbox_bytes}"
+            self._loop.call_soon(self._lose, state, reason)
+
+    def disconnect(self, peer: str) -> None:
+        """Close the link: what was sent and has room still leaves, the other side hears `on_lost`, this side nothing."""
+        state = self._peers.get(peer)
+        if state is not None:
+            self._remove(state, f"{self.name} closed the link")
+
+    def outbox_bytes(self, peer: str) -> int:
+        """Bytes that wait for the peer's acknowledgements before they may leave."""
+        state = self._peers.get(peer)
+        return state.link.outbox_size if state else 0
+
+    def lost_reason(self, peer: str) -> str:
+        """Why the last link to ``peer`` was lost."""
+        return self._reasons.get(peer, "")
+
+    @property
+    def peers(self) -> list[str]:
+        """Names of those to whom there is a link, up or not."""
+        return list(self._peers)
+
+    async def close(self) -> None:
+        """Close all links and servers; `on_lost` is not called."""
+        self._closed = True
+        for peer in list(self._peers):
+            self.disconnect(peer)
+        if self._closings:
+            await asyncio.wait(list(self._closings), timeout=2 * self._grace_seconds)
+        await asyncio.gather(*(server.stop(0) for server in self._servers))
+        for task in list(self._closings):
+            task.cancel()
+        await asyncio.gather(*self._closings, return_exceptions=True)
+
+    # --- life of a peer -----------------------------------------------------------------------------------------------
+
+    def _new_link(self) -> Link:
+        return Link(
+            secrets.randbits(63) | 1,
+            resend_seconds=float("inf"),  # a stream loses nothing; after a break everything goes again
+            acknowledge_seconds=_ACKNOWLEDGE_SECONDS,
+            max_packets=4096,
+            max_size=self._credit_bytes,
+        )
+
+    def _add_peer(self, name: str, link: Link) -> _Peer:
+        state = self._peers[name] = _Peer(name, link)
+        self._reasons.pop(name, None)
+        return state
+
+    def _arm(self, state: _Peer, seconds: float) -> None:
+        """Give the peer up after ``seconds``, unless it is heard before."""
+        if state.loss_timer is None:
+            state.loss_timer = self._loop.call_later(seconds, self._expire, state)
+
+    def _expire(self, state: _Peer) -> None:
+        self._lose(
+            state, f"no answer from {state.name}{f' at {state.address}' if state.address else ''}: {state.reason}"
+        )
+
+    def _lose(self, state: _Peer, reason: str) -> None:
+        """End a link that can't go on, and say so once."""
+        if self._peers.get(state.name) is not state:
+            return
+        self._remove(state, reason)
+        self._reasons[state.name] = reason
+        if len(self._reasons) > _MAX_REASONS:
+            self._reasons.popitem(last=False)
+        self._call(self._on_lost, state.name)
+
+    def _remove(self, state: _Peer, farewell: str) -> None:
+        del self._peers[state.name]
+        if self._table.get(state.name) is state.link:
+            self._table.drop(state.name)
+        for timer in (state.loss_timer, state.tick_timer):
+            if timer is not None:
+                timer.cancel()
+        carrier, state.carrier = state.carrier, None
+        if carrier is not None:
+            packet = state.link.farewell(farewell)
+            carrier.farewell = FrameHeader(
+                sender=packet.sender, receiver=packet.receiver, acknowledged=packet.acknowledged, lost=farewell
+            )
+            carrier.wake.set()
+        elif state.dialing is not None:
+            state.dialing.cancel()
+
+    def _attach(self, state: _Peer, carrier: _Carrier) -> None:
+        """Let ``carrier`` carry the link from now on: all that is unacknowledged goes again."""
+        older, state.carrier = state.carrier, carrier
+        if older is not None:
+            older.farewell = None
+            older.wake.set()
+        state.down.clear()
+        self._push(state, state.link.reconnect(self._loop.time()))
+
+    def _detach(self, state: _Peer, carrier: _Carrier) -> None:
+        if state.carrier is carrier:
+            state.carrier = None
+            state.down.set()
+            if state.heard:
+                self._arm(state, self._grace_seconds)
+
+    # --- streams ------------------------------------------------------------------------------------------------------
+
+    async def _dial(self, state: _Peer) -> None:
+        """Keep a stream to the peer's address as long as the link lives."""
+        self._track()
+        assert state.address is not None
+        for attempt in itertools.count():
+            if state.carrier is None:
+                await self._dial_once(state, state.address)
+            if self._peers.get(state.name) is not state:
+                return
+            if state.carrier is not None:  # the peer reached us meanwhile
+                await state.down.wait()
+            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
+
+    async def _dial_once(self, state: _Peer, address: Address) -> None:
+        channel = open_channel(address)
+        stream = DialedStream(channel)
+        carrier = self._carrier(stream)
+        self._attach(state, carrier)
+        try:
+            await self._carry(state, carrier)
+        except grpc.RpcError as error:
+            state.reason = _status_text(error)
+            if isinstance(error, grpc.aio.AioRpcError) and error.code() in TERMINAL_CODES:
+                self._lose(state, f"{state.name} at {address} refused the link: {state.reason}")
+        except RejectedError as error:
+            self._lose(state, f"{state.name} at {address} can't be understood: {error}")
+        finally:
+            stream.cancel()
+            self._detach(state, carrier)
+            await channel.close()
+
+    async def _serve(self, request_iterator: Any, context: Any) -> None:
+        """Handle one stream that a peer opened."""
+        stream = AcceptedStream(context)
+        carrier = self._carrier(stream)
+        try:
+            data = await asyncio.wait_for(stream.read(), self._connect_seconds)
+            if data is None:
+                return
+            frame = carrier.reader.read(data)
+            state = await self._admit(frame, stream, context)
+            if state is None:
+                return
+            self._attach(state, carrier)
+            try:
+                self._take(state, carrier, frame, len(data))
+                await self._carry(state, carrier)
+            except grpc.RpcError as error:
+                state.reason = _status_text(error)
+            finally:
+                self._detach(state, carrier)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was said on this stream")
+        except WireVersionError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except MalformedMessageError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _admit(self, frame: Frame, stream: AcceptedStream, context: Any) -> _Peer | None:
+        """The peer to whose link the stream's first frame belongs; ``None``: the stream was answered."""
+        header = frame.header
+        if not header.name or header.lost:
+            raise MalformedMessageError("the first frame of a stream must say its sender's name")
+        packet = Packet(sender=header.sender, receiver=header.receiver, acknowledged=0)
+        state = self._peers.get(header.name)
+        if self._closed or (state is None and len(self._peers) >= _MAX_PEERS):
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self.name} takes no more links")
+        if state is not None and state.dialing is not None and self.name < header.name:
+            if state.link.peer_incarnation in (0, header.sender):
+                # Both have dialed: the stream of the smaller name is kept.
+                await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{self.name} is opening this link itself")
+        admission = self._table.admit(header.name, packet)
+        if admission.refusal is not None or admission.link is None:
+            writer = FrameWriter()
+            reason = admission.refusal.lost if admission.refusal else "no such link"
+            answer = FrameHeader(sender=header.receiver or 1, receiver=header.sender, acknowledged=0, lost=reason)
+            await stream.write(writer.next_frame(answer))
+            return None
+        if admission.lost and state is not None:
+            self._lose(state, f"{header.name}: {admission.lost}")
+        if self._table.get(header.name) is not admission.link:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self.name} has closed this link")
+        return self._peers.get(header.name) or self._add_peer(header.name, admission.link)
+
+    def _carrier(self, stream: Stream) -> _Carrier:
+        return _Carrier(stream, FrameReader(self._pool, max_message_bytes=self._max_message_bytes))
+
+    async def _carry(self, state: _Peer, carrier: _Carrier) -> None:
+        """Move frames both ways until the stream ends or the link leaves it.
+
+        Raises:
+            grpc.RpcError: the stream broke.
+            RejectedError: the peer sent what can't be understood.
+        """
+        self._track()
+        reading = self._loop.create_task(self._read(state, carrier), name=f"layerwise read {state.name}")
+        writing = self._loop.create_task(self._write(state, carrier), name=f"layerwise write {state.name}")
+        try:
+            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            if writing.done() and not reading.done() and writing.exception() is None:
+                await asyncio.wait(
+                    (reading,), timeout=self._grace_seconds
+                )  # the peer has still to read our last frames
+            for task in (reading, writing):
+                if task.done():
+                    task.result()
+        finally:
+            reading.cancel()
+            writing.cancel()
+            await asyncio.gather(reading, writing, return_exceptions=True)
+
+    async def _read(self, state: _Peer, carrier: _Carrier) -> None:
+        while (data := await carrier.stream.read()) is not None:
+            if state.carrier is carrier:
+                self._take(state, carrier, carrier.reader.read(data), len(data))
+
+    async def _write(self, state: _Peer, carrier: _Carrier) -> None:
+        writer = carrier.writer
+        while True:
+            if writer.empty and not carrier.bare:
+                if state.carrier is not carrier:
+                    break
+                carrier.wake.clear()
+                await carrier.wake.wait()
+                continue
+            if self._flush_due:
+                self._flush_due = False
+                self._before_send()
+            link = state.link
+            header = FrameHeader(
+                sender=link.incarnation,
+                receiver=link.peer_incarnation,
+                acknowledged=link.acknowledged,
+                name="" if carrier.named else self.name,
+            )
+            data = writer.next_frame(header)
+            carrier.named, carrier.bare, carrier.unacknowledged_bytes = True, False, 0
+            self.sent_bytes += len(data)
+            await carrier.stream.write(data)
+        if carrier.farewell is not None and carrier.named:
+            await carrier.stream.write(writer.next_frame(carrier.farewell))
+        await carrier.stream.finish()
+
+    # --- frames -------------------------------------------------------------------------------------------------------
+
+    def _take(self, state: _Peer, carrier: _Carrier, frame: Frame, num_bytes: int) -> None:
+        """Hand the messages of a frame on, each once."""
+        self.received_bytes += num_bytes
+        carrier.unacknowledged_bytes += num_bytes
+        header, link, now = frame.header, state.link, self._loop.time()
+        try:
+            if header.lost:
+                link.receive(
+                    Packet(sender=header.sender, receiver=header.receiver, acknowledged=0, lost=header.lost), now
+                )
+                return
+            if not state.heard or state.loss_timer is not None:
+                self._on_heard(state)
+            for sequence, message in frame.messages or _NOTHING:
+                packet = Packet(
+                    sender=header.sender,
+                    receiver=header.receiver,
+                    acknowledged=header.acknowledged,
+                    sequence=sequence,
+                    message=message,
+                )
+                for one in link.receive(packet, now):
+                    self._call(self._on_message, state.name, one)
+                    if self._peers.get(state.name) is not state:
+                        return
+        except LinkLost as error:
+            self._lose(state, f"{state.name} gave the link up: {error}")
+            return
+        if carrier.unacknowledged_bytes >= self._credit_bytes // 4:
+            link.acknowledge_now(now)
+        self._tick(state)
+
+    def _on_heard(self, state: _Peer) -> None:
+        state.heard = True
+        if state.loss_timer is not None:
+            state.loss_timer.cancel()
+            state.loss_timer = None
+
+    def _tick(self, state: _Peer) -> None:
+        """Send what an acknowledgement has made room for, and our own acknowledgement when it is due."""
+        now = self._loop.time()
+        self._push(state, state.link.tick(now))
+        due = state.link.due
+        if state.tick_timer is None and due != float("inf"):
+            state.tick_timer = self._loop.call_at(due, self._on_tick_timer, state)
+
+    def _on_tick_timer(self, state: _Peer) -> None:
+        state.tick_timer = None
+        self._tick(state)
+
+    def _push(self, state: _Peer, packets: list[Packet]) -> None:
+        carrier = state.carrier
+        if carrier is None or not packets:
+            return  # without a stream nothing is lost: `Link.reconnect` gives it again
+        for packet in packets:
+            if packet.sequence:
+                carrier.writer.add(packet.sequence, packet.message)
+            else:
+                carrier.bare = True
+        carrier.wake.set()
+
+    # --- callbacks ----------------------------------------------------------------------------------------------------
+
+    def _call(self, callback: Callable[..., None], *arguments: Any) -> None:
+        try:
+            callback(*arguments)
+        except Exception as error:  # a bug in a role must not look like a broken stream
+            self._on_error(error)
+
+    def _report(self, error: Exception) -> None:
+        self._loop.call_exception_handler({"message": f"a callback of {self.name} failed: {error}", "exception": error})
+
+    def _track(self) -> None:
+        """Let `close` wait for the current task."""
+        task = asyncio.current_task()
+        assert task is not None
+        if task not in self._closings:
+            self._closings.add(task)
+            task.add_done_callback(self._closings.discard)
+
+
+_NOTHING: list[tuple[int, Any]] = [(0, None)]
+"""A frame without messages still acknowledges."""
+
+
+def _status_text(error: grpc.RpcError) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.details() or error.code().name
+    return str(error)

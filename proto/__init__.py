@@ -1,0 +1,9 @@
+"""The wire: `layerwise.proto`, the code generated from it, and the only places that know that code.
+
+Importing this needs neither torch nor gRPC.
+"""
+
+from layerwise.proto.convert import message_from_proto, message_to_proto
+from layerwise.proto.frames import WIRE_VERSION, WireVersionError
+
+__all__ = ["WIRE_VERSION", "WireVersionError", "message_from_proto", "message_to_proto"]
