@@ -96,12 +96,12 @@ def audit(
     """Check every promise against the records of ``blocks``: all blocks and all lives of one job, in any order.
 
     With ``ledger`` the job is taken to be at its end: all layers must agree with each other and with it. ``plan`` is
-    what the logs must have been written under; ``learning_rate(samples_before, staleness)`` what each update must
-    have used. Contradictions are in the report; nothing is raised for them.
+    what the logs must have been written under; ``learning_rate(layer, samples_before, staleness)`` what each update
+    must have used. Contradictions are in the report; nothing is raised for them.
     """
     every = sorted(blocks, key=lambda block: (block.header.life, block.header.start))
     findings = Findings()
-    rates = RateBook(learning_rate)
+    rates = RateBook(findings, learning_rate)
     lives: dict[int, list[LayerAudit]] = {}
     names: dict[int, str] = {}
     numbers: dict[int, _Numbers] = {}
@@ -111,6 +111,7 @@ def audit(
         for layer in _replay(block, findings, rates, numbers.setdefault(header.life, _Numbers(findings))):
             lives.setdefault(layer.layer, []).append(layer)
     _check_headers([block.header for block in every], findings, ledger, plan)
+    rates.finish()
     for chain in lives.values():
         _check_chain(chain, findings)
     last = {layer: chain[-1] for layer, chain in sorted(lives.items())}

@@ -18,7 +18,7 @@ CLAIMS: dict[str, str] = {
     "buffers": "buffers are written once for each microbatch and layer",
     "staleness-identity": "applied + dropped + aborted + open ages equal the tickets left open over all updates",
     "staleness-bound": "no gradient is staler than was promised, and updates say the largest staleness of theirs",
-    "learning-rates": "equal sample counts and staleness give equal learning rates on every layer",
+    "learning-rates": "learning rates follow from sample counts and staleness, on every layer alike",
     "position-order": "where position order was promised, each update is made of exactly the plan's microbatches",
     "agreement": "all layers end at one version, with the same microbatches",
     "ledger": "samples leased = applied + dropped, and the logs say the same",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isclose, isfinite
+from statistics import median_low
 
 from layerwise.applied import AppliedSet
 from layerwise.audit_report import Findings
@@ -27,8 +28,10 @@ from layerwise.events import (
 )
 from layerwise.ids import Attempt
 
-LearningRate = Callable[[int, int], float]
-"""``learning_rate(samples_before, staleness)`` is what an update must use."""
+LearningRate = Callable[[int, int, int], float]
+"""``learning_rate(layer, samples_before, staleness)`` is what an update must use."""
+
+_SAME_RATIO = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,23 +46,49 @@ class CutState:
 
 @dataclass(slots=True)
 class RateBook:
-    """The learning rate of each (samples before, staleness) that any layer used, with the layer that used it first."""
+    """The learning rate of each (samples before, staleness) on each layer, over all lives.
 
+    Layers may have base rates of their own, as when an optimizer treats matrices and vectors differently; what the
+    schedule and the delay policy make of them must be the same on every layer.
+    """
+
+    findings: Findings
     expected: LearningRate | None = None
-    seen: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
+    rates: dict[int, dict[tuple[int, int], float]] = field(default_factory=dict)
 
-    def contradiction(self, event: UpdateEvent, rate: float) -> str | None:
-        """Why ``event`` can't have used ``rate``."""
-        key = (event.samples_before, event.staleness)
-        first, layer = self.seen.setdefault(key, (rate, event.layer))
-        where = f"layer {event.layer} made version {event.version} with learning rate {rate!r}"
+    def take(self, event: UpdateEvent, rate: float) -> None:
+        """``event``'s step used ``rate``."""
+        layer, key = event.layer, (event.samples_before, event.staleness)
+        where = f"layer {layer} made version {event.version} with learning rate {rate!r}"
+        known = self.rates.setdefault(layer, {}).setdefault(key, rate)
         if not isfinite(rate) or rate < 0:
-            return f"{where}, which is no learning rate"
-        if self.expected is not None and rate != self.expected(*key):
-            return f"{where}; after {key[0]} samples at staleness {key[1]} it must be {self.expected(*key)!r}"
-        if rate != first:
-            return f"{where}; layer {layer} used {first!r} after as many samples ({key[0]}) and staleness ({key[1]})"
-        return None
+            self.findings.fail("learning-rates", f"{where}, which is no learning rate")
+        elif event.gradients == 0:
+            self.findings.fail("learning-rates", f"{where}, but there was no gradient to step with")
+        elif self.expected is not None and rate != self.expected(layer, *key):
+            self.findings.fail("learning-rates", f"{where}; {_after(key)} it must be {self.expected(layer, *key)!r}")
+        elif rate != known:
+            self.findings.fail("learning-rates", f"{where}; {_after(key)} an earlier life used {known!r}")
+
+    def finish(self) -> None:
+        """Compare the layers with each other."""
+        layers = sorted(self.rates)
+        for layer in layers[1:]:
+            first, mine = self.rates[layers[0]], self.rates[layer]
+            shared = sorted(first.keys() & mine.keys())
+            ratios = [mine[key] / first[key] for key in shared if first[key] > 0]
+            usual = median_low(ratios) if ratios else 1.0
+            for key in shared:
+                if not isclose(mine[key], usual * first[key], rel_tol=_SAME_RATIO):
+                    self.findings.fail(
+                        "learning-rates",
+                        f"layer {layer} used learning rate {mine[key]!r} {_after(key)}; as layer {layers[0]} used "
+                        f"{first[key]!r}, it must be {usual * first[key]!r}",
+                    )
+
+
+def _after(key: tuple[int, int]) -> str:
+    return f"after {key[0]} samples at staleness {key[1]}"
 
 
 class LayerAudit:
@@ -248,7 +277,8 @@ class LayerAudit:
                 f"{self._who}: the update to version {event.version} says that it left {event.open_tickets} tickets "
                 f"open, {len(self.open)} were",
             )
-        self._check_rate(event)
+        if event.learning_rate is not None:
+            self._rates.take(event, event.learning_rate)
         self._check_order(event)
         self.version, self._revision, self._digest = event.version, event.revision, event.digest
         self._samples += self._update_samples
@@ -267,16 +297,6 @@ class LayerAudit:
         self.cuts[event.version] = CutState(
             samples=self._samples, digest=event.digest, applied=self.applied.copy(), buffers=self._buffers.copy()
         )
-
-    def _check_rate(self, event: UpdateEvent) -> None:
-        if event.learning_rate is None:
-            return
-        if event.gradients == 0:
-            sentence: str | None = f"{self._who} made a step without gradients, to version {event.version}"
-        else:
-            sentence = self._rates.contradiction(event, event.learning_rate)
-        if sentence:
-            self._findings.fail("learning-rates", sentence)
 
     def _check_order(self, event: UpdateEvent) -> None:
         if not self._ordered:
