@@ -1,0 +1,474 @@
+"""A block of layers on one device: forward, backward, cuts and evaluation, in the calling thread.
+
+forward   x ─► layer 4 ─► layer 5 ─► layer 6 ─► outputs (or, in the last block, the loss)
+               ticket      ticket     ticket        each layer with a graph of its own, kept in the activation store
+backward  dx ◄─ layer 4 ◄─ layer 5 ◄─ layer 6 ◄─ gradient of the outputs
+               update?     update?    update?       each gradient is taken in before the layer below begins
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from layerwise.backward import walk_backward
+from layerwise.cut_shelf import CutShelf
+from layerwise.device import HostTransfers
+from layerwise.errors import NotOwnerError, RejectedError, WrongLifeError
+from layerwise.events import WeightMode
+from layerwise.gradient_sum import Gradients
+from layerwise.ids import Attempt, Microbatch
+from layerwise.kept_pass import ActivationStore, KeptPass, tensor_bytes
+from layerwise.layer import TrainedLayer
+from layerwise.layer_compute import LayerPass, Precision
+from layerwise.messages import DetachedTask, LayerReport, LayerRevision, Metric, NamedTensors, Tensors
+from layerwise.plan import TrainingPlan
+from layerwise.tasks import (
+    ApplyTask,
+    BackwardResult,
+    BackwardTask,
+    EvaluateResult,
+    EvaluateTask,
+    ForwardResult,
+    ForwardTask,
+    Steps,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Head(Protocol):
+    """What follows the last layer: the loss, and metrics that are only looked at."""
+
+    def loss(self, outputs: Tensors, targets: Tensors) -> torch.Tensor:
+        """The mean loss over the samples, a 0-d tensor."""
+        ...
+
+    def metrics(self, outputs: Tensors, targets: Tensors) -> tuple[Metric, ...]:
+        """Additive metrics of these samples."""
+        ...
+
+
+class Block:
+    """Implements `layerwise.tasks.BlockCompute` with torch.
+
+    Methods may run on several slot threads at once; the layers' locks and the activation store's guard what they share.
+
+    ``mode`` is how backward passes get their weights. ``head`` is there in the last block only. ``trainable_below``:
+    some layer of an earlier block has trainable parameters, so an input gradient is of use.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[TrainedLayer],
+        plan: TrainingPlan,
+        shelf: CutShelf,
+        *,
+        mode: WeightMode,
+        head: Head | None,
+        trainable_below: bool,
+        transfers: HostTransfers | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.shelf = shelf
+        self.mode = mode
+        self._plan = plan
+        self._head = head
+        self._trainable_below = trainable_below
+        self._transfers = transfers if transfers is not None else HostTransfers()
+        self._precision = precision if precision is not None else Precision()
+        self._store = ActivationStore()
+        self._cuts: set[int] = set()
+        for layer in self.layers:
+            if layer.recomputes and mode is WeightMode.LATEST:
+                log.info(
+                    "layer %d (%s) computes with weights derived from its parameters: its backward passes run its forward again",
+                    layer.index,
+                    layer.module.name,
+                )
+
+    @property
+    def start(self) -> int:
+        """First layer of the block."""
+        return self.layers[0].index
+
+    @property
+    def stop(self) -> int:
+        """One past the last layer."""
+        return self.layers[-1].index + 1
+
+    @property
+    def store_bytes(self) -> int:
+        """Bytes in the activation store."""
+        return self._store.num_bytes
+
+    def lacking(self, index: int) -> tuple[int, ...]:
+        """The block's layers that have neither applied nor dropped microbatch ``index``."""
+        return tuple(layer.index for layer in self.layers if layer.ledger.lacks(index))
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, task: ForwardTask) -> Steps[ForwardResult]:
+        """Open a ticket on every lacking layer, run, and keep what the backward pass needs.
+
+        On an error the tickets opened are aborted and nothing is kept.
+        """
+        inputs = self._transfers.load(task.inputs)
+        targets = task.targets if self._head is None else self._transfers.load(task.targets)
+        lacking = self.lacking(self._plan.index(task.attempt.microbatch)) if task.keep else ()
+        kept = KeptPass(
+            attempt=task.attempt,
+            number=task.number,
+            inputs=inputs,
+            targets=targets,
+            input_gradient=task.input_gradient and self._trainable_below,
+            tickets=frozenset(lacking),
+        )
+        try:
+            outputs = yield from self._forward_layers(kept, keep=task.keep)
+            result = self._finish_forward(kept, outputs)
+        except BaseException:
+            for layer in self.layers:
+                if layer.index in kept.tickets:
+                    layer.abort(task.attempt)
+            self._unstash(kept)
+            raise
+        if task.keep:
+            kept.num_bytes = self._kept_bytes(kept)
+            self._store.put(kept)
+        return result
+
+    def _forward_layers(self, kept: KeptPass, *, keep: bool) -> Steps[Tensors]:
+        attempt, tickets = kept.attempt, kept.tickets
+        again = self.mode is WeightMode.RECOMPUTE
+        stash = self.mode is WeightMode.STASHED
+        flowing = kept.input_gradient
+        flows: list[bool] | None = None
+        values = kept.inputs
+        for layer in self.layers:
+            with self._transfers.computing():
+                compute = layer.compute
+                leaves = compute.prepare(values, gradient=flowing and not again, flows=flows)
+                wanted = bool(compute.differentiated(tickets)[0])
+                graph = (wanted or flowing) and not again and not layer.recomputes
+                one = layer.forward(leaves, attempt, kept.number, tickets=tickets, graph=graph, stash=stash)
+                assert one.outputs is not None
+                kept.buffers.append(one.buffers)
+                if one.stashed is not None:
+                    kept.stashed.append(one)
+                values = one.outputs
+                flowing = flowing or wanted
+                if layer.recomputes and not again:
+                    flows = None
+                    one.outputs = None
+                elif not again:
+                    flows = [item is not None and item.requires_grad for item in values.items]
+                    if not graph:
+                        one.outputs = None
+                if keep and not again:
+                    kept.passes.append(one)
+            yield
+        return values
+
+    def _finish_forward(self, kept: KeptPass, outputs: Tensors) -> ForwardResult:
+        with self._transfers.computing():
+            if self._head is None:
+                detached = Tensors(
+                    tuple(None if one is None else one.detach() for one in outputs.items), outputs.single
+                )
+                return ForwardResult(outputs=self._transfers.unload(detached))
+            loss, head = self._loss(outputs, kept.targets, graph=bool(kept.passes))
+            if kept.passes:
+                kept.head, kept.loss = head, loss
+            with torch.no_grad():
+                metrics = self._head.metrics(head, kept.targets)
+            return ForwardResult(outputs=None, loss=float(loss), metrics=metrics)
+
+    def _loss(self, outputs: Tensors, targets: Tensors, *, graph: bool) -> tuple[torch.Tensor, Tensors]:
+        assert self._head is not None
+        leaves = []
+        for one in outputs.items:
+            leaf = None if one is None else one.detach()
+            if leaf is not None and graph and (leaf.is_floating_point() or leaf.is_complex()):
+                leaf.requires_grad_()
+            leaves.append(leaf)
+        head = Tensors(tuple(leaves), outputs.single)
+        with torch.set_grad_enabled(graph), self._precision.context():
+            return self._head.loss(head, targets), head
+
+    def _kept_bytes(self, kept: KeptPass) -> int:
+        num_bytes = tensor_bytes(kept.inputs) + tensor_bytes(kept.targets)
+        share = kept.attempt.microbatch.num_samples / self._plan.microbatch_samples
+        for one, layer in zip(kept.passes, self.layers, strict=False):
+            num_bytes += int(layer.activation_bytes * share) if one.outputs is not None else 0
+        if kept.head is not None:
+            num_bytes += tensor_bytes(kept.head)
+        return num_bytes
+
+    # --- backward -----------------------------------------------------------------------------------------------------
+
+    def backward(self, task: BackwardTask) -> Steps[BackwardResult]:
+        """Apply each layer's gradient as soon as it exists; free what was kept.
+
+        Raises:
+            RejectedError: nothing is kept of the attempt, or a layer's ticket was closed meanwhile.
+        """
+        kept = self._store.pop(task.attempt)
+        if kept is None:
+            raise RejectedError(f"nothing is kept of {task.attempt} here: it was aborted, finished, or never came")
+        try:
+            if not kept.passes:
+                yield from self._forward_again(kept)
+            with self._transfers.computing():
+                gradients = self._output_gradients(kept, task.gradients)
+            mode = self.mode
+            layers, start, attempt = self.layers, self.start, task.attempt
+
+            def sink(forward: LayerPass, found: Gradients, read: int) -> None:
+                layer = layers[forward.index - start]
+                used = WeightMode.RECOMPUTE if layer.recomputes and mode is WeightMode.LATEST else mode
+                layer.take(attempt, found, read=read, mode=used)
+
+            walk = walk_backward(kept.passes, gradients, sink)
+            while True:
+                with self._transfers.computing():
+                    try:
+                        next(walk)
+                    except StopIteration as end:
+                        flowing: tuple[torch.Tensor | None, ...] = end.value
+                        break
+                yield
+        finally:
+            self._unstash(kept)
+        if not kept.input_gradient:
+            return BackwardResult(gradients=None)
+        with self._transfers.computing():
+            return BackwardResult(gradients=self._transfers.unload(Tensors(flowing, kept.inputs.single)))
+
+    def _forward_again(self, kept: KeptPass) -> Steps[None]:
+        """Build the graphs that were not kept, with the weights of now and the buffers as they were read."""
+        flowing = kept.input_gradient
+        flows: list[bool] | None = None
+        values = kept.inputs
+        for layer, buffers in zip(self.layers, kept.buffers, strict=True):
+            with self._transfers.computing():
+                leaves = layer.compute.prepare(values, gradient=flowing, flows=flows)
+                one = layer.again(leaves, buffers, kept.attempt, kept.tickets)
+                assert one.outputs is not None
+                kept.passes.append(one)
+                values = one.outputs
+                flows = [item is not None and item.requires_grad for item in values.items]
+                flowing = flowing or bool(one.parameters)
+            yield
+        if self._head is not None:
+            with self._transfers.computing():
+                kept.loss, kept.head = self._loss(values, kept.targets, graph=True)
+
+    def _output_gradients(self, kept: KeptPass, gradients: Tensors | None) -> Sequence[torch.Tensor | None]:
+        if kept.loss is not None and kept.head is not None:
+            items = kept.head.items
+            loss, kept.loss, kept.head = kept.loss, None, None
+            return loss_gradients(loss, items)
+        if gradients is None:
+            raise RejectedError(f"backward of {kept.attempt} refused: the gradient of the block's outputs is missing")
+        last = kept.passes[-1]
+        if all(one is None for one in gradients.items):
+            # Nobody below may be told how many outputs there were: nothing flows.
+            return (None,) * (len(gradients.items) if last.outputs is None else len(last.outputs.items))
+        return self._transfers.load(gradients).items
+
+    def _unstash(self, kept: KeptPass) -> None:
+        for forward in kept.stashed:
+            self._layer(forward.index).unstash(forward)
+        kept.stashed.clear()
+
+    # --- detached workers ---------------------------------------------------------------------------------------------
+
+    def detach(self, task: BackwardTask, job: str, life: int, have: tuple[LayerRevision, ...]) -> DetachedTask:
+        """The task, made whole for a worker that holds ``have``; what was kept stays until `release`."""
+        kept = self._store.get(task.attempt)
+        held = {one.layer: one.revision for one in have if one.life == life}
+        states = [layer.pull(held.get(layer.index)) for layer in self.layers]
+        host = self._transfers
+        return DetachedTask(
+            job=job,
+            attempt=task.attempt,
+            number=task.number,
+            life=life,
+            inputs=host.unload(kept.inputs),
+            targets=host.unload(kept.targets) if self._head is not None else None,
+            gradients=task.gradients,
+            buffers=tuple(
+                (layer.index, _named(host, layer.module.buffer_names, buffers))
+                for layer, buffers in zip(self.layers, kept.buffers, strict=True)
+            ),
+            lacking=tuple(sorted(kept.tickets)),
+            input_gradient=kept.input_gradient,
+            states=tuple(state for state in states if state is not None),
+        )
+
+    def apply(self, task: ApplyTask) -> Steps[None]:
+        """Take in a pushed gradient; a repeat changes nothing.
+
+        Raises:
+            WrongLifeError: it is from another life of the layer; nothing was changed.
+            NotOwnerError: the layer is in another block.
+            RejectedError: its ticket is not open, or its tensors are not the layer's.
+        """
+        push = task.push
+        layer = self._layer(push.layer)
+        if push.life != layer.ledger.life:
+            raise WrongLifeError(
+                f"gradient for layer {push.layer} refused: it is from life {push.life}, the layer is in life "
+                f"{layer.ledger.life}; fetch the layer again"
+            )
+        gradients = self._pushed(layer, push.gradients)
+        with self._transfers.computing():
+            layer.take(push.attempt, gradients, read=push.read, mode=WeightMode.RECOMPUTE)
+        return
+        yield
+
+    def _pushed(self, layer: TrainedLayer, named: NamedTensors) -> Gradients:
+        owned = layer.compute.owned
+        if named.names != tuple(owned):
+            raise RejectedError(
+                f"gradient for layer {layer.index} refused: it names {named.names}, the layer's trainable parameters "
+                f"are {tuple(owned)}"
+            )
+        for (name, parameter), gradient in zip(owned.items(), named.items, strict=True):
+            if gradient is not None and gradient.shape != parameter.shape:
+                raise RejectedError(
+                    f"gradient for layer {layer.index} refused: {name} has shape {tuple(gradient.shape)}, the "
+                    f"parameter {tuple(parameter.shape)}"
+                )
+        return self._transfers.load(Tensors(named.items, single=False)).items
+
+    def release(self, attempt: Attempt) -> None:
+        """Free what ``attempt`` keeps, once a detached worker has finished it."""
+        kept = self._store.pop(attempt)
+        if kept is not None:
+            self._unstash(kept)
+
+    # --- abort, drop --------------------------------------------------------------------------------------------------
+
+    def abort(self, attempt: Attempt) -> None:
+        """Free what ``attempt`` keeps and abort its open tickets."""
+        self.release(attempt)
+        for layer in self.layers:
+            layer.abort(attempt)
+
+    def drop(self, attempt: Attempt, reason: str) -> int | None:
+        """Put tombstones in every layer that still lacks the microbatch; gives the lowest such layer."""
+        self.release(attempt)
+        dropped = [layer.index for layer in self.layers if layer.drop(attempt, reason)]
+        return min(dropped, default=None)
+
+    # --- evaluation and cuts ------------------------------------------------------------------------------------------
+
+    def evaluate(self, task: EvaluateTask) -> Steps[EvaluateResult]:
+        """Run the cut's copy in evaluation mode; ``NotFoundError`` when it is not held."""
+        copies = self.shelf.get(task.version)
+        owners = {
+            (copy.layer, position): tensor
+            for copy, layer in zip(copies, self.layers, strict=True)
+            for position, tensor in enumerate(copy.parameters[name] for name in layer.compute.owned)
+        }
+        samples = Microbatch(0, task.start, task.stop)
+        values = self._transfers.load(task.inputs)
+        for copy, layer in zip(copies, self.layers, strict=True):
+            foreign = {id(parameter): owners[where] for parameter, where in layer.compute.foreign}
+            parameters = [
+                foreign[id(parameter)] if id(parameter) in foreign else copy.parameters.get(name, parameter)
+                for name, parameter in layer.module.parameters.items()
+            ]
+            with self._transfers.computing():
+                values = layer.compute.evaluate(values, samples, parameters, tuple(copy.buffers.values()))
+            yield
+        with self._transfers.computing(), torch.no_grad():
+            if self._head is None:
+                return EvaluateResult(outputs=self._transfers.unload(values))
+            targets = self._transfers.load(task.targets)
+            loss, _ = self._loss(values, targets, graph=False)
+            count = float(task.stop - task.start)
+            return EvaluateResult(
+                outputs=None,
+                loss=Metric(name="loss", total=float(loss) * count, count=count),
+                metrics=self._head.metrics(values, targets),
+            )
+
+    def cut_at(self, version: int) -> None:
+        """Every layer copies itself at the update that reaches ``version`` (at once where it is there already).
+
+        Repeats do nothing.
+        """
+        if version in self._cuts:
+            return
+        self._cuts.add(version)
+        for layer in self.layers:
+            layer.cut_at(version, self.shelf.put)
+
+    def hold_cut(self, version: int) -> None:
+        """Keep the copy of ``version`` in memory after it is saved."""
+        self.shelf.hold(version)
+
+    def release_cut(self, version: int) -> None:
+        """Let copies of versions up to ``version`` go once they are saved."""
+        self.shelf.release(version)
+
+    # --- reports ------------------------------------------------------------------------------------------------------
+
+    def report(self) -> tuple[LayerReport, ...]:
+        """Totals of each layer."""
+        return tuple(layer.report() for layer in self.layers)
+
+    def first_not_finite(self, attempt: Attempt) -> int | None:
+        """The first layer whose output for ``attempt`` is not finite.
+
+        -1: the block's input already was not; ``None``: all finite. Outputs that were not kept are computed again,
+        with the weights that are there now.
+        """
+        kept = self._store.get(attempt)
+        if not _finite(kept.inputs):
+            return -1
+        made = {one.index: one.outputs for one in kept.passes if one.outputs is not None}
+        values = kept.inputs
+        for layer, buffers in zip(self.layers, kept.buffers, strict=True):
+            found = made.get(layer.index)
+            if found is None:
+                compute = layer.compute
+                with self._transfers.computing(), compute.guard(exchanges=layer.module.may_write_buffers):
+                    found = compute.run(values, attempt.microbatch, graph=False, buffers=buffers)
+            if not _finite(found):
+                return layer.index
+            values = found
+        return None
+
+    def _layer(self, index: int) -> TrainedLayer:
+        if not self.start <= index < self.stop:
+            raise NotOwnerError(f"layer {index} is not in the block of layers {self.start} to {self.stop - 1}")
+        return self.layers[index - self.start]
+
+
+def loss_gradients(loss: torch.Tensor, items: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+    """The gradient of ``loss`` for each of ``items`` (leaves; ``None`` for those that can't have one)."""
+    leaves = {id(one): one for one in items if one is not None and one.requires_grad}
+    if not leaves or not loss.requires_grad:
+        return (None,) * len(items)
+    found = dict(zip(leaves, torch.autograd.grad([loss], list(leaves.values()), allow_unused=True), strict=True))
+    return tuple(found.pop(id(one), None) for one in items)
+
+
+def _named(host: HostTransfers, names: tuple[str, ...], items: tuple[torch.Tensor, ...]) -> NamedTensors:
+    return NamedTensors(names, host.unload(Tensors(items, single=False)).items)
+
+
+def _finite(tensors: Tensors) -> bool:
+    return all(
+        bool(torch.isfinite(one).all())
+        for one in tensors.items
+        if one is not None and (one.is_floating_point() or one.is_complex())
+    )

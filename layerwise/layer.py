@@ -1,0 +1,389 @@
+"""One layer of a shard: weights that move, an optimizer, a ledger, and copies at the cuts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from layerwise.events import WeightMode
+from layerwise.gradient_sum import Gradients, GradientSum
+from layerwise.ids import Attempt
+from layerwise.layer_compute import LayerCompute, LayerPass
+from layerwise.layer_ledger import Intake, LayerLedger, LedgerState, UpdateDecision
+from layerwise.messages import LayerReport, LayerRevision, LayerState, NamedTensors, Tensors
+from layerwise.optimizers import BASE_LR, load_optimizer_state, optimizer_state
+from layerwise.plan import TrainingPlan
+from layerwise.policies import DelayPolicy
+from layerwise.state_hash import state_hash
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCopy:
+    """A layer at one version, whole: nothing in it changes any more.
+
+    ``parameters`` and ``buffers`` are by name in the module's order, ``parameters`` without those that a lower layer
+    owns; ``moments`` are the optimizer's tensors as ``parameter/key``.
+    """
+
+    layer: int
+    life: int
+    state: LedgerState
+    parameters: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+    moments: Mapping[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class _Stash:
+    """Copies of a layer's parameters at one version, and how many passes still need them."""
+
+    copies: tuple[torch.Tensor, ...]
+    by_parameter: dict[int, torch.Tensor]
+    passes: int = 0
+
+
+class TrainedLayer:
+    """A layer that takes gradients in. Every method may be called from any thread.
+
+    ``compute.lock`` guards the tensors: shared while a pass reads them, alone while they change. The ledger is
+    touched under the lock held alone, or under it held shared together with a small mutex of its own.
+
+    The optimizer steps on aliases of the parameters (same memory, no shared version counter), so a graph that is
+    still waiting for its backward pass is not refused: it reads the weights that are there then.
+    """
+
+    def __init__(
+        self,
+        compute: LayerCompute,
+        ledger: LayerLedger,
+        plan: TrainingPlan,
+        *,
+        optimizer: torch.optim.Optimizer | None,
+        aliases: Mapping[str, nn.Parameter],
+        rate: Callable[[int], float],
+        policy: DelayPolicy,
+        clip: float | None = None,
+        recomputes: bool = False,
+        activation_bytes: int = 0,
+        stash_versions: Sequence[Callable[[], int]] = (),
+    ) -> None:
+        """Put a layer together.
+
+        ``aliases`` are those of ``compute.owned``, which ``optimizer`` steps on; ``rate(samples)`` is the schedule's factor.
+        ``recomputes``: autograd can't keep `latest` here, so the layer's forward pass is done again. ``stash_versions`` are
+        the versions of the layers that own foreign parameters.
+        """
+        self.compute = compute
+        self.module = compute.module
+        self.index = compute.index
+        self.ledger = ledger
+        self.recomputes = recomputes
+        self.activation_bytes = activation_bytes
+        self._plan = plan
+        self._optimizer = optimizer
+        self._aliases = dict(aliases)
+        self._rate = rate
+        self._policy = policy
+        self._clip = clip
+        self._mutex = threading.Lock()
+        self._sum = GradientSum(len(self._aliases))
+        self._waiting: dict[int, Gradients] = {}
+        self._cuts: dict[int, Callable[[LayerCopy], None]] = {}
+        self._stashes: dict[tuple[int, ...], _Stash] = {}
+        self._stash_versions = tuple(stash_versions)
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        inputs: Tensors,
+        attempt: Attempt,
+        number: int,
+        *,
+        tickets: frozenset[int],
+        graph: bool,
+        stash: bool = False,
+        keep_inputs: bool = False,
+    ) -> LayerPass:
+        """Open a ticket (if the layer is among ``tickets``, those of the block that lack the microbatch) and run.
+
+        Without ``graph`` the pass has outputs that are not differentiable; ``keep_inputs`` says they will be computed
+        again.
+        """
+        compute, ticket = self.compute, self.index in tickets
+        parameters, destinations = compute.differentiated(tickets)
+        stash = stash and graph and bool(parameters)
+        with compute.guard(exchanges=stash or self.module.may_write_buffers):
+            with self._mutex:
+                writes = self.ledger.open(attempt, number) if ticket else False
+                read = self.ledger.version
+            try:
+                buffers = self.module.buffers
+                stashed = self._stash() if stash else None
+                outputs = compute.run(
+                    inputs,
+                    attempt.microbatch,
+                    graph=graph,
+                    commit=writes,
+                    parameters=None if stashed is None else stashed.copies,
+                )
+            except BaseException:
+                with self._mutex:
+                    self.ledger.abort(attempt)
+                raise
+            if stashed is not None:
+                stashed.passes += 1
+                parameters = tuple(stashed.by_parameter[id(parameter)] for parameter in parameters)
+        return LayerPass(
+            compute=compute,
+            microbatch=attempt.microbatch,
+            ticket=ticket,
+            inputs=inputs,
+            outputs=outputs,
+            buffers=buffers,
+            read=read,
+            parameters=parameters,
+            destinations=destinations,
+            stashed=None if stashed is None else stashed.copies,
+        )
+
+    def again(
+        self, inputs: Tensors, buffers: tuple[torch.Tensor, ...], attempt: Attempt, tickets: frozenset[int]
+    ) -> LayerPass:
+        """The forward pass once more for its graph, with the weights of now and the buffers as first read."""
+        parameters, destinations = self.compute.differentiated(tickets)
+        with self.compute.guard(exchanges=self.module.may_write_buffers):
+            outputs = self.compute.run(inputs, attempt.microbatch, graph=True, buffers=buffers)
+            read = self.ledger.version
+        return LayerPass(
+            compute=self.compute,
+            microbatch=attempt.microbatch,
+            ticket=self.index in tickets,
+            inputs=inputs,
+            outputs=outputs,
+            buffers=buffers,
+            read=read,
+            parameters=parameters,
+            destinations=destinations,
+        )
+
+    def _stash(self) -> _Stash:
+        """The copies of the current version; made by the first pass that reads it. Under the lock held alone."""
+        key = (self.ledger.version, *(version() for version in self._stash_versions))
+        found = self._stashes.get(key)
+        if found is None:
+            copies: list[torch.Tensor] = []
+            for parameter in self.module.parameters.values():
+                copies.append(parameter.detach().clone().requires_grad_() if parameter.requires_grad else parameter)
+            found = _Stash(tuple(copies), dict(zip(map(id, self.module.parameters.values()), copies, strict=True)))
+            self._stashes = {one: stash for one, stash in self._stashes.items() if stash.passes > 0}
+            self._stashes[key] = found
+        return found
+
+    def unstash(self, forward: LayerPass) -> None:
+        """``forward`` needs its stashed weights no more; the last one frees them."""
+        if forward.stashed is None:
+            return
+        with self.compute.lock.exclusive():
+            for key, stash in list(self._stashes.items()):
+                if stash.copies is forward.stashed:
+                    stash.passes -= 1
+                    if stash.passes == 0:
+                        del self._stashes[key]
+        forward.stashed = None
+
+    @property
+    def num_stashes(self) -> int:
+        """Weight versions kept for passes in flight."""
+        return len(self._stashes)
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def take(self, attempt: Attempt, gradients: Gradients, *, read: int, mode: WeightMode) -> bool:
+        """Take one gradient in; the one that completes an update makes it, visible to readers before this returns.
+
+        ``gradients`` are in the order of ``compute.owned`` with the parameters' shapes. False (and no change) for a
+        repeat.
+
+        Raises:
+            RejectedError: the attempt's ticket is not open any more.
+        """
+        with self.compute.lock.exclusive():
+            intake = self.ledger.take(attempt, read=read, mode=mode)
+            if intake.taken:
+                self._waiting[self._plan.index(attempt.microbatch)] = [
+                    None if gradient is None else _laid_out(gradient, alias)
+                    for gradient, alias in zip(gradients, self._aliases.values(), strict=True)
+                ]
+                self._proceed(intake)
+            return intake.taken
+
+    def drop(self, attempt: Attempt, reason: str) -> bool:
+        """Put a tombstone in the microbatch's place; False when the layer has the microbatch."""
+        with self.compute.lock.exclusive():
+            intake = self.ledger.drop(attempt, reason)
+            if intake.taken:
+                self._proceed(intake)
+            return intake.taken
+
+    def abort(self, attempt: Attempt) -> bool:
+        """Close the attempt's ticket; False when it is not open."""
+        with self.compute.lock.exclusive():
+            return self.ledger.abort(attempt)
+
+    def _proceed(self, intake: Intake) -> None:
+        for index in intake.ready:
+            self._sum.add(self._waiting.pop(index), self._plan.microbatch(index).num_samples)
+        if intake.closes is not None:
+            self._update(intake.closes)
+
+    def _update(self, decision: UpdateDecision) -> None:
+        rate = None
+        if not decision.empty and self._optimizer is not None:
+            gradients = self._sum.mean(decision.samples)
+            if any(gradient is not None for gradient in gradients):
+                rate = self._step(self._optimizer, gradients, decision)
+        self._sum.clear()
+        version = self.ledger.updated(rate, self.digest())
+        taker = self._cuts.pop(version, None)
+        if taker is not None:
+            taker(self._copy())
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor | None], decision: UpdateDecision
+    ) -> float:
+        aliases = self._aliases.values()
+        if self._clip is not None:
+            gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+        for alias, gradient in zip(aliases, gradients, strict=True):
+            alias.grad = gradient
+        if self._clip is not None:
+            nn.utils.clip_grad_norm_(aliases, self._clip)
+        factor = self._rate(decision.samples_before)
+        for group in optimizer.param_groups:
+            group["lr"] = self._policy(decision.staleness, group[BASE_LR] * factor)
+        optimizer.step()
+        for alias in aliases:
+            alias.grad = None
+        return float(optimizer.param_groups[0]["lr"])
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """What the optimizer keeps, by name in a fixed order; not copies. Under the lock."""
+        return {} if self._optimizer is None else optimizer_state(self._optimizer)
+
+    def digest(self) -> str:
+        """The hash of parameters, buffers and moments as they are. Under the lock."""
+        return state_hash(self._owned_parameters().values(), self.module.buffers, self.moments().values())
+
+    def _owned_parameters(self) -> dict[str, nn.Parameter]:
+        foreign = {id(parameter) for parameter, _ in self.compute.foreign}
+        return {name: one for name, one in self.module.parameters.items() if id(one) not in foreign}
+
+    def cut_at(self, version: int, taker: Callable[[LayerCopy], None]) -> None:
+        """Give ``taker`` a copy at the update that reaches ``version``.
+
+        At once, if the layer is there and nothing was taken in since.
+
+        ``taker`` runs under the layer's lock: it must only note the copy.
+        """
+        with self.compute.lock.exclusive():
+            if self.ledger.version < version:
+                self._cuts[version] = taker
+            elif self.ledger.version == version and self.ledger.accumulated == 0:
+                taker(self._copy())
+
+    def _copy(self) -> LayerCopy:
+        return LayerCopy(
+            layer=self.index,
+            life=self.ledger.life,
+            state=self.ledger.cut(),
+            parameters={name: one.detach().clone() for name, one in self._owned_parameters().items()},
+            # A buffer tensor is never written once somebody may hold it (`LayerModule`): no copy is needed.
+            buffers=dict(zip(self.module.buffer_names, self.module.buffers, strict=True)),
+            moments={name: one.clone() for name, one in self.moments().items()},
+        )
+
+    @torch.no_grad()
+    def restore(self, saved: LayerCopy) -> None:
+        """Put a cut's tensors in place, bit for bit; the ledger was made from its state.
+
+        Raises:
+            ValueError: they do not fit the model.
+        """
+        with self.compute.lock.exclusive():
+            own = self._owned_parameters()
+            _check_names(self.index, "parameters", own, saved.parameters)
+            _check_names(self.index, "buffers", self.module.buffer_names, saved.buffers)
+            for name, parameter in own.items():
+                _check_fits(self.index, name, parameter, saved.parameters[name])
+                parameter.data.copy_(saved.parameters[name])
+            before = self.module.buffers
+            placed = []
+            for name, buffer in zip(self.module.buffer_names, before, strict=True):
+                _check_fits(self.index, name, buffer, saved.buffers[name])
+                placed.append(torch.empty_like(buffer).copy_(saved.buffers[name]))
+            self.module.set_buffers(placed)
+            if self._optimizer is not None:
+                load_optimizer_state(self._optimizer, saved.moments)
+            elif saved.moments:
+                raise ValueError(
+                    f"layer {self.index}: the cut has {sorted(saved.moments)}, but nothing is trained here"
+                )
+
+    def revision(self) -> LayerRevision:
+        """Which state the layer is in."""
+        return LayerRevision(layer=self.index, life=self.ledger.life, revision=self.ledger.revision)
+
+    def pull(self, have: int | None) -> LayerState | None:
+        """The parameters, whole, for a worker that holds revision ``have``; ``None`` when that is the current one."""
+        with self.compute.lock.shared():
+            if have == self.ledger.revision:
+                return None
+            own = self._owned_parameters()
+            return LayerState(
+                layer=self.index,
+                life=self.ledger.life,
+                revision=self.ledger.revision,
+                version=self.ledger.version,
+                parameters=NamedTensors(tuple(own), tuple(one.detach().clone() for one in own.values())),
+            )
+
+    def report(self) -> LayerReport:
+        """Totals since the restore."""
+        with self.compute.lock.shared(), self._mutex:
+            ledger = self.ledger
+            return LayerReport(
+                layer=self.index,
+                life=ledger.life,
+                version=ledger.version,
+                revision=ledger.revision,
+                staleness=ledger.staleness.staleness,
+                misalignment=ledger.staleness.misalignment,
+                learning_rate=ledger.learning_rate or 0.0,
+            )
+
+
+def _laid_out(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """``gradient`` with its parameter's strides and dtype, as autograd gives it to an optimizer."""
+    if gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype:
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def _check_names(layer: int, what: str, own: Sequence[str] | Mapping[str, object], saved: Mapping[str, object]) -> None:
+    if set(own) != set(saved):
+        raise ValueError(f"layer {layer}: the cut holds {what} {sorted(saved)}, the model has {sorted(own)}")
+
+
+def _check_fits(layer: int, name: str, own: torch.Tensor, saved: torch.Tensor) -> None:
+    if own.shape != saved.shape or own.dtype != saved.dtype:
+        raise ValueError(
+            f"layer {layer}: {name} is {tuple(saved.shape)} of {saved.dtype} in the cut, "
+            f"{tuple(own.shape)} of {own.dtype} in the model"
+        )

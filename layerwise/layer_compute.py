@@ -1,0 +1,281 @@
+"""One layer's forward and backward pass, whoever owns the weights.
+
+A shard runs its own layers with it, a detached backward worker the ones it has pulled, the probe those it measures.
+Each layer has a graph of its own, on detached inputs, so that its gradient exists before the layer below begins and
+an update of one layer can't spoil another's graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from layerwise.ids import Microbatch
+from layerwise.layer_module import LayerModule
+from layerwise.messages import Tensors
+from layerwise.randomness import layer_randomness, layer_seed
+from layerwise.shared_lock import SharedLock
+
+Destination = tuple[int, int]
+"""Whose gradient it is: a layer, and the position among its own trainable parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """In which arithmetic layers run: ``autocast`` is torch.autocast's dtype, ``None`` leaves every dtype as it is."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    autocast: torch.dtype | None = None
+
+    def context(self) -> AbstractContextManager[object]:
+        """The context that a layer or the loss runs in."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+@dataclass(slots=True)
+class LayerPass:
+    """What one layer's forward pass leaves for its backward pass.
+
+    ``outputs`` carry the graph; ``None`` where the backward pass must build it again from ``inputs`` and the
+    ``buffers`` as they were read. ``parameters`` are differentiated, each for its ``destination``; ``stashed`` ones
+    are copies that only this version's passes use. ``ticket``: the layer lacks the microbatch, so it takes a gradient
+    in, be it empty.
+    """
+
+    compute: LayerCompute
+    microbatch: Microbatch
+    ticket: bool
+    inputs: Tensors
+    outputs: Tensors | None
+    buffers: tuple[torch.Tensor, ...]
+    read: int
+    parameters: tuple[torch.Tensor, ...] = ()
+    destinations: tuple[Destination, ...] = ()
+    stashed: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def index(self) -> int:
+        """The layer's index in the model."""
+        return self.compute.index
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether anything asks for a gradient here."""
+        return bool(self.parameters) or any(one is not None and one.requires_grad for one in self.inputs.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGradients:
+    """``inputs`` go to the layer below, ``parameters`` to the pass's destinations; ``read`` is the backward's version."""
+
+    inputs: tuple[torch.Tensor | None, ...]
+    parameters: tuple[torch.Tensor | None, ...]
+    read: int
+
+
+class LayerCompute:
+    """Runs one layer; any thread may call.
+
+    ``lock`` is held shared while weights are read and alone while tensors are exchanged.
+
+    ``version`` tells the layer's version and is asked under that lock. ``clones_input``: the layer writes into what
+    it is given, so it is given a copy.
+    """
+
+    def __init__(
+        self,
+        module: LayerModule,
+        *,
+        seed: int,
+        version: Callable[[], int],
+        precision: Precision | None = None,
+        clones_input: bool = False,
+        foreign: Sequence[tuple[str, Destination]] = (),
+        outer_locks: Sequence[SharedLock] = (),
+    ) -> None:
+        """``foreign`` names parameters that belong to lower layers, whose locks are ``outer_locks`` (lowest first)."""
+        self.module = module
+        self.index = module.index
+        self.lock = SharedLock()
+        self.precision = precision if precision is not None else Precision()
+        self.version = version
+        self._seed = seed
+        self._clones_input = clones_input
+        self._outer_locks = tuple(outer_locks)
+        foreign_names = {name for name, _ in foreign}
+        self.owned = {
+            name: parameter
+            for name, parameter in module.parameters.items()
+            if parameter.requires_grad and name not in foreign_names
+        }
+        self.foreign = tuple(
+            (module.parameters[name], where) for name, where in foreign if module.parameters[name].requires_grad
+        )
+        self._own_parameters = tuple(self.owned.values())
+        self._own_destinations = tuple((self.index, position) for position in range(len(self.owned)))
+        self._positions = {id(parameter): position for position, parameter in enumerate(module.parameters.values())}
+
+    def differentiated(
+        self, tickets: frozenset[int] | set[int]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[Destination, ...]]:
+        """The parameters here whose owner is among the layers ``tickets``, and where their gradients go."""
+        own = self.index in tickets
+        parameters = self._own_parameters if own else ()
+        destinations = self._own_destinations if own else ()
+        for parameter, where in self.foreign:
+            if where[0] in tickets:
+                parameters, destinations = (*parameters, parameter), (*destinations, where)
+        return parameters, destinations
+
+    def prepare(self, inputs: Tensors, *, gradient: bool, flows: Sequence[bool] | None = None) -> Tensors:
+        """``inputs`` cut off from the graph that made them, one leaf for each distinct tensor.
+
+        With ``gradient`` they require one wherever they can have one and ``flows`` says that something below wants it.
+        """
+        items = inputs.items
+        if len(items) == 1:
+            return Tensors((_leaf(items[0], gradient and (flows is None or flows[0])),), inputs.single)
+        leaves: dict[int, torch.Tensor | None] = {}
+        for position, item in enumerate(items):
+            if id(item) not in leaves:
+                leaves[id(item)] = _leaf(item, gradient and (flows is None or flows[position]))
+        return Tensors(tuple(leaves[id(item)] for item in items), inputs.single)
+
+    def guard(self, *, exchanges: bool) -> AbstractContextManager[object]:
+        """The layer's lock: alone if tensors are exchanged in the module, else shared."""
+        inner: AbstractContextManager[object] = self.lock.exclusive() if exchanges else self.lock.shared()
+        return _Nested(self._outer_locks, inner) if self._outer_locks else inner
+
+    def run(
+        self,
+        inputs: Tensors,
+        microbatch: Microbatch,
+        *,
+        graph: bool,
+        commit: bool = False,
+        buffers: tuple[torch.Tensor, ...] | None = None,
+        parameters: Sequence[torch.Tensor] | None = None,
+    ) -> Tensors:
+        """The training-mode forward pass, under `guard`.
+
+        ``buffers`` are read instead of the layer's own; ``commit`` lets the layer's own change. ``parameters`` take
+        the place of the layer's own (all of them, in order); giving them, or a layer that writes buffers, needs the
+        lock alone.
+        """
+        module = self.module
+        if not module.may_write_buffers and parameters is None:
+            return self._call(inputs, microbatch, graph)
+        before = module.buffers
+        given = module.copies_for_writing(before if buffers is None else buffers)
+        after = before
+        try:
+            with module.exchanged(parameters=parameters, buffers=given):
+                outputs = self._call(inputs, microbatch, graph)
+                left = module.learn_written(before if buffers is None else buffers, given)
+                after = left if commit else before
+        finally:
+            module.set_buffers(after)
+        return outputs
+
+    def _call(self, inputs: Tensors, microbatch: Microbatch, graph: bool) -> Tensors:
+        with (
+            torch.set_grad_enabled(graph),
+            self.precision.context(),
+            layer_randomness(layer_seed(self._seed, microbatch, self.index), self.precision.device),
+        ):
+            items = inputs.items
+            if self._clones_input:
+                items = tuple(None if item is None else item.clone() for item in items)
+            return self.module(items, inputs.single)
+
+    def evaluate(
+        self,
+        inputs: Tensors,
+        microbatch: Microbatch,
+        parameters: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
+    ) -> Tensors:
+        """The evaluation-mode forward pass with other tensors (all of the module's, in order); changes nothing."""
+        with self.guard(exchanges=True), self.module.exchanged(parameters=parameters, buffers=buffers, training=False):
+            return self._call(inputs, microbatch, graph=False)
+
+    def gradients(self, forward: LayerPass, outputs: Sequence[torch.Tensor | None]) -> LayerGradients:
+        """Differentiate ``forward``, given the gradients of its ``outputs``; builds its graph where it has none."""
+        inputs = forward.inputs.items
+        if not forward.needs_graph or all(one is None for one in outputs):
+            with self.lock.shared():
+                read = forward.read if forward.stashed is not None else self.version()
+            return LayerGradients(inputs=(None,) * len(inputs), parameters=(None,) * len(forward.parameters), read=read)
+        rebuild = forward.outputs is None
+        with self.guard(exchanges=rebuild and self.module.may_write_buffers):
+            made = forward.outputs
+            if made is None:
+                made = self.run(forward.inputs, forward.microbatch, graph=True, buffers=forward.buffers)
+            read = forward.read if forward.stashed is not None else self.version()
+            pairs = [
+                (output, gradient)
+                for output, gradient in zip(made.items, outputs, strict=True)
+                if gradient is not None and output is not None and output.requires_grad
+            ]
+            leaves: dict[int, torch.Tensor] = {
+                id(item): item for item in inputs if item is not None and item.requires_grad
+            }
+            if not pairs:
+                found: tuple[torch.Tensor | None, ...] = (None,) * (len(leaves) + len(forward.parameters))
+            else:
+                found = torch.autograd.grad(
+                    [output for output, _ in pairs],
+                    [*leaves.values(), *forward.parameters],
+                    [gradient for _, gradient in pairs],
+                    allow_unused=True,
+                )
+        by_leaf: dict[int, torch.Tensor | None] = dict(zip(leaves, found, strict=False))
+        return LayerGradients(
+            # A tensor that was given twice has one gradient: it goes with its first place.
+            inputs=tuple(by_leaf.pop(id(item), None) for item in inputs),
+            parameters=tuple(found[len(leaves) :]),
+            read=read,
+        )
+
+
+class _Nested(AbstractContextManager[None]):
+    """A layer's lock inside the shared locks of the layers that own some of its parameters."""
+
+    __slots__ = ("_inner", "_outer")
+
+    def __init__(self, outer: tuple[SharedLock, ...], inner: AbstractContextManager[object]) -> None:
+        self._outer = outer
+        self._inner = inner
+
+    def __enter__(self) -> None:
+        taken: list[SharedLock] = []
+        try:
+            for lock in self._outer:
+                lock.acquire_shared()
+                taken.append(lock)
+            self._inner.__enter__()
+        except BaseException:
+            for lock in reversed(taken):
+                lock.release_shared()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._inner.__exit__(None, None, None)
+        finally:
+            for lock in reversed(self._outer):
+                lock.release_shared()
+
+
+def _leaf(item: torch.Tensor | None, gradient: bool) -> torch.Tensor | None:
+    if item is None:
+        return None
+    leaf = item.detach()
+    if gradient and (leaf.is_floating_point() or leaf.is_complex()):
+        leaf.requires_grad_()
+    return leaf

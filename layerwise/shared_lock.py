@@ -1,0 +1,79 @@
+"""A lock that many may share or one may have alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from layerwise.errors import DeadlineError
+
+
+class _Shared:
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: SharedLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.acquire_shared()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release_shared()
+
+
+class SharedLock:
+    """Readers share it, a writer has it alone. Waiting writers go first, so a stream of readers can't starve an update.
+
+    Not reentrant. No wait is longer than ``timeout_seconds``: whoever holds a layer for so long has hung.
+    """
+
+    __slots__ = ("_condition", "_readers", "_shared", "_timeout_seconds", "_waiting_writers", "_writing")
+
+    def __init__(self, timeout_seconds: float = 600.0) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._readers = 0
+        self._waiting_writers = 0
+        self._writing = False
+        self._timeout_seconds = timeout_seconds
+        self._shared = _Shared(self)
+
+    def acquire_shared(self) -> None:
+        """Wait until nobody writes; ``DeadlineError`` after the time limit."""
+        with self._condition:
+            if (self._writing or self._waiting_writers) and not self._condition.wait_for(
+                lambda: not self._writing and not self._waiting_writers, self._timeout_seconds
+            ):
+                raise DeadlineError(f"a layer was locked by an update for more than {self._timeout_seconds:g} s")
+            self._readers += 1
+
+    def release_shared(self) -> None:
+        """The other half of `acquire_shared`."""
+        with self._condition:
+            self._readers -= 1
+            if not self._readers and self._waiting_writers:
+                self._condition.notify_all()
+
+    def shared(self) -> _Shared:
+        """Context manager: read."""
+        return self._shared
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Context manager: write. ``DeadlineError`` after the time limit."""
+        with self._condition:
+            self._waiting_writers += 1
+            try:
+                if not self._condition.wait_for(lambda: not self._writing and not self._readers, self._timeout_seconds):
+                    raise DeadlineError(f"a layer was being read for more than {self._timeout_seconds:g} s")
+                self._writing = True
+            finally:
+                self._waiting_writers -= 1
+                if not self._writing:
+                    self._condition.notify_all()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._writing = False
+                self._condition.notify_all()
