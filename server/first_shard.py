@@ -93,7 +93,11 @@ class FirstShard:
         """A worker holds a microbatch."""
         if offer.life != self._life:
             log.warning(
-                "offer of %s by %s refused: it is for life %d, the block is in %d", offer.attempt, peer, offer.life, self._life
+                "offer of %s by %s refused: it is for life %d, the block is in %d",
+                offer.attempt,
+                peer,
+                offer.life,
+                self._life,
             )
             return [Send(peer, Decline(job=self._job, attempt=offer.attempt, reason="life"))]
         return self._carry_out(self.admission.offer(peer, offer.attempt, now), now)
@@ -135,6 +139,7 @@ class FirstShard:
         version, decisions = self.admission.stop(now)
         effects: list[Effect] = [Send(self._coordinator, Stopping(job=self._job, version=version))]
         if not repeated:
+            self._compute.hold_cut(version)
             self._compute.cut_at(version)
             if self._next_shard is not None:
                 shard, life = self._next_shard
@@ -197,7 +202,9 @@ class FirstShard:
             done = Closed(job=self._job, attempt=closed.attempt, outcome=closed.outcome, loss=closed.loss)
             effects.append(Send(closed.peer, done))
         # Near the end nothing more may come to carry the last reports along.
-        near_end = len(self.admission.done) + 2 * self.admission.window >= self._plan.gradients_before(self._schedule.final)
+        near_end = len(self.admission.done) + 2 * self.admission.window >= self._plan.gradients_before(
+            self._schedule.final
+        )
         if near_end or len(self._closed) >= MAX_BATCH or now - self._reported_at >= REPORT_SECONDS:
             effects += self._report(now)
         return effects

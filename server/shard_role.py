@@ -488,9 +488,7 @@ class ShardRole:
         self._passes.pop(message.number, None)
         effects: list[Effect] = []
         if self._downstream is not None:
-            relayed = Abort(
-                job=self.job, attempt=message.attempt, number=message.number, life=self._downstream.life
-            )
+            relayed = Abort(job=self.job, attempt=message.attempt, number=message.number, life=self._downstream.life)
             effects.append(Send(self._downstream.shard, relayed))
         report = BlockClosed(
             job=self.job,
@@ -506,7 +504,7 @@ class ShardRole:
 
     def _on_stop_at(self, message: StopAt) -> list[Effect]:
         self._schedule.stop_at(message.version)
-        self._compute.cut_at(message.version)
+        self._cut_at(message.version)
         if self._downstream is None:
             return []
         relayed = StopAt(job=self.job, version=message.version, life=self._downstream.life)
@@ -515,7 +513,12 @@ class ShardRole:
     def _schedule_cuts(self, version: int) -> None:
         # Admission stays within MAX_PENDING_CUTS of the durable one, and nothing is durable before it is taken here.
         for cut in self._schedule.following(version, MAX_PENDING_CUTS + 1):
-            self._compute.cut_at(cut)
+            self._cut_at(cut)
+
+    def _cut_at(self, version: int) -> None:
+        # The copy stays until the coordinator releases it: only it knows whether the version is to be evaluated.
+        self._compute.hold_cut(version)
+        self._compute.cut_at(version)
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
