@@ -1,0 +1,236 @@
+"""What the command line and `layerwise.connect` ask of a coordinator."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from layerwise.errors import DeadlineError, MalformedMessageError, UnreachableError
+from layerwise.grpc_status import error_of
+from layerwise.proto import layerwise_pb2 as pb2
+from layerwise.version import WIRE_VERSION
+
+SERVICE = "layerwise.v1.Coordinator"
+CALL_SECONDS = 15.0
+RECONNECT_SECONDS = 60.0
+FINAL_STATES = frozenset({"done", "failed", "cancelled"})
+
+# A lost coordinator is looked for again at once and then often; keepalive notices one whose machine vanished.
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+Reply = TypeVar("Reply", bound=Message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """One line of a job's log. ``offset`` counts from 0; ``time`` is in unix seconds; ``level`` is "info", "warning" or "error"."""
+
+    offset: int
+    time: float
+    level: str
+    message: str
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, offset: int, text: str) -> JobEvent:
+        """One event as the coordinator sends it."""
+        value = _document(text, dict)
+        return cls(
+            offset=offset,
+            time=float(value.get("time", 0.0)),
+            level=str(value.get("level", "info")),
+            message=str(value.get("message", "")),
+            fields=value.get("fields") or {},
+        )
+
+
+class CoordinatorClient:
+    """Calls to one coordinator, each with a time limit. Thread-safe; close it, or use it as a context manager.
+
+    Every method raises `UnreachableError` when nobody answers, `DeadlineError` when the answer takes longer than ``call_seconds``,
+    and whatever error the coordinator refuses with.
+    """
+
+    def __init__(self, address: str, *, call_seconds: float = CALL_SECONDS) -> None:
+        self.address = address
+        self.call_seconds = call_seconds
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection; streams that are followed end with it."""
+        self._channel.close()
+
+    @contextmanager
+    def watch_ready(self, on_ready: Callable[[], None]) -> Iterator[None]:
+        """Connect, and call ``on_ready`` (from a thread of gRPC) whenever the coordinator accepts calls."""
+
+        def on_state(state: grpc.ChannelConnectivity) -> None:
+            if state is grpc.ChannelConnectivity.READY:
+                on_ready()
+
+        self._channel.subscribe(on_state, try_to_connect=True)
+        try:
+            yield
+        finally:
+            self._channel.unsubscribe(on_state)
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Return when the coordinator accepts calls; `UnreachableError` after ``seconds``."""
+        ready = threading.Event()
+        with self.watch_ready(ready.set):
+            if not ready.wait(seconds):
+                raise UnreachableError(self._nobody())
+
+    # ---- calls ----
+
+    def submit(self, spec_json: str) -> dict[str, Any]:
+        """Queue a job (`JobSpec.to_json`); gives its document."""
+        request = pb2.SubmitRequest(wire_version=WIRE_VERSION, spec_json=spec_json)
+        return _document(self._call("Submit", request, pb2.JobReply).job_json, dict)
+
+    def list_jobs(self) -> list[dict[str, Any]]:
+        """All jobs' documents, oldest first."""
+        request = pb2.ListJobsRequest(wire_version=WIRE_VERSION)
+        return _document(self._call("ListJobs", request, pb2.JobsReply).jobs_json, list)
+
+    def get_job(self, job: str) -> dict[str, Any]:
+        """One job's document."""
+        request = pb2.JobRequest(wire_version=WIRE_VERSION, job=job)
+        return _document(self._call("GetJob", request, pb2.JobReply).job_json, dict)
+
+    def cancel(self, job: str) -> dict[str, Any]:
+        """Stop a job at its next update, with a last cut; gives its document. A job that has ended stays as it is."""
+        request = pb2.JobRequest(wire_version=WIRE_VERSION, job=job)
+        return _document(self._call("Cancel", request, pb2.JobReply).job_json, dict)
+
+    def resume(self, *, job: str = "", directory: str = "") -> dict[str, Any]:
+        """Queue a job again from its newest durable cut: one that this coordinator knows, or one that only a directory of cuts remembers."""
+        request = pb2.ResumeRequest(wire_version=WIRE_VERSION, job=job, directory=directory)
+        return _document(self._call("Resume", request, pb2.JobReply).job_json, dict)
+
+    def list_nodes(self) -> list[dict[str, Any]]:
+        """The processes of the cluster."""
+        request = pb2.ListNodesRequest(wire_version=WIRE_VERSION)
+        return _document(self._call("ListNodes", request, pb2.NodesReply).nodes_json, list)
+
+    def follow_events(
+        self, job: str, offset: int = 0, *, reconnect_seconds: float = RECONNECT_SECONDS
+    ) -> Iterator[JobEvent]:
+        """The job's events from ``offset`` on, as they happen, until the job has ended.
+
+        A coordinator that is lost is looked for again, for up to ``reconnect_seconds`` without an event; no event is lost or repeated.
+        """
+        call = self._channel.unary_stream(
+            f"/{SERVICE}/FollowEvents",
+            request_serializer=pb2.FollowEventsRequest.SerializeToString,
+            response_deserializer=pb2.EventReply.FromString,
+        )
+        lost_since: float | None = None
+        while True:
+            request = pb2.FollowEventsRequest(wire_version=WIRE_VERSION, job=job, offset=offset)
+            # While looking for a lost coordinator, let gRPC wait for it instead of failing at once.
+            stream = call(request, wait_for_ready=lost_since is not None, timeout=None if lost_since is None else None)
+            timer = None
+            if lost_since is not None:
+                timer = threading.Timer(max(0.0, lost_since + reconnect_seconds - time.monotonic()), stream.cancel)
+                timer.name = "layerwise-reconnect-limit"
+                timer.start()
+            try:
+                for reply in stream:
+                    if timer is not None:
+                        timer.cancel()
+                    lost_since = None
+                    if reply.offset >= offset:
+                        offset = reply.offset + 1
+                        yield JobEvent.from_json(reply.offset, reply.event_json)
+                if self._ended(job):
+                    return
+                lost_since = lost_since if lost_since is not None else time.monotonic()
+            except grpc.RpcError as error:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                    raise self._translate(error, None) from error
+                lost_since = lost_since if lost_since is not None else time.monotonic()
+                if time.monotonic() - lost_since >= reconnect_seconds:
+                    raise UnreachableError(
+                        f"the coordinator at {self.address} has not answered for {reconnect_seconds:.0f} s; the job may still be "
+                        f"training: follow it again with `layerwise logs -f {job}` once the coordinator is back"
+                    ) from error
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                stream.cancel()
+
+    # ---- inside ----
+
+    def _ended(self, job: str) -> bool:
+        try:
+            return self.get_job(job).get("state") in FINAL_STATES
+        except (UnreachableError, DeadlineError):
+            return False
+
+    def _call(self, method: str, request: Message, reply: type[Reply]) -> Reply:
+        call = self._channel.unary_unary(
+            f"/{SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        try:
+            answer: Reply = call(request, timeout=self.call_seconds)
+        except grpc.RpcError as error:
+            raise self._translate(error, self.call_seconds) from error
+        return answer
+
+    def _translate(self, error: grpc.RpcError, seconds: float | None) -> Exception:
+        code, details = error.code(), error.details() or ""
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return UnreachableError(self._nobody())
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and seconds is not None:
+            return DeadlineError(f"the coordinator at {self.address} did not answer within {seconds:.0f} s")
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            return UnreachableError(f"what listens at {self.address} is no layerwise coordinator of this version")
+        return error_of(code, details)
+
+    def _nobody(self) -> str:
+        return (
+            f"no coordinator answers at {self.address}; start one with `layerwise up` or `layerwise coordinator`, "
+            f"or pass another --coordinator"
+        )
+
+
+Kind = TypeVar("Kind", bound=list[Any] | dict[str, Any])
+
+
+def _document(text: str, kind: type[Kind]) -> Kind:
+    """A JSON document of the coordinator, checked to be the kind that was asked for."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise MalformedMessageError(f"the coordinator's answer is no JSON document ({error}): {text[:200]!r}") from error
+    if not isinstance(value, kind):
+        raise MalformedMessageError(f"the coordinator's answer should be a {kind.__name__}, got: {text[:200]!r}")
+    return value
