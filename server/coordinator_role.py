@@ -1,0 +1,394 @@
+"""The coordinator's role: jobs in, processes found for them, runs driven, answers for clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from layerwise.errors import NotAllowedError, NotFoundError
+from layerwise.job import JobSpec, parse_job
+from layerwise.messages import Heartbeat, Hello, Message, Role, Unassign, Unassigned, Welcome
+from layerwise.roles import Disconnect, Effect, Send
+from layerwise.server.job_document import job_document
+from layerwise.server.job_record import JobEvent, JobRecord, JobState
+from layerwise.server.membership import Membership, Process
+from layerwise.server.memory_store import JobStore
+from layerwise.server.placement import Places, Shortage, place, replacement
+from layerwise.server.run import Run
+
+HEARTBEAT_SECONDS = 1.0
+STORE_SECONDS = 2.0
+"""How old the stored document of a running job may be."""
+EVENTS_AT_ONCE = 1000
+
+
+class CoordinatorRole:
+    """Knows the processes and the jobs; gives each job its processes in the order of submission.
+
+    ``now`` is always unix seconds, and never goes back. Not thread-safe. Jobs that the store knows as active belonged to a coordinator
+    that ended; they are marked failed, with the way to go on.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        *,
+        now: float,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        heartbeat_timeout: float = 30.0,
+    ) -> None:
+        self.members = Membership(heartbeat_timeout=heartbeat_timeout)
+        self.runs: dict[str, Run] = {}
+        self._store = store
+        self._heartbeat_seconds = heartbeat_seconds
+        self._jobs: dict[str, JobRecord] = {record.job: record for record in store.load()}
+        self._specs: dict[str, JobSpec] = {}
+        self._next_number = max((record.number for record in self._jobs.values()), default=0) + 1
+        self._waiting_for: dict[str, str] = {}
+        self._lacking_since: tuple[str, float] | None = None
+        self._stored_at = now
+        self._left_over: dict[str, set[str]] = {}
+        for record in list(self._jobs.values()):
+            if record.state.active:
+                self._interrupt(record, now)
+
+    # Processes -------------------------------------------------------------------------------------------------------
+
+    def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
+        """A message from a process."""
+        if isinstance(message, Hello):
+            return self._on_hello(peer, message, now)
+        process = self.members.get(peer)
+        if process is None:
+            return []
+        self.members.heard(peer, now, message if isinstance(message, Heartbeat) else None)
+        effects: list[Effect] = []
+        if isinstance(message, Unassigned):
+            if process.leaving:
+                self.members.release(peer, message.job)
+                effects = self._fill_vacancies(now) + self._schedule(now)
+        elif process.job is not None and process.job == getattr(message, "job", None) and not process.leaving:
+            run = self.runs[process.job]
+            effects = run.on_message(peer, message, now)
+            effects += self._after(run, now)
+        return effects
+
+    def on_lost(self, peer: str, now: float) -> list[Effect]:
+        """The link to a process is gone for good."""
+        return self._lose(peer, "its link broke and did not come back", now)
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """Time limits of processes and runs, and of the job that waits first."""
+        effects: list[Effect] = []
+        for process in self.members.overdue(now):
+            silent = now - process.seen
+            effects += self._lose(process.name, f"no sign of life for {silent:.0f} s", now)
+            effects.append(Disconnect(process.name))
+        for run in list(self.runs.values()):
+            effects += run.on_tick(now)
+            effects += self._after(run, now)
+        effects += self._schedule(now)
+        if now - self._stored_at >= STORE_SECONDS:
+            self._stored_at = now
+            for run in self.runs.values():
+                self._put(replace(run.record, document=self._document(run.record, run)))
+        return effects
+
+    # Clients ---------------------------------------------------------------------------------------------------------
+
+    def submit(self, spec_json: str, now: float, *, directory: str = "") -> tuple[dict[str, Any], list[Effect]]:
+        """Queue a job; gives its document.
+
+        Its cuts and event logs go to ``directory``, by default where the job says. No directory serves two jobs: the second one's gets
+        a number.
+
+        Raises:
+            ConfigError: the job can't be meant.
+        """
+        spec = parse_job(spec_json)
+        number = self._next_number
+        self._next_number += 1
+        record = JobRecord(
+            job=self._new_id(spec.name),
+            number=number,
+            name=spec.name,
+            state=JobState.QUEUED,
+            spec_json=spec.to_json(),
+            directory=self._unused(directory or spec.checkpoint_path),
+            created=now,
+        )
+        return self._enqueue(record, spec, f"submitted as {record.job}", now)
+
+    def adopt(self, manifest: Mapping[str, Any], record: JobRecord, now: float) -> tuple[dict[str, Any], list[Effect]]:
+        """Queue a job that only a cut's manifest remembers (`layerwise.server.manifest`); ``record`` is what that said."""
+        known = self._jobs.get(record.job)
+        if known is not None and known.directory == record.directory:
+            return self.resume(record.job, now)
+        if known is not None:
+            record = replace(record, job=self._new_id(record.name))
+        spec = parse_job(record.spec_json)
+        record = replace(record, number=self._next_number, state=JobState.QUEUED, resume_count=record.resume_count + 1)
+        self._next_number += 1
+        return self._enqueue(record, spec, f"resumed from the cut at version {manifest['version']}", now)
+
+    def resume(self, job: str, now: float) -> tuple[dict[str, Any], list[Effect]]:
+        """Queue a failed or cancelled job again, from its newest durable cut.
+
+        Raises:
+            NotFoundError: there is no such job.
+            NotAllowedError: it is not over, or it is done.
+        """
+        record = self._record(job)
+        if not record.state.final:
+            raise NotAllowedError(f"job {job} is {record.state}; only a failed or cancelled job can be resumed")
+        if record.state is JobState.DONE:
+            raise NotAllowedError(f"job {job} is done; submit it again, with more steps, to train on")
+        record = replace(
+            record,
+            number=self._next_number,
+            state=JobState.QUEUED,
+            message="",
+            finished=None,
+            resume_count=record.resume_count + 1,
+        )
+        self._next_number += 1
+        cut = record.durable_cut
+        what = f"from the cut at version {cut.version}" if cut is not None else "from the beginning"
+        return self._enqueue(record, self._spec(record), f"resumed {what}", now)
+
+    def cancel(self, job: str, now: float) -> tuple[dict[str, Any], list[Effect]]:
+        """Stop a job; one that is over stays as it is.
+
+        Raises:
+            NotFoundError: there is no such job.
+        """
+        record = self._record(job)
+        effects: list[Effect] = []
+        run = self.runs.get(job)
+        if run is not None:
+            effects = run.cancel(now)
+            effects += self._after(run, now)
+        elif not record.state.final:
+            self._close(record, JobState.CANCELLED, "cancelled while it was queued", "info", now)
+            effects = self._schedule(now)
+        return self.job(job), effects
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The documents of all jobs, oldest first."""
+        return [self.job(job) for job in self._jobs]
+
+    def job(self, job: str) -> dict[str, Any]:
+        """The document of one job; ``NotFoundError`` when there is none."""
+        record = self._record(job)
+        return self._document(record, self.runs.get(job))
+
+    def record(self, job: str) -> JobRecord:
+        """What is stored of a job; ``NotFoundError`` when there is none."""
+        return self._record(job)
+
+    def nodes(self, now: float) -> list[dict[str, Any]]:
+        """The processes of the cluster, by role and name."""
+        return [_node(process, now) for process in self.members]
+
+    def events(self, job: str, offset: int, limit: int = EVENTS_AT_ONCE) -> tuple[JobEvent, ...]:
+        """At most ``limit`` events of a job from ``offset`` on; ``NotFoundError`` when there is no such job."""
+        self._record(job)
+        return self._store.events(job, offset, limit)
+
+    # Inside: processes -----------------------------------------------------------------------------------------------
+
+    def _on_hello(self, peer: str, hello: Hello, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        if self.members.get(peer) is not None:
+            effects = self._lose(peer, "it was started again", now)
+        if hello.name != peer or hello.role not in (Role.SHARD, Role.FORWARD, Role.BACKWARD):
+            return [*effects, Disconnect(peer)]
+        self.members.join(hello, now)
+        effects.append(Send(peer, Welcome(heartbeat_seconds=self._heartbeat_seconds)))
+        for job in sorted(self._left_over.pop(peer, ())):
+            effects.append(Send(peer, Unassign(job=job)))
+        return effects + self._fill_vacancies(now) + self._schedule(now)
+
+    def _lose(self, name: str, why: str, now: float) -> list[Effect]:
+        process = self.members.lose(name)
+        if process is None or process.job is None:
+            return []
+        run = self.runs.get(process.job)
+        if run is None or name not in run.names:
+            return self._schedule(now)
+        effects = run.lose(name, why, now)
+        return effects + self._after(run, now)
+
+    def _fill_vacancies(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for run in self.runs.values():
+            for role, block in run.vacancies():
+                process = replacement(role, run.spec, self.members)
+                if process is None:
+                    continue
+                self.members.assign([process.name], run.job, run.spec.timeouts.heartbeat)
+                effects += run.join(process, role, block, now)
+                self._take_events(run)
+        return effects
+
+    # Inside: jobs ----------------------------------------------------------------------------------------------------
+
+    def _enqueue(
+        self, record: JobRecord, spec: JobSpec, message: str, now: float
+    ) -> tuple[dict[str, Any], list[Effect]]:
+        self._specs[record.job] = spec
+        self._put(record)
+        self._note(record.job, "info", message, now)
+        effects = self._schedule(now)
+        return self.job(record.job), effects
+
+    def _schedule(self, now: float) -> list[Effect]:
+        """Start what can start: strictly in the order of submission, so that a large job is not passed for ever."""
+        effects: list[Effect] = []
+        queue = self._queue()
+        while queue:
+            record = queue[0]
+            spec = self._spec(record)
+            places = place(spec, self.members)
+            if isinstance(places, Shortage):
+                self._waiting_for = {record.job: places.reason}
+                return effects + self._wait(record, spec, places, now)
+            queue.pop(0)
+            effects += self._start(record, spec, places, now)
+        self._waiting_for, self._lacking_since = {}, None
+        return effects
+
+    def _start(self, record: JobRecord, spec: JobSpec, places: Places, now: float) -> list[Effect]:
+        processes = {one.name: one for one in self.members}
+        run = Run(record, spec, places, processes, now)
+        self.runs[record.job] = run
+        self.members.assign(places.names, record.job, spec.timeouts.heartbeat)
+        effects = run.start(now)
+        return effects + self._after(run, now)
+
+    def _wait(self, record: JobRecord, spec: JobSpec, shortage: Shortage, now: float) -> list[Effect]:
+        """The first job in the queue lacks processes; if not even a whole cluster would do, only for so long."""
+        if not shortage.lacking:
+            self._lacking_since = None
+            return []
+        if self._lacking_since is None or self._lacking_since[0] != record.job:
+            self._lacking_since = (record.job, now)
+            self._note(record.job, "info", f"waiting: {shortage.reason}", now)
+        if now - self._lacking_since[1] <= spec.timeouts.start:
+            return []
+        self._lacking_since = None
+        message = f"{shortage.reason}, and no more came within {spec.timeouts.start:g} s: start them, or ask for fewer in cluster:"
+        self._close(record, JobState.FAILED, message, "error", now)
+        return self._schedule(now)
+
+    def _after(self, run: Run, now: float) -> list[Effect]:
+        """Take over what a run has decided; let its processes go when it is over."""
+        self._take_events(run)
+        if not run.over:
+            return self._fill_vacancies(now) if run.vacancies() else []
+        if run.job not in self.runs:
+            return []
+        del self.runs[run.job]
+        self._put(replace(run.record, document=self._document(run.record, run)))
+        for name in run.names:
+            if self.members.get(name) is not None:
+                self.members.leave(name)
+        return []
+
+    def _take_events(self, run: Run) -> None:
+        for event in run.events:
+            self._store.add_event(run.job, event)
+        run.events.clear()
+        if self._jobs[run.job] is not run.record:
+            known = self._jobs[run.job]
+            self._jobs[run.job] = run.record
+            if (
+                known.state != run.record.state
+                or known.cuts != run.record.cuts
+                or known.next_life != run.record.next_life
+            ):
+                self._store.put(run.record)
+
+    def _interrupt(self, record: JobRecord, now: float) -> None:
+        for one in record.placement:
+            self._left_over.setdefault(one.process, set()).add(record.job)
+        durable = record.durable_cut
+        where = f"from version {durable.version} " if durable is not None else ""
+        message = f"the coordinator was started again while the job was {record.state}; go on {where}with `layerwise resume {record.job}`"
+        self._close(replace(record, placement=()), JobState.FAILED, message, "error", now)
+
+    def _close(self, record: JobRecord, state: JobState, message: str, level: str, now: float) -> None:
+        self._put(replace(record, state=state, message=message, finished=now))
+        self._note(record.job, level, message, now)
+
+    def _note(self, job: str, level: str, message: str, now: float) -> None:
+        record = self._jobs[job]
+        self._store.add_event(job, JobEvent(sequence=record.num_events, time=now, level=level, message=message))
+        self._put(replace(record, num_events=record.num_events + 1))
+
+    def _put(self, record: JobRecord) -> None:
+        self._jobs[record.job] = record
+        self._store.put(record)
+
+    def _queue(self) -> list[JobRecord]:
+        waiting = (record for record in self._jobs.values() if record.state is JobState.QUEUED)
+        return sorted(waiting, key=lambda record: record.number)
+
+    def _record(self, job: str) -> JobRecord:
+        record = self._jobs.get(job)
+        if record is None:
+            known = ", ".join(list(self._jobs)[-5:]) or "none"
+            raise NotFoundError(f"no job {job!r} here; the newest are: {known}")
+        return record
+
+    def _spec(self, record: JobRecord) -> JobSpec:
+        if record.job not in self._specs:
+            self._specs[record.job] = parse_job(record.spec_json, source=f"job {record.job}")
+        return self._specs[record.job]
+
+    def _new_id(self, name: str) -> str:
+        number = 1
+        while f"{name}-{number}" in self._jobs:
+            number += 1
+        return f"{name}-{number}"
+
+    def _unused(self, directory: str) -> str:
+        used = {record.directory for record in self._jobs.values()}
+        candidates = (directory if number == 1 else f"{directory}-{number}" for number in count(1))
+        return next(one for one in candidates if one not in used)
+
+    def _document(self, record: JobRecord, run: Run | None) -> dict[str, Any]:
+        if record.state is not JobState.QUEUED:
+            return job_document(record, run)
+        position = [one.job for one in self._queue()].index(record.job)
+        reason = self._waiting_for.get(record.job, "")
+        if position:
+            reason = f"{position} {'job is' if position == 1 else 'jobs are'} before it"
+        return job_document(record, run, queue_position=position, waiting_for=reason)
+
+
+def _node(process: Process, now: float) -> dict[str, Any]:
+    hello, vitals = process.hello, process.vitals
+    state = "leaving" if process.leaving else "free" if process.free else "working"
+    return {
+        "name": process.name,
+        "role": str(process.role),
+        "state": state,
+        "job": process.job,
+        "host": hello.host,
+        "pid": hello.pid,
+        "device": hello.device,
+        "address": hello.address,
+        "version": hello.version,
+        "incarnation": process.incarnation,
+        "allowed_imports": list(hello.allowed_imports),
+        "metrics_address": hello.metrics_address,
+        "joined": process.joined,
+        "heartbeat_age": max(now - process.seen, 0.0),
+        "resident_bytes": vitals.resident_bytes,
+        "cpu_seconds": vitals.cpu_seconds,
+        "sent_bytes": vitals.sent_bytes,
+        "received_bytes": vitals.received_bytes,
+    }

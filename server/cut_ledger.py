@@ -1,0 +1,105 @@
+"""How far each cut of a run is: taken, saved and committed, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from layerwise.messages import LayerFile
+
+
+@dataclass(slots=True)
+class _Cut:
+    taken: set[int] = field(default_factory=set)
+    files: dict[int, tuple[LayerFile, ...]] = field(default_factory=dict)
+
+
+class CutLedger:
+    """The cuts of one run over ``num_blocks`` blocks; ``keep`` durable ones stay on disk.
+
+    ::
+
+        every block takes its copy ──► taken          (may be evaluated)
+        every block saves its files ─► saved ─► commit asked ─► durable
+                     └── one block can't ──────────────└──► given up: the older cut stands, training goes on
+
+    Repeats change nothing. Not thread-safe.
+    """
+
+    def __init__(self, num_blocks: int, *, keep: int, durable: tuple[int, ...] = ()) -> None:
+        self._num_blocks = num_blocks
+        self._keep = keep
+        self._durable = sorted(durable)
+        self._given_up: dict[int, str] = {}
+        self._cuts: dict[int, _Cut] = {}
+        self._committing: int | None = None
+
+    @property
+    def durable(self) -> tuple[int, ...]:
+        """Durable versions that are kept, oldest first."""
+        return tuple(self._durable)
+
+    def is_durable(self, version: int) -> bool:
+        """Whether the cut of ``version`` is on disk."""
+        return version in self._durable
+
+    def given_up(self, version: int) -> str | None:
+        """Why the cut of ``version`` will not become durable (``None``: it may)."""
+        return self._given_up.get(version)
+
+    @property
+    def saving(self) -> bool:
+        """Some cut is taken by a block and neither durable nor given up."""
+        return any(not self._settled(version) for version in self._cuts)
+
+    def take(self, block: int, version: int) -> bool:
+        """A block copied itself at ``version``; True when it was the last one to."""
+        cut = self._cuts.setdefault(version, _Cut())
+        if block in cut.taken or not 0 <= block < self._num_blocks:
+            return False
+        cut.taken.add(block)
+        return len(cut.taken) == self._num_blocks
+
+    def save(self, block: int, version: int, files: tuple[LayerFile, ...]) -> None:
+        """A block's files are on disk."""
+        if 0 <= block < self._num_blocks and not self._settled(version):
+            self._cuts.setdefault(version, _Cut()).files.setdefault(block, files)
+
+    def give_up(self, version: int, reason: str) -> bool:
+        """The cut can't become durable; True when that is news."""
+        if self._committing == version:
+            self._committing = None
+        if self._settled(version):
+            return False
+        self._given_up[version] = reason
+        self._cuts.pop(version, None)
+        return True
+
+    def next_commit(self) -> tuple[int, tuple[LayerFile, ...], tuple[int, ...]] | None:
+        """The cut to commit now, with its files and the versions to keep; one at a time, oldest first."""
+        if self._committing is not None:
+            return None
+        for version in sorted(self._cuts):
+            cut = self._cuts[version]
+            if len(cut.files) == self._num_blocks and not self._settled(version):
+                self._committing = version
+                files = sorted(
+                    (one for part in cut.files.values() for one in part), key=lambda one: (one.layer, one.name)
+                )
+                return version, tuple(files), self._kept_with(version)
+        return None
+
+    def commit(self, version: int) -> bool:
+        """The manifest of ``version`` is on disk; True when that is news."""
+        if self._committing == version:
+            self._committing = None
+        if self._settled(version):
+            return False
+        self._durable = list(self._kept_with(version))
+        self._cuts.pop(version, None)
+        return True
+
+    def _kept_with(self, version: int) -> tuple[int, ...]:
+        return tuple(sorted({*self._durable, version})[-self._keep :])
+
+    def _settled(self, version: int) -> bool:
+        return version in self._durable or version in self._given_up

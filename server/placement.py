@@ -1,0 +1,119 @@
+"""Which free processes a job gets, and why it waits when it gets none. Jobs start strictly first in, first out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from layerwise.job import JobSpec
+from layerwise.messages import Role
+from layerwise.server.membership import Membership, Process
+
+COMMANDS = {Role.SHARD: "shard", Role.FORWARD: "forward worker", Role.BACKWARD: "backward worker"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The processes of one job: ``shards[block]``, forward workers, and the block that each backward worker is for."""
+
+    shards: tuple[str, ...]
+    forward: tuple[str, ...]
+    backward: tuple[tuple[str, int], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.shards, *self.forward, *(name for name, _ in self.backward))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """Why a job waits. ``lacking``: even all processes of the cluster together would not do."""
+
+    reason: str
+    lacking: bool
+
+
+def needed(spec: JobSpec) -> dict[Role, int]:
+    """How many processes of each role a job takes."""
+    return {
+        Role.SHARD: spec.cluster.shards,
+        Role.FORWARD: spec.cluster.forward,
+        Role.BACKWARD: spec.cluster.num_detached,
+    }
+
+
+def suits(process: Process, spec: JobSpec) -> bool:
+    """Whether a process may work for a job: the right device, and every import of the job's allowed."""
+    return _right_device(process, spec) and not missing_imports(process, spec)
+
+
+def missing_imports(process: Process, spec: JobSpec) -> tuple[str, ...]:
+    """The modules that the job would import and the process does not allow."""
+    modules = sorted({target.partition(":")[0] for target in spec.imports})
+    return tuple(module for module in modules if not _is_allowed(module, process.hello.allowed_imports))
+
+
+def place(spec: JobSpec, members: Membership) -> Places | Shortage:
+    """Choose free processes in the order of their names; on several hosts or devices the shards are spread over them first."""
+    chosen: dict[Role, list[Process]] = {}
+    reasons, lacking = [], False
+    for role, count in needed(spec).items():
+        suitable = [one for one in members.of_role(role) if suits(one, spec)]
+        free = [one for one in suitable if one.free]
+        if len(free) < count:
+            reasons.append(_shortage(role, count, free, suitable, members, spec))
+            lacking = lacking or len(suitable) < count
+        chosen[role] = _spread(free)[:count] if role is Role.SHARD else free[:count]
+    if reasons:
+        return Shortage(reason="; ".join(reasons), lacking=lacking)
+    return Places(
+        shards=tuple(one.name for one in chosen[Role.SHARD]),
+        forward=tuple(one.name for one in chosen[Role.FORWARD]),
+        backward=tuple((one.name, place % spec.cluster.shards) for place, one in enumerate(chosen[Role.BACKWARD])),
+    )
+
+
+def replacement(role: Role, spec: JobSpec, members: Membership) -> Process | None:
+    """A free process to take the place of a lost worker."""
+    return next((one for one in members.of_role(role) if one.free and suits(one, spec)), None)
+
+
+def _right_device(process: Process, spec: JobSpec) -> bool:
+    wanted, device = spec.cluster.device, process.hello.device
+    if process.role is Role.FORWARD or wanted == "auto" or device == "auto":
+        return True
+    return device == wanted or (wanted == "cuda" and device.startswith("cuda:"))
+
+
+def _is_allowed(module: str, allowed: Iterable[str]) -> bool:
+    return any(module == one or module.startswith(f"{one}.") for one in allowed)
+
+
+def _spread(free: list[Process]) -> list[Process]:
+    """Processes on a device that has none yet come first; on one CPU device that changes nothing."""
+    seen: dict[tuple[str, str], int] = {}
+    ranked = []
+    for position, one in enumerate(free):
+        device = (one.hello.host, one.hello.device)
+        seen[device] = seen.get(device, 0) + 1
+        ranked.append((seen[device] if one.hello.device != "cpu" else 1, position, one))
+    return [one for _, _, one in sorted(ranked, key=lambda item: item[:2])]
+
+
+def _shortage(
+    role: Role, count: int, free: list[Process], suitable: list[Process], members: Membership, spec: JobSpec
+) -> str:
+    noun = COMMANDS[role]
+    verb = "is" if len(free) == 1 else "are"
+    text = f"needs {count} {noun}{'' if count == 1 else 's'}; {len(free)} of {len(suitable)} {verb} free"
+    users = sorted({one.job for one in suitable if one.job is not None})
+    if users:
+        text += f" (the others work for {', '.join(users)})"
+    unfit = [one for one in members.of_role(role) if one not in suitable]
+    forbidden = sorted({module for one in unfit for module in missing_imports(one, spec)})
+    if forbidden:
+        text += f"; {len(unfit)} more would have to be started with --allow-import {' '.join(forbidden)}"
+    elif unfit:
+        text += f"; {len(unfit)} more are not on {spec.cluster.device}"
+    return text

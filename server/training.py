@@ -1,0 +1,402 @@
+"""One run while it trains: leases out, closed microbatches in, cuts made durable, evaluations in between.
+
+::
+
+    training ── a cut that is to be evaluated is taken by all blocks ──► draining   (nothing new is leased)
+       ▲                                                                    │ no microbatch is open
+       └──────────── every validation range is answered ◄── evaluating ◄────┘       (a pause, not counted as training)
+
+After the last microbatch the same steps end the run: it is finished when the last cut is durable, its evaluation is in, and every
+block has reported the last version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from layerwise.applied import AppliedSet
+from layerwise.ids import Attempt
+from layerwise.messages import (
+    AttemptsClosed,
+    BlockReport,
+    CommitCut,
+    CutCommitted,
+    CutDurable,
+    CutSaved,
+    CutTaken,
+    Evaluated,
+    LayerFile,
+    LayerReport,
+    Lease,
+    LeaseKind,
+    LeaseReturn,
+    Outcome,
+    ReleaseCut,
+)
+from layerwise.roles import Effect, Send
+from layerwise.server.cut_ledger import CutLedger
+from layerwise.server.evaluation_round import EvaluationRound
+from layerwise.server.job_record import CutRecord
+from layerwise.server.membership import natural_order
+from layerwise.server.preparation import Prepared
+from layerwise.server.sample_ledger import SampleLedger
+from layerwise.server.training_loss import TrainingLoss
+
+LOAD_FAILED = "load-failed"
+
+
+class Journal(Protocol):
+    """Where a run writes down what a user would want to know."""
+
+    def __call__(self, level: str, message: str, **fields: object) -> None:
+        """Append to the job's log."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The result of one evaluation: means over all validation samples, and how long training paused for it."""
+
+    version: int
+    seconds: float
+    means: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as in the job document."""
+        return {"version": self.version, "seconds": self.seconds, **self.means}
+
+
+class Training:
+    """Decides for one run, from `StartTraining` on. ``restored`` is the version that all layers began at. Not thread-safe.
+
+    ``failure`` holds the sentence once the run can't go on; ``finished`` says that nothing is left to do.
+    """
+
+    def __init__(
+        self,
+        *,
+        job: str,
+        prepared: Prepared,
+        shards: tuple[str, ...],
+        restored: int,
+        durable: tuple[CutRecord, ...],
+        done: AppliedSet,
+        partial: Iterable[int],
+        journal: Journal,
+        manifest: Callable[[int, tuple[LayerFile, ...]], str],
+        now: float,
+    ) -> None:
+        self.plan = prepared.settings.plan
+        self.ledger = SampleLedger(self.plan, done=done, partial=partial)
+        self.cuts = CutLedger(
+            len(shards), keep=prepared.spec.checkpoint.keep, durable=tuple(cut.version for cut in durable)
+        )
+        self.loss = TrainingLoss(self.plan)
+        self.final = self.plan.num_updates
+        self.restored = restored
+        self.failure: str | None = None
+        self.stopping = False
+        self.evaluations: list[Evaluation] = []
+        self.reports: dict[int, BlockReport] = {}
+        self.round: EvaluationRound | None = None
+        self.progressed = now
+        self.durable: dict[int, CutRecord] = {cut.version: cut for cut in durable}
+        self._job = job
+        self._shards = shards
+        self._every = prepared.spec.train.evaluate_every
+        self._num_validation = prepared.profile.num_validation_samples
+        self._timeouts = prepared.spec.timeouts
+        self._journal = journal
+        self._manifest = manifest
+        self._capacity: dict[str, int] = {}
+        self._taken: list[int] = []
+        self._due: list[int] = []
+        self._evaluated = restored
+        self._released = restored
+        self._samples_before = self.ledger.samples_applied + self.ledger.samples_dropped
+        self._active_seconds = 0.0
+        self._paused_seconds = 0.0
+        self._pause_to_count = 0.0
+        self._cut_bytes: dict[int, int] = {}
+        self._stop_asked: float | None = None
+        self._warned = False
+
+    # What there is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The version that all layers have reached, as far as reported."""
+        layers = [layer.version for layer in self.layers()]
+        reported = min(layers) if len(self.reports) == len(self._shards) and layers else self.restored
+        return max(reported, self.restored, max(self._taken, default=0))
+
+    def layers(self) -> list[LayerReport]:
+        """The newest report of every layer, in order."""
+        return [layer for block in sorted(self.reports) for layer in self.reports[block].layers]
+
+    @property
+    def seconds(self) -> float:
+        """From this run's first admission to its last close, without the pauses for evaluations."""
+        return max(self._active_seconds - self._paused_seconds, 0.0)
+
+    @property
+    def run_samples(self) -> int:
+        """Samples closed since this run began."""
+        return self.ledger.samples_applied + self.ledger.samples_dropped - self._samples_before
+
+    @property
+    def phase(self) -> str:
+        """What is going on, in a few words."""
+        if self.round is not None:
+            return f"evaluating version {self.round.version}"
+        if self._due and not self.ledger.complete:
+            return f"waiting for open microbatches, to evaluate version {self._due[0]}"
+        if self.ledger.complete:
+            return f"saving version {self.final}"
+        return "stopping" if self.stopping else "training"
+
+    @property
+    def finished(self) -> bool:
+        """The last cut is durable, evaluated if it is to be, and reported by all."""
+        return (
+            self.ledger.complete
+            and (self.final == self.restored or self.cuts.is_durable(self.final))
+            and not self._due
+            and self.round is None
+            and (self.final == self.restored or self._all_reported())
+        )
+
+    # Workers ---------------------------------------------------------------------------------------------------------
+
+    def offer_room(self, worker: str, count: int, now: float) -> list[Effect]:
+        """A forward worker can hold ``count`` leases in all."""
+        self._capacity[worker] = max(count, 0)
+        return self._advance(now)
+
+    def lose_worker(self, worker: str, now: float) -> list[Effect]:
+        """A forward worker is gone; what it held goes to others at once."""
+        self._capacity.pop(worker, None)
+        freed = self.ledger.lose(worker)
+        if freed:
+            self._journal("info", f"{freed} microbatches of forward worker {worker} are leased again", worker=worker)
+        if self.round is not None:
+            self.round.lose(worker)
+        return self._advance(now)
+
+    def take_back(self, worker: str, message: LeaseReturn, now: float) -> list[Effect]:
+        """A worker does not work on a lease any more."""
+        if message.reason.startswith(LOAD_FAILED):
+            what = message.reason.removeprefix(LOAD_FAILED).lstrip(": ")
+            self.failure = f"forward worker {worker} could not load samples {message.attempt.microbatch}: {what}"
+            return []
+        if self.round is None or not self.round.give_back(worker, message.attempt.microbatch):
+            self.ledger.give_back(worker, message.attempt, message.reason)
+        return self._advance(now)
+
+    def close(self, message: AttemptsClosed, now: float) -> list[Effect]:
+        """The first shard reports closed numbers."""
+        for closed in message.closed:
+            fresh = self.ledger.close(
+                closed.attempt, closed.outcome, reason=closed.reason, missing_from=closed.missing_from
+            )
+            if fresh and closed.loss is not None:
+                self.loss.add(closed.loss, closed.attempt.microbatch.num_samples)
+            if fresh and closed.outcome is Outcome.DROPPED:
+                self._journal("warning", f"microbatch {closed.attempt.microbatch} is dropped: {closed.reason}")
+        if message.active_seconds > self._active_seconds:
+            self._active_seconds = message.active_seconds
+            self._paused_seconds += self._pause_to_count
+            self._pause_to_count = 0.0
+        self._progress(now)
+        return self._advance(now)
+
+    # Cuts ------------------------------------------------------------------------------------------------------------
+
+    def take_cut(self, message: CutTaken, now: float) -> list[Effect]:
+        """A block copied itself."""
+        self._progress(now)
+        if not self.cuts.take(message.block, message.version):
+            return []
+        self._taken.append(message.version)
+        if self._is_due(message.version):
+            self._due.append(message.version)
+        return self._advance(now)
+
+    def save_cut(self, message: CutSaved, now: float) -> list[Effect]:
+        """A block's files of a cut are on disk, or can't be."""
+        self._progress(now)
+        if message.error:
+            reason = f"{self._shards[message.block]} could not save its block: {message.error}"
+            return self._give_up_cut(message.version, reason, now)
+        self.cuts.save(message.block, message.version, message.files)
+        return self._commit_next()
+
+    def commit_cut(self, message: CutCommitted, now: float) -> list[Effect]:
+        """The manifest of a cut is on disk, or can't be."""
+        self._progress(now)
+        if message.error:
+            reason = f"{self._shards[0]} could not write its manifest: {message.error}"
+            return self._give_up_cut(message.version, reason, now) + self._commit_next()
+        if not self.cuts.commit(message.version):
+            return self._commit_next()
+        self.durable[message.version] = CutRecord(
+            version=message.version,
+            time=now,
+            num_bytes=self._cut_bytes.pop(message.version, 0),
+            ledger=self.ledger_summary(),
+        )
+        self.durable = {version: self.durable[version] for version in self.cuts.durable if version in self.durable}
+        self._journal("info", f"the cut at version {message.version} is durable", version=message.version)
+        durable = Send(self._shards[0], CutDurable(job=self._job, version=message.version))
+        return [durable, *self._commit_next()]
+
+    def ledger_summary(self) -> dict[str, Any]:
+        """The ``ledger`` part of the job document."""
+        return {
+            "samples_leased": self.ledger.samples_leased,
+            "samples_applied": self.ledger.samples_applied,
+            "samples_dropped": self.ledger.samples_dropped,
+            "dropped": [one.to_json() for one in self.ledger.dropped],
+        }
+
+    # Reports, evaluation, stop ---------------------------------------------------------------------------------------
+
+    def report(self, message: BlockReport) -> None:
+        """A shard's totals."""
+        self.reports[message.block] = message
+
+    def evaluated(self, message: Evaluated, now: float) -> list[Effect]:
+        """A validation range is evaluated."""
+        if self.round is None or not self.round.answer(message, now):
+            return []
+        self._progress(now)
+        return self._advance(now)
+
+    def stop_asked(self, now: float) -> None:
+        """The first shard was told to stop; nothing is leased until it says at which version."""
+        self.stopping = True
+        self._stop_asked = now
+        self._progress(now)
+
+    def stop_at(self, version: int, now: float) -> list[Effect]:
+        """The first shard has fixed the last version."""
+        self._stop_asked = None
+        self.final = min(self.final, version)
+        self.ledger.stop_at(self.final)
+        if self.final < self.plan.num_updates:
+            # A cancelled run is not evaluated any more; what is out comes back to nobody.
+            self.round = None
+            self._due.clear()
+        self._progress(now)
+        return self._advance(now)
+
+    def tick(self, now: float) -> list[Effect]:
+        """Expire leases, notice that nothing moves."""
+        effects: list[Effect] = []
+        if len(self._capacity) > 1 and not self.stopping and self.ledger.expire(now - self._timeouts.lease):
+            effects = self._advance(now)
+        silent = now - self.progressed
+        if silent > self._timeouts.lease and not self._warned:
+            self._warned = True
+            self._journal("warning", f"nothing has moved for {silent:.0f} s ({self.phase})")
+        limit = self._timeouts.lease + 4 * self._timeouts.task
+        if silent > (3 * limit if self.cuts.saving else limit):
+            self.failure = f"nothing has moved for {silent:.0f} s ({self.phase}), so the run was given up"
+        return effects
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> list[Effect]:
+        """Begin or end an evaluation where it is time, then hand out what may be handed out."""
+        effects: list[Effect] = []
+        if self.round is not None and self.round.complete:
+            effects += self._end_round(now)
+        if self.round is None and self._due and self.ledger.num_open == 0 and self._stop_asked is None:
+            self.round = EvaluationRound(
+                self._due.pop(0), num_samples=self._num_validation, range_samples=self.plan.batch, now=now
+            )
+        effects += self._release()
+        if self.ledger.complete and (reason := self.cuts.given_up(self.final)) is not None:
+            self.failure = f"the last cut, at version {self.final}, is not durable: {reason}"
+        if self._stop_asked is not None or self.failure is not None:
+            return effects
+        for worker in sorted(self._capacity, key=natural_order):
+            effects += self._lease(worker, now)
+        return effects
+
+    def _lease(self, worker: str, now: float) -> list[Effect]:
+        if self.round is not None:
+            ranges = self.round.lease(worker, max(self._capacity[worker], 1))
+            version = self.round.version
+            return (
+                [Send(worker, Lease(job=self._job, kind=LeaseKind.EVALUATE, version=version, ranges=ranges))]
+                if ranges
+                else []
+            )
+        attempts: tuple[Attempt, ...] = self.ledger.lease(worker, self._capacity[worker], now, paused=bool(self._due))
+        return [Send(worker, Lease(job=self._job, kind=LeaseKind.TRAIN, attempts=attempts))] if attempts else []
+
+    def _end_round(self, now: float) -> list[Effect]:
+        assert self.round is not None
+        evaluation = Evaluation(version=self.round.version, seconds=now - self.round.began, means=self.round.result())
+        self.evaluations.append(evaluation)
+        self._evaluated = evaluation.version
+        # It only delays training if training goes on after it; the first close after it settles that.
+        self._pause_to_count += evaluation.seconds
+        means = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.means.items())
+        self._journal("info", f"evaluation of version {evaluation.version}: {means}", **evaluation.to_json())
+        self.round = None
+        return []
+
+    def _release(self) -> list[Effect]:
+        """Let the shards free the copies that no evaluation needs."""
+        wanted = [*self._due, *([self.round.version] if self.round is not None else [])]
+        free = [version for version in self._taken if not wanted or version < min(wanted)]
+        newest = max(free, default=0)
+        if newest <= self._released:
+            return []
+        self._released = newest
+        self._taken = [newest, *(version for version in self._taken if version > newest)]
+        return [Send(shard, ReleaseCut(job=self._job, version=newest)) for shard in self._shards]
+
+    def _is_due(self, version: int) -> bool:
+        if not self._num_validation or (self.stopping and self.final < self.plan.num_updates):
+            return False
+        if version == self.plan.num_updates:
+            return True
+        before = max([self._evaluated, *self._due, self.round.version if self.round is not None else 0])
+        return self._every is not None and version // self._every > before // self._every
+
+    def _commit_next(self) -> list[Effect]:
+        commit = self.cuts.next_commit()
+        if commit is None:
+            return []
+        version, files, keep = commit
+        self._cut_bytes[version] = sum(one.num_bytes for one in files)
+        manifest = self._manifest(version, files)
+        return [
+            Send(
+                self._shards[0],
+                CommitCut(job=self._job, version=version, files=files, manifest_json=manifest, keep=keep),
+            )
+        ]
+
+    def _give_up_cut(self, version: int, reason: str, now: float) -> list[Effect]:
+        if not self.cuts.give_up(version, reason):
+            return []
+        newest = max(self.cuts.durable, default=None)
+        stands = f"the cut at version {newest} stands" if newest is not None else "there is no durable cut yet"
+        if version == self.final and self.ledger.complete:
+            self.failure = f"the last cut, at version {version}, is not durable: {reason}; {stands}"
+        else:
+            self._journal("warning", f"the cut at version {version} is given up: {reason}; {stands}", version=version)
+        return [Send(self._shards[0], CutDurable(job=self._job, version=version))]
+
+    def _all_reported(self) -> bool:
+        return len(self.reports) == len(self._shards) and all(layer.version >= self.final for layer in self.layers())
+
+    def _progress(self, now: float) -> None:
+        self.progressed = now
+        self._warned = False
