@@ -23,7 +23,7 @@ BASE_LR = "base_lr"
 """Key of a parameter group: its learning rate before schedule and delay policy."""
 
 
-def leave_to_adam(*parameters: nn.Parameter) -> None:
+def leave_to_adam(*parameters: Tensor) -> None:
     """Mark ``parameters`` as not to be made orthogonal by Muon."""
     for parameter in parameters:
         setattr(parameter, ADAM_MARK, True)
