@@ -186,7 +186,7 @@ class Block:
                 kept.head, kept.loss = head, loss
             with torch.no_grad():
                 metrics = self._head.metrics(head, kept.targets)
-            return ForwardResult(outputs=None, loss=float(loss), metrics=metrics)
+            return ForwardResult(outputs=None, loss=float(loss.detach()), metrics=metrics)
 
     def _loss(self, outputs: Tensors, targets: Tensors, *, graph: bool) -> tuple[torch.Tensor, Tensors]:
         assert self._head is not None
@@ -396,7 +396,7 @@ class Block:
             count = float(task.stop - task.start)
             return EvaluateResult(
                 outputs=None,
-                loss=Metric(name="loss", total=float(loss) * count, count=count),
+                loss=Metric(name="loss", total=float(loss.detach()) * count, count=count),
                 metrics=self._head.metrics(values, targets),
             )
 

@@ -12,7 +12,7 @@ from layerwise.messages import Tensors
 from layerwise.tensors import to_host
 
 
-def choose_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device that ``--device`` names: "cpu", "cuda:N", "cuda", or "auto" (a GPU where there is one).
 
     Raises:

@@ -73,9 +73,9 @@ class TrainedLayer:
     ) -> None:
         """Put a layer together.
 
-        ``aliases`` are those of ``compute.owned``, which ``optimizer`` steps on; ``rate(samples)`` is the schedule's factor.
-        ``recomputes``: autograd can't keep `latest` here, so the layer's forward pass is done again. ``stash_versions`` are
-        the versions of the layers that own foreign parameters.
+        ``aliases`` are those of ``compute.owned``, which ``optimizer`` steps on; ``rate(samples)`` is the schedule's
+        factor. ``recomputes``: autograd can't keep `latest` here, so the layer's forward pass is done again.
+        ``stash_versions`` are the versions of the layers that own foreign parameters.
         """
         self.compute = compute
         self.module = compute.module

@@ -42,6 +42,8 @@ class Profile:
     microbatch_samples: int
     input_bytes: int
     hop_seconds: float = 0.0
+    data_json: str = ""
+    """`layerwise.data_info.DataInfo` as JSON: what a process needs to build the model without loading the data."""
     notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> str:

@@ -1,0 +1,56 @@
+"""The thread that puts cuts on disk while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from layerwise.layer import LayerCopy
+from layerwise.layer_file import save_layer
+from layerwise.messages import LayerFile
+
+log = logging.getLogger(__name__)
+
+Done = Callable[[tuple[LayerFile, ...], str], None]
+MAX_WAITING = 8
+"""Cuts that may wait for the disk; admission does not let more come to be."""
+
+
+class CutWriter:
+    """Saves the cuts of one block, oldest first, in a thread of its own. `save` may be called from any thread."""
+
+    def __init__(self, directory: str | Path, job: str) -> None:
+        self._directory = Path(directory)
+        self._job = job
+        self._queue: queue.Queue[tuple[int, tuple[LayerCopy, ...], Done] | None] = queue.Queue(MAX_WAITING)
+        self._thread = threading.Thread(target=self._run, name=f"cut-writer-{job}", daemon=True)
+        self._thread.start()
+
+    def save(self, version: int, copies: tuple[LayerCopy, ...], done: Done) -> None:
+        """Begin to save; ``done(files, error)`` is called on the writer's thread."""
+        try:
+            self._queue.put_nowait((version, copies, done))
+        except queue.Full:
+            done((), f"cut {version} was not saved: {MAX_WAITING} cuts wait for a slow disk already")
+
+    def close(self, timeout_seconds: float = 60.0) -> None:
+        """Save what waits, then end the thread."""
+        try:
+            self._queue.put(None, timeout=timeout_seconds)
+        except queue.Full:
+            log.warning("cut writer of job %s did not end: the disk is too slow", self._job)
+            return
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            version, copies, done = work
+            try:
+                files = tuple(save_layer(self._directory, self._job, copy) for copy in copies)
+            except OSError as error:
+                done((), f"cut {version} could not be saved in {self._directory}: {error}")
+            else:
+                done(files, "")
