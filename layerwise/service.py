@@ -105,7 +105,9 @@ class Service:
             if self.settings.listen:
                 bound = await self.transport.listen(self.settings.listen, insecure=self.settings.insecure)
                 self.address = self.settings.advertise or bound
-            metrics_address = serve_metrics(self.settings.metrics, self._handler.collect) if self.settings.metrics else ""
+            metrics_address = (
+                serve_metrics(self.settings.metrics, self._handler.collect, insecure=self.settings.insecure) if self.settings.metrics else ""
+            )
             self._hello = Hello(
                 role=self.settings.role,
                 name=self.name,
