@@ -111,7 +111,7 @@ class Run:
 
     def vacancies(self) -> list[tuple[Role, int]]:
         """Workers that were lost and not replaced, with the block they are for (-1: all)."""
-        if self.over or self._cancelled:
+        if self.over:
             return []
         forward = sum(one.role is Role.FORWARD for one in self.workers.values())
         vacant = [(Role.FORWARD, -1)] * (self.spec.cluster.forward - forward)
@@ -211,7 +211,7 @@ class Run:
             return self._start_if_ready()
         if self._cancelled and now - self.training.progressed > limits.drain:
             return self._end_undrained(limits.drain)
-        starved = self._starved()
+        starved = "" if self._cancelled else self._starved()
         self._starved_since = (self._starved_since or now) if starved else None
         if self._starved_since is not None and now - self._starved_since > limits.start:
             return self.fail(f"{starved}, and none came within {limits.start:g} s", now)
@@ -402,6 +402,8 @@ class Run:
         return f"go on with `layerwise resume {self.job}`"
 
     def _end(self, state: JobState, message: str) -> list[Effect]:
+        if self.training is not None:
+            self.training.ledger.recall()
         level = {JobState.FAILED: "error"}.get(state, "info")
         self._note(level, message)
         self.record = replace(self.record, state=state, message=message, finished=self._now, placement=())

@@ -231,6 +231,12 @@ class SampleLedger:
         self._want(self._early)
         return freed
 
+    def recall(self) -> None:
+        """The run is over: what is still leased will not be applied in it, so it counts as leased no more."""
+        self._workers.clear()
+        for index in list(self._open):
+            self._release(index)
+
     def expire(self, before: float) -> int:
         """Free what was leased before that time and is still not closed; its holder may yet finish it. Gives how many."""
         late = [index for index, current in self._open.items() if current.holder is not None and current.since < before]
