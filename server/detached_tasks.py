@@ -1,10 +1,10 @@
 """The backward passes that a shard gives to detached workers.
 
-    worker                       shard
-      TaskRequest ─────────────►   take the first backward pass off the queue
-                  ◄─────────────   DetachedTask (input, boundary gradient, buffers, states that moved)
-      PushGradient (each layer) ►  ApplyTask to a slot
-      TaskFinished ────────────►   counts once its last ApplyTask is done: the block has closed the attempt
+worker                       shard
+  TaskRequest ─────────────►   take the first backward pass off the queue
+              ◄─────────────   DetachedTask (input, boundary gradient, buffers, states that moved)
+  PushGradient (each layer) ►  ApplyTask to a slot
+  TaskFinished ────────────►   counts once its last ApplyTask is done: the block has closed the attempt
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class DetachedTasks:
         return len(self._given)
 
     def on_request(self, peer: str, request: TaskRequest, now: float) -> list[Effect]:
-        """``peer`` has nothing to do."""
+        """``peer`` has nothing to do. A repeat that crossed the task on its way changes nothing."""
+        if any(given.peer == peer and given.finished is None for given in self._given.values()):
+            return []
         self._idle[peer] = request.have
         return self.feed(now)
 
@@ -86,7 +88,9 @@ class DetachedTasks:
         """A layer's gradient: to a slot with it."""
         given = self._given.get(push.number)
         if given is None or given.peer != peer or given.task.attempt != push.attempt or given.finished is not None:
-            log.warning("gradient of layer %d for %s refused: %s does not work on it any more", push.layer, push.attempt, peer)
+            log.warning(
+                "gradient of layer %d for %s refused: %s does not work on it any more", push.layer, push.attempt, peer
+            )
             return
         given.num_applying += 1
         self._queue.push(ApplyTask(worker=peer, push=push))

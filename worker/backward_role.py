@@ -35,6 +35,8 @@ from layerwise.messages import (
 from layerwise.roles import Connect, Effect, Send
 
 COORDINATOR = "coordinator"
+ASK_SECONDS = 1.0
+"""How often an idle worker asks again: its shard may not have known the job yet. A repeat changes nothing there."""
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ Request = Build | Execute | Leave
 class _Job:
     assignment: Assignment
     connected: bool = True
+    built: bool = False
+    asked_at: float = 0.0
     task: DetachedTask | None = None
     have: dict[int, LayerRevision] = field(default_factory=dict)
 
@@ -115,19 +119,25 @@ class BackwardRole:
         return []
 
     def on_tick(self, now: float) -> list[Effect]:
-        """Nothing is due by time here: the shard limits how long a task may take."""
-        return []
+        """Ask again where there is nothing to do."""
+        effects: list[Effect] = []
+        for state in self._jobs.values():
+            idle = state.built and state.connected and state.task is None
+            if idle and now - state.asked_at >= ASK_SECONDS:
+                effects += self._request(state, now)
+        return effects
 
     def on_built(self, job: str, now: float) -> list[Effect]:
         """The block's layers are there."""
         state = self._jobs.get(job)
         if state is None:
             return []
+        state.built = True
         ready = Ready(job=job, block=state.assignment.block)
         return [
             Connect(state.place.shard, state.place.address),
             Send(self._coordinator, ready),
-            *self._request(state),
+            *self._request(state, now),
         ]
 
     def on_build_failed(self, job: str, sentence: str, now: float) -> list[Effect]:
@@ -145,7 +155,7 @@ class BackwardRole:
         if state is None:
             return []
         state.task = None
-        return [Send(state.place.shard, finished), *self._request(state)]
+        return [Send(state.place.shard, finished), *self._request(state, now)]
 
     def on_execute_failed(self, job: str, task: DetachedTask, sentence: str, now: float) -> list[Effect]:
         """The pass raised an error; it would raise it elsewhere too."""
@@ -160,9 +170,10 @@ class BackwardRole:
 
     def _on_task(self, peer: str, task: DetachedTask) -> list[Effect]:
         job = self._jobs.get(task.job)
-        if job is None or peer != job.place.shard or task.life != job.place.life or job.task is not None:
-            log.warning("task %s from %s refused: this worker did not ask for it", task.attempt, peer)
+        if job is None or peer != job.place.shard or task.life != job.place.life:
+            log.warning("task %s from %s refused: this worker does not work for that shard", task.attempt, peer)
             return []
+        # A task that is still here was taken back from this worker, while it was paused: the shard wants no answer to it.
         job.task = task
         for state in task.states:
             job.have[state.layer] = LayerRevision(layer=state.layer, life=state.life, revision=state.revision)
@@ -177,7 +188,8 @@ class BackwardRole:
         same = state.task.number == message.number and state.task.life == message.life
         return state if same else None
 
-    def _request(self, state: _Job) -> list[Effect]:
+    def _request(self, state: _Job, now: float) -> list[Effect]:
+        state.asked_at = now
         have = tuple(state.have[layer] for layer in sorted(state.have))
         request = TaskRequest(job=state.assignment.job, life=state.place.life, have=have)
         return [Send(state.place.shard, request)]
