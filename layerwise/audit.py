@@ -325,7 +325,10 @@ def _check_ledger(last: dict[int, LayerAudit], findings: Findings, ledger: Sampl
             f"{ledger.samples_leased} samples were leased, {ledger.samples_applied} applied and "
             f"{ledger.samples_dropped} dropped",
         )
-    plan = next(iter(last.values())).header.plan
+    first = next(iter(last.values()))
+    if any(not _same_members(layer.applied, first.applied) for layer in last.values()):
+        return  # there is no one total to compare with; the check "agreement" has said so
+    plan = first.header.plan
     common = AppliedSet.intersection([layer.applied for layer in last.values()])
     lowest: dict[Microbatch, int] = {}
     for number, layer in last.items():
