@@ -1,0 +1,268 @@
+"""A simulated cluster under one coordinator, and the run of one scenario on it to its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from layerwise.audit import DroppedMicrobatch, SampleLedgerSummary, StoredEvents, audit
+from layerwise.ids import Microbatch
+from layerwise.messages import Hello, Message, Role
+from layerwise.profile import LayerProfile, Profile
+from layerwise.roles import Effect
+from layerwise.server.coordinator_role import CoordinatorRole
+from layerwise.server.memory_store import MemoryJobStore
+
+from tests.simulation.disk import Disk
+from tests.simulation.processes import SimulatedBackward, SimulatedForward, SimulatedShard, Work
+from tests.simulation.scenario import Fault, Scenario
+from tests.simulation.world import Process, World
+
+LONGEST_SECONDS = 240.0
+"""Simulated time after which a run counts as stalled."""
+MOST_RESUMES = 8
+
+
+class StalledError(AssertionError):
+    """The run did not end; the message has the state of every role."""
+
+
+@dataclass(slots=True, eq=False)
+class SimulatedCoordinator(Process):
+    """The coordinator's process."""
+
+    role: CoordinatorRole = field(default_factory=lambda: CoordinatorRole(MemoryJobStore(), now=0.0))
+
+    def on_message(self, peer: str, message: Message) -> list[Effect]:
+        return self.role.on_message(peer, message, self.world.now)
+
+    def on_lost(self, peer: str) -> list[Effect]:
+        return self.role.on_lost(peer, self.world.now)
+
+    def on_tick(self) -> list[Effect]:
+        return self.role.on_tick(self.world.now)
+
+    def describe(self) -> str:
+        return "; ".join(f"{one['job']} {one['state']}: {one['message']} {one['ledger']}" for one in self.role.jobs())
+
+
+class SimulatedCluster:
+    """Builds the processes of a scenario and runs its job until it is done."""
+
+    def __init__(self, scenario: Scenario, *, trace: bool = False) -> None:
+        self.scenario = scenario
+        self.world = World(scenario.seed, scenario.weather, trace=trace)
+        self.disk = Disk(self.world.random, delay=scenario.disk_delay, failure=scenario.disk_failure)
+        self.coordinator = SimulatedCoordinator(self.world, "coordinator")
+        self.works: list[list[Work]] = []
+        self.job = ""
+        self._profile = _profile(scenario)
+        for index in range(scenario.shards):
+            self._start(f"shard-{index}")
+        for index in range(scenario.forward):
+            self._start(f"forward-{index}")
+        for index in range(scenario.detached):
+            self._start(f"backward-{index}")
+
+    def run(self) -> None:
+        """Run to the end and check everything. ``AssertionError`` says what is wrong."""
+        scenario, world = self.scenario, self.world
+        self.world.at(0.05, self._submit)
+        for fault in scenario.faults:
+            world.at(fault.at, self._fault(fault))
+        for at in scenario.stops:
+            world.at(at, self._cancel)
+        resumes = 0
+        while True:
+            self._run_until(self._over)
+            document = self.coordinator.role.job(self.job)
+            if document["state"] == "done":
+                break
+            allowed = document["state"] == "cancelled" or self._may_fail(document["message"])
+            assert allowed, f"the job {document['state']}: {document['message']}"
+            self._check_resting()
+            if document["message"].startswith("cancelled at version"):
+                self._check_end(document)
+            resumes += 1
+            assert resumes <= MOST_RESUMES, f"still not done after {MOST_RESUMES} resumes: {document['message']}"
+            self._perform(lambda: self.coordinator.role.resume(self.job, world.now))
+        self._run_until(lambda: all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now)))
+        self._check_resting()
+        self._check_end(self.coordinator.role.job(self.job))
+
+    # What happens ----------------------------------------------------------------------------------------------------
+
+    def _start(self, name: str) -> None:
+        scenario, world = self.scenario, self.world
+        hello = Hello(
+            role=Role(name.partition("-")[0]),
+            name=name,
+            address=f"simulated:{name}",
+            device="cpu",
+            host="simulated",
+            pid=1,
+            version="0",
+        )
+        match hello.role:
+            case Role.SHARD:
+                shard = SimulatedShard(
+                    world,
+                    name,
+                    hello,
+                    disk=self.disk,
+                    profile_json=self._profile.to_json(),
+                    slots=scenario.slots,
+                    step_seconds=scenario.step_seconds,
+                    frozen_below=scenario.frozen_below,
+                )
+                self.works.append(shard.history)
+            case Role.FORWARD:
+                SimulatedForward(world, name, hello, load_seconds=scenario.load_seconds)
+            case _:
+                SimulatedBackward(
+                    world, name, hello, step_seconds=scenario.step_seconds, frozen_below=scenario.frozen_below
+                )
+
+    def _submit(self) -> None:
+        def submit() -> tuple[dict[str, Any], list[Effect]]:
+            return self.coordinator.role.submit(json.dumps(self.scenario.spec), self.world.now)
+
+        self.job = self._perform(submit)["job"]
+
+    def _cancel(self) -> None:
+        if self.job:
+            self._perform(lambda: self.coordinator.role.cancel(self.job, self.world.now))
+
+    def _perform(self, act: Callable[[], tuple[dict[str, Any], list[Effect]]]) -> dict[str, Any]:
+        document, effects = act()
+        self.coordinator.perform(effects)
+        return document
+
+    def _fault(self, fault: Fault) -> Callable[[], None]:
+        def happen() -> None:
+            if fault.kind == "break":
+                self.world.break_stream(fault.target, fault.other, fault.seconds)
+            elif fault.target not in self.world.processes:
+                return
+            elif fault.kind == "pause":
+                self.world.processes[fault.target].pause(fault.seconds)
+            else:
+                self.world.kill(fault.target)
+                self.world.at(fault.seconds, lambda: self._start(fault.target))
+
+        return happen
+
+    # Watching --------------------------------------------------------------------------------------------------------
+
+    def _over(self) -> bool:
+        if not self.job:
+            return False
+        return self.coordinator.role.record(self.job).state.final
+
+    def _run_until(self, reached: Callable[[], bool]) -> None:
+        limit = self.world.now + LONGEST_SECONDS
+        while not reached():
+            self.world.step()
+            if self.world.now > limit:
+                raise StalledError(f"stalled after {LONGEST_SECONDS:g} simulated seconds:\n{self.describe()}")
+
+    def describe(self) -> str:
+        """The state of every role."""
+        states = (f"{process.name}: {process.describe()}" for process in self.world.processes.values())
+        return "\n".join(states)
+
+    def _may_fail(self, message: str) -> bool:
+        return self.scenario.fatal or (self.scenario.disk_failure > 0 and "simulated disk" in message)
+
+    # Checking --------------------------------------------------------------------------------------------------------
+
+    def _all_works(self) -> list[Work]:
+        return [work for history in self.works for work in history]
+
+    def _check_resting(self) -> None:
+        """Bounds that hold at any moment, for every block that ever was."""
+        for work in self._all_works():
+            window = work.header.window
+            who = f"block {work.header.start}-{work.header.stop} in life {work.header.life}"
+            assert work.block.max_kept <= window, f"{who} kept {work.block.max_kept} microbatches, the window is {window}"
+            if work.role.first is not None:
+                span = work.role.first.max_span
+                assert span <= window, f"{who} admitted a span of {span}, the window is {window}"
+            for layer, (ledger, _) in work.block.layers.items():
+                ledger.staleness.check()
+                worst = len(ledger.staleness.staleness) - 1
+                promise = work.header.max_staleness
+                assert worst <= promise, f"layer {layer} took a gradient {worst} updates old, {promise} were promised"
+
+    def _check_end(self, document: dict[str, Any]) -> None:
+        """Everything that must hold when a job has come to a boundary."""
+        final = document["steps"]
+        works = self._all_works()
+        last = [work for work in works if work.header.life > max(one.header.life for one in works) - self.scenario.shards]
+        plan = last[0].plan
+        wanted: set[int] | None = None
+        for work in last:
+            assert work.block.store_bytes == 0, f"{work.role.describe()} still keeps activations"
+            for layer, (ledger, parameter) in work.block.layers.items():
+                assert ledger.version == final, f"layer {layer} is at version {ledger.version}, the job at {final}"
+                assert ledger.staleness.num_open == 0, f"layer {layer} has open tickets: {ledger.staleness.tickets}"
+                assert max(parameter.values(), default=1) == 1, f"layer {layer} took a microbatch twice: {parameter}"
+                assert len(parameter) == plan.gradients_before(final)
+                assert set(parameter) == {index for index in range(plan.num_microbatches) if not ledger.lacks(index)}
+                wanted = set(parameter) if wanted is None else wanted
+                assert set(parameter) == wanted, f"layers differ: {sorted(set(parameter) ^ wanted)}"
+        if document["state"] == "done":
+            assert final == plan.num_updates
+            assert document["ledger"]["samples_applied"] == plan.total_samples
+            evaluated = document["validation"]
+            assert (evaluated is not None) == bool(self.scenario.num_validation)
+        ledger = document["ledger"]
+        summary = SampleLedgerSummary(
+            job=self.job,
+            version=final,
+            samples_leased=ledger["samples_leased"],
+            samples_applied=ledger["samples_applied"],
+            samples_dropped=ledger["samples_dropped"],
+            dropped=tuple(
+                DroppedMicrobatch(
+                    microbatch=Microbatch(one["epoch"], one["start"], one["stop"]),
+                    reason=one["reason"],
+                    missing_from=one["missing_from"],
+                )
+                for one in ledger["dropped"]
+            ),
+        )
+        logs = [StoredEvents(header=work.header, records=work.log.log.records) for work in works]
+        report = audit(logs, ledger=summary, plan=plan)
+        assert report.passed, "the audit failed: " + "; ".join(line for one in report.checks for line in one.failures)
+
+
+def _profile(scenario: Scenario) -> Profile:
+    return Profile(
+        layers=tuple(
+            LayerProfile(
+                index=index,
+                name=f"layer-{index}",
+                parameters=10,
+                trainable=10,
+                parameter_bytes=40,
+                state_bytes=80,
+                forward_seconds=0.001,
+                backward_seconds=0.002,
+                activation_bytes=100,
+                output_bytes=100,
+                output_shapes=((1, 10),),
+            )
+            for index in range(scenario.layers)
+        ),
+        num_train_samples=scenario.num_samples,
+        num_validation_samples=scenario.num_validation,
+        microbatch_samples=1,
+        input_bytes=100,
+    )
+
+
+logging.getLogger("layerwise").setLevel(logging.ERROR)

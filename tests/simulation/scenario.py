@@ -1,0 +1,134 @@
+"""What happens in one simulated run, drawn from its seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from tests.simulation.world import Weather
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """At ``at`` seconds: "kill" a process (a new one takes its name after ``seconds``), "pause" it, or "break" the stream to ``other``."""
+
+    at: float
+    kind: str
+    target: str
+    seconds: float
+    other: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One cluster, one job, what goes wrong. ``stops`` are times at which the job is cancelled and then resumed."""
+
+    seed: int
+    layers: int
+    num_samples: int
+    num_validation: int
+    spec: dict[str, Any]
+    shards: int
+    forward: int
+    detached: int
+    slots: int
+    step_seconds: float
+    load_seconds: float
+    frozen_below: int
+    weather: Weather
+    disk_delay: float
+    disk_failure: float
+    faults: tuple[Fault, ...]
+    stops: tuple[float, ...]
+
+    @property
+    def fatal(self) -> bool:
+        """A shard is killed: the job fails and is resumed."""
+        return any(fault.kind == "kill" and fault.target.startswith("shard") for fault in self.faults)
+
+
+def draw(seed: int) -> Scenario:
+    """The scenario of ``seed``."""
+    rng = random.Random(f"scenario {seed}")
+    shards = rng.choice((1, 2, 2, 3, 4))
+    layers = shards + rng.randrange(0, 4)
+    forward = rng.choice((1, 1, 2, 3))
+    attached = rng.random() < 0.7
+    detached = shards * rng.choice((1, 1, 2)) if not attached else rng.choice((0, 0, 0, 1, shards))
+    synchronous = rng.random() < 0.2
+    accumulation = rng.choice((1, 1, 2, 3, 4, 8))
+    window = rng.randint(1, min(2 * shards, accumulation) if synchronous else 2 * shards)
+    microbatch = rng.randint(1, 3)
+    batch = accumulation * microbatch
+    microbatches = rng.randint(12, 40)
+    num_samples = max(batch, rng.randint(batch, batch + 3 * microbatch * accumulation))
+    steps = max(2, microbatches // accumulation)
+    evaluate = rng.random() < 0.3
+    every = rng.choice((None, 1, 2, 3, 5))
+    names = [f"shard-{index}" for index in range(shards)]
+    workers = [f"forward-{index}" for index in range(forward)] + [f"backward-{index}" for index in range(detached)]
+    # How long the work will take, roughly, so that faults fall into it.
+    step_seconds = rng.choice((0.0005, 0.001, 0.003))
+    length = 0.15 + microbatches * step_seconds * 3 * layers / min(shards, window)
+    faults = []
+    for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+        at = 0.1 + rng.uniform(0, length)
+        kind = rng.choice(("kill", "kill", "pause", "break"))
+        if kind == "kill":
+            faults.append(Fault(at=at, kind=kind, target=rng.choice(workers), seconds=rng.uniform(0.01, 0.5)))
+        elif kind == "pause":
+            faults.append(Fault(at=at, kind=kind, target=rng.choice(names + workers), seconds=rng.expovariate(4)))
+        else:
+            ends = [*names, *workers, "coordinator"]
+            one, other = rng.sample(ends, 2)
+            faults.append(Fault(at=at, kind=kind, target=one, other=other, seconds=rng.expovariate(8)))
+    if rng.random() < 0.08:
+        at = 0.1 + rng.uniform(0, length)
+        faults.append(Fault(at=at, kind="kill", target=rng.choice(names), seconds=0.1))
+    stops = (0.1 + rng.uniform(0, length),) if rng.random() < 0.25 else ()
+    calm = rng.random() < 0.3
+    weather = Weather(
+        delay=rng.choice((0.0002, 0.001, 0.005)),
+        jitter=0.0 if calm else rng.choice((0.001, 0.01, 0.05)),
+        loss=0.0 if calm else rng.choice((0.0, 0.02, 0.1)),
+        duplication=0.0 if calm else rng.choice((0.0, 0.05, 0.2)),
+    )
+    spec: dict[str, Any] = {
+        "name": f"seed-{seed}",
+        "model": {"name": "mlp"},
+        "data": {"name": "digits", "batch": batch},
+        "train": {"steps": steps, "optimizer": "sgd", "evaluate_every": rng.choice((1, 2, 4)) if evaluate else None},
+        "cluster": {
+            "shards": shards,
+            "forward": forward,
+            "backward": {"attached": attached, "detached": detached},
+        },
+        "mode": "synchronous" if synchronous else "asynchronous",
+        "async": {
+            "window": window,
+            "accumulation": accumulation,
+            "max_staleness": "auto",
+        },
+        "checkpoint": {"every": every, "keep": rng.randint(1, 3)},
+        "timeouts": {"start": 30.0, "lease": 20.0, "task": 4.0, "heartbeat": 15.0, "drain": 30.0},
+    }
+    return Scenario(
+        seed=seed,
+        layers=layers,
+        num_samples=num_samples,
+        num_validation=rng.randint(1, 3 * batch) if evaluate else 0,
+        spec=spec,
+        shards=shards,
+        forward=forward,
+        detached=detached,
+        slots=rng.choice((1, 1, 2)),
+        step_seconds=step_seconds,
+        load_seconds=rng.choice((0.0002, 0.002, 0.01)),
+        frozen_below=rng.choice((0, 0, 0, 1, 2)) if layers > 2 else 0,
+        weather=weather,
+        disk_delay=rng.choice((0.001, 0.01, 0.1)),
+        disk_failure=rng.choice((0.0, 0.0, 0.0, 0.02)),
+        faults=tuple(sorted(faults, key=lambda fault: fault.at)),
+        stops=stops,
+    )

@@ -1,0 +1,267 @@
+"""Simulated time, and a network between simulated processes that delays, loses, repeats and reorders."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from layerwise.link import Link, LinkLost, LinkTable, Packet
+from layerwise.messages import Heartbeat, Hello, Message
+from layerwise.roles import Connect, Disconnect, Effect, Send
+
+TICK_SECONDS = 0.1
+HEARTBEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weather:
+    """How bad the network is. Delays are seconds; the others are probabilities for each packet."""
+
+    delay: float = 0.001
+    jitter: float = 0.0
+    loss: float = 0.0
+    duplication: float = 0.0
+
+
+class World:
+    """One clock, one random generator, one heap of events: everything repeats from the seed."""
+
+    def __init__(self, seed: int, weather: Weather, *, trace: bool = False) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.weather = weather
+        self.processes: dict[str, Process] = {}
+        self.trace: list[str] | None = [] if trace else None
+        self.num_events = 0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+        self._incarnations = count(1)
+        self._broken: dict[frozenset[str], float] = {}
+        self._path_delays: dict[tuple[str, str], float] = {}
+
+    def at(self, delay: float, event: Callable[[], None]) -> None:
+        """Do ``event`` after ``delay`` seconds."""
+        heapq.heappush(self._events, (self.now + delay, next(self._order), event))
+
+    def step(self) -> None:
+        """Do the next event."""
+        self.now, _, event = heapq.heappop(self._events)
+        self.num_events += 1
+        event()
+
+    def note(self, text: str) -> None:
+        """A line of the trace."""
+        if self.trace is not None:
+            self.trace.append(f"{self.now:9.4f} {text}")
+
+    def incarnation(self) -> int:
+        """A link incarnation that nobody had before."""
+        return next(self._incarnations)
+
+    def break_stream(self, one: str, other: str, seconds: float) -> None:
+        """Nothing passes between the two for a while; then both sides open a new stream."""
+        pair = frozenset((one, other))
+        self._broken[pair] = self.now + seconds
+        self.note(f"stream {one} - {other} breaks for {seconds:.2f} s")
+
+        def heal() -> None:
+            for here, there in ((one, other), (other, one)):
+                process = self.processes.get(here)
+                if process is not None:
+                    process.on_stream(there)
+
+        self.at(seconds, heal)
+
+    def carry(self, sender: str, receiver: str, packet: Packet) -> None:
+        """Put a packet on the network."""
+        weather, rng = self.weather, self.random
+        if self._broken.get(frozenset((sender, receiver)), -1.0) > self.now:
+            return
+        if weather.loss and rng.random() < weather.loss:
+            return
+        copies = 2 if weather.duplication and rng.random() < weather.duplication else 1
+        delay = self._path_delays.get((sender, receiver))
+        if delay is None:
+            delay = self._path_delays[sender, receiver] = weather.delay * rng.uniform(0.5, 2.0)
+        for _ in range(copies):
+            self.at(delay + weather.jitter * rng.random() ** 3, lambda: self._deliver(sender, receiver, packet))
+
+    def _deliver(self, sender: str, receiver: str, packet: Packet) -> None:
+        process = self.processes.get(receiver)
+        if process is not None:
+            process.deferred(lambda: process.on_packet(sender, packet))
+
+    def kill(self, name: str) -> None:
+        """End a process between two instructions. Its peers notice when their streams end."""
+        process = self.processes.pop(name)
+        process.alive = False
+        self.note(f"{name} is killed")
+        process.on_killed()
+        for peer in list(self.processes.values()):
+            link = peer.links.get(name)
+            if link is not None:
+                self.at(self.random.uniform(0.001, 0.2), _notice(peer, name, link))
+
+
+def _notice(peer: Process, name: str, link: Link) -> Callable[[], None]:
+    return lambda: peer.deferred(lambda: peer.on_peer_gone(name, link))
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """What every simulated process has: links, heartbeats, ticks; a subclass adds its role."""
+
+    world: World
+    name: str
+    hello: Hello | None = None
+    alive: bool = True
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
+    links: LinkTable = field(init=False)
+    _paused_until: float = 0.0
+    _next_heartbeat: float = math.inf
+    _wakes: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.links = LinkTable(lambda: Link(self.world.incarnation(), resend_seconds=0.05))
+        self.world.processes[self.name] = self
+        if self.hello is not None:
+            self.send("coordinator", self.hello)
+        self.after(self.world.random.uniform(0, TICK_SECONDS), self._tick)
+
+    # What a subclass gives
+
+    def on_message(self, peer: str, message: Message) -> list[Effect]:
+        raise NotImplementedError
+
+    def on_lost(self, peer: str) -> list[Effect]:
+        raise NotImplementedError
+
+    def on_tick(self) -> list[Effect]:
+        raise NotImplementedError
+
+    def on_killed(self) -> None:
+        """The process is gone."""
+
+    def before_send(self, peer: str, message: Message) -> None:
+        """``message`` is about to leave the process."""
+
+    def describe(self) -> str:
+        return ""
+
+    # What it can do
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for a while; what happens meanwhile happens afterwards."""
+        self._paused_until = max(self._paused_until, self.world.now + seconds)
+        self.world.note(f"{self.name} pauses for {seconds:.2f} s")
+
+    def deferred(self, event: Callable[[], None]) -> None:
+        """Do ``event`` now, or when the pause is over; never once the process is dead."""
+        if not self.alive:
+            return
+        if self._paused_until > self.world.now:
+            self.world.at(self._paused_until - self.world.now, lambda: self.deferred(event))
+        else:
+            event()
+
+    def after(self, delay: float, event: Callable[[], None]) -> None:
+        """Do ``event`` in this process after ``delay`` seconds."""
+        self.world.at(delay, lambda: self.deferred(event))
+
+    def perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(peer=peer, message=message):
+                    self.send(peer, message)
+                case Connect(peer=peer):
+                    self._put(peer, self.links.open(peer).reconnect(self.world.now))
+                case Disconnect(peer=peer):
+                    link = self.links.drop(peer)
+                    if link is not None:
+                        self._put(peer, [link.farewell("closed")])
+
+    def send(self, peer: str, message: Message) -> None:
+        self.before_send(peer, message)
+        if self.world.trace is not None:
+            self.world.note(f"{self.name} -> {peer}: {_short(message)}")
+        link = self.links.open(peer)
+        self._put(peer, link.send(message, self.world.now))
+        self._wake(peer, link)
+
+    # What the world calls
+
+    def on_packet(self, peer: str, packet: Packet) -> None:
+        admission = self.links.admit(peer, packet)
+        if admission.lost:
+            self.perform(self.on_lost(peer))
+        if admission.refusal is not None:
+            self._put(peer, [admission.refusal])
+        link = admission.link
+        if link is None:
+            return
+        try:
+            messages = link.receive(packet, self.world.now)
+        except LinkLost as lost:
+            self.on_peer_gone(peer, link, str(lost))
+            return
+        for message in messages:
+            if self.alive:
+                self._receive(peer, message)
+        if self.links.get(peer) is link:
+            self._put(peer, link.tick(self.world.now))
+            self._wake(peer, link)
+
+    def on_stream(self, peer: str) -> None:
+        """The stream to ``peer`` is open again."""
+        link = self.links.get(peer)
+        if link is not None:
+            self._put(peer, link.reconnect(self.world.now))
+
+    def on_peer_gone(self, peer: str, link: Link, why: str = "its stream ended") -> None:
+        if self.links.get(peer) is not link:
+            return
+        self.links.drop(peer)
+        self.world.note(f"{self.name} lost {peer}: {why}")
+        self.perform(self.on_lost(peer))
+
+    # Inside
+
+    def _receive(self, peer: str, message: Message) -> None:
+        if type(message).__name__ == "Welcome":
+            self._next_heartbeat = self.world.now
+            return
+        self.perform(self.on_message(peer, message))
+
+    def _tick(self) -> None:
+        self.perform(self.on_tick())
+        if self._next_heartbeat <= self.world.now:
+            self._next_heartbeat = self.world.now + self.heartbeat_seconds
+            self.send("coordinator", Heartbeat())
+        self.after(TICK_SECONDS, self._tick)
+
+    def _put(self, peer: str, packets: list[Packet]) -> None:
+        for packet in packets:
+            self.world.carry(self.name, peer, packet)
+
+    def _wake(self, peer: str, link: Link) -> None:
+        due = link.due
+        if due < self._wakes.get(peer, math.inf):
+            self._wakes[peer] = due
+            self.after(max(0.0, due - self.world.now), lambda: self._on_due(peer))
+
+    def _on_due(self, peer: str) -> None:
+        self._wakes.pop(peer, None)
+        link = self.links.get(peer)
+        if link is not None:
+            self._put(peer, link.tick(self.world.now))
+            self._wake(peer, link)
+
+
+def _short(message: Any) -> str:
+    text = repr(message)
+    return text if len(text) < 300 else text[:300] + "..."
