@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
@@ -20,6 +19,7 @@ from layerwise.device import HostTransfers
 from layerwise.errors import NotOwnerError, RejectedError, WrongLifeError
 from layerwise.events import WeightMode
 from layerwise.gradient_sum import Gradients
+from layerwise.head import Head, loss_gradients, run_head
 from layerwise.ids import Attempt, Microbatch
 from layerwise.kept_pass import ActivationStore, KeptPass, tensor_bytes
 from layerwise.layer import TrainedLayer
@@ -38,18 +38,6 @@ from layerwise.tasks import (
 )
 
 log = logging.getLogger(__name__)
-
-
-class Head(Protocol):
-    """What follows the last layer: the loss, and metrics that are only looked at."""
-
-    def loss(self, outputs: Tensors, targets: Tensors) -> torch.Tensor:
-        """The mean loss over the samples, a 0-d tensor."""
-        ...
-
-    def metrics(self, outputs: Tensors, targets: Tensors) -> tuple[Metric, ...]:
-        """Additive metrics of these samples."""
-        ...
 
 
 class Block:
@@ -86,7 +74,7 @@ class Block:
         for layer in self.layers:
             if layer.recomputes and mode is WeightMode.LATEST:
                 log.info(
-                    "layer %d (%s) computes with weights derived from its parameters: its backward passes run its forward again",
+                    "layer %d (%s) computes with weights derived from its parameters, so its forward pass is run again",
                     layer.index,
                     layer.module.name,
                 )
@@ -181,24 +169,12 @@ class Block:
                     tuple(None if one is None else one.detach() for one in outputs.items), outputs.single
                 )
                 return ForwardResult(outputs=self._transfers.unload(detached))
-            loss, head = self._loss(outputs, kept.targets, graph=bool(kept.passes))
+            loss, head = run_head(self._head, outputs, kept.targets, self._precision, graph=bool(kept.passes))
             if kept.passes:
                 kept.head, kept.loss = head, loss
             with torch.no_grad():
                 metrics = self._head.metrics(head, kept.targets)
             return ForwardResult(outputs=None, loss=float(loss.detach()), metrics=metrics)
-
-    def _loss(self, outputs: Tensors, targets: Tensors, *, graph: bool) -> tuple[torch.Tensor, Tensors]:
-        assert self._head is not None
-        leaves = []
-        for one in outputs.items:
-            leaf = None if one is None else one.detach()
-            if leaf is not None and graph and (leaf.is_floating_point() or leaf.is_complex()):
-                leaf.requires_grad_()
-            leaves.append(leaf)
-        head = Tensors(tuple(leaves), outputs.single)
-        with torch.set_grad_enabled(graph), self._precision.context():
-            return self._head.loss(head, targets), head
 
     def _kept_bytes(self, kept: KeptPass) -> int:
         num_bytes = tensor_bytes(kept.inputs) + tensor_bytes(kept.targets)
@@ -266,7 +242,7 @@ class Block:
             yield
         if self._head is not None:
             with self._transfers.computing():
-                kept.loss, kept.head = self._loss(values, kept.targets, graph=True)
+                kept.loss, kept.head = run_head(self._head, values, kept.targets, self._precision, graph=True)
 
     def _output_gradients(self, kept: KeptPass, gradients: Tensors | None) -> Sequence[torch.Tensor | None]:
         if kept.loss is not None and kept.head is not None:
@@ -305,6 +281,7 @@ class Block:
             buffers=tuple(
                 (layer.index, _named(host, layer.module.buffer_names, buffers))
                 for layer, buffers in zip(self.layers, kept.buffers, strict=True)
+                if layer.module.may_write_buffers  # the others the worker has itself
             ),
             lacking=tuple(sorted(kept.tickets)),
             input_gradient=kept.input_gradient,
@@ -329,8 +306,7 @@ class Block:
         gradients = self._pushed(layer, push.gradients)
         with self._transfers.computing():
             layer.take(push.attempt, gradients, read=push.read, mode=WeightMode.RECOMPUTE)
-        return
-        yield
+        yield from ()
 
     def _pushed(self, layer: TrainedLayer, named: NamedTensors) -> Gradients:
         owned = layer.compute.owned
@@ -392,7 +368,7 @@ class Block:
             if self._head is None:
                 return EvaluateResult(outputs=self._transfers.unload(values))
             targets = self._transfers.load(task.targets)
-            loss, _ = self._loss(values, targets, graph=False)
+            loss, _ = run_head(self._head, values, targets, self._precision, graph=False)
             count = float(task.stop - task.start)
             return EvaluateResult(
                 outputs=None,
@@ -451,15 +427,6 @@ class Block:
         if not self.start <= index < self.stop:
             raise NotOwnerError(f"layer {index} is not in the block of layers {self.start} to {self.stop - 1}")
         return self.layers[index - self.start]
-
-
-def loss_gradients(loss: torch.Tensor, items: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
-    """The gradient of ``loss`` for each of ``items`` (leaves; ``None`` for those that can't have one)."""
-    leaves = {id(one): one for one in items if one is not None and one.requires_grad}
-    if not leaves or not loss.requires_grad:
-        return (None,) * len(items)
-    found = dict(zip(leaves, torch.autograd.grad([loss], list(leaves.values()), allow_unused=True), strict=True))
-    return tuple(found.pop(id(one), None) for one in items)
 
 
 def _named(host: HostTransfers, names: tuple[str, ...], items: tuple[torch.Tensor, ...]) -> NamedTensors:

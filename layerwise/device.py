@@ -63,8 +63,8 @@ class CudaTransfers(HostTransfers):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._compute = torch.cuda.Stream(device)
-        self._copy = torch.cuda.Stream(device)
+        self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copy = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def load(self, tensors: Tensors) -> Tensors:
         """Copied without waiting for the device; the compute stream waits for the copy."""

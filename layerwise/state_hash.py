@@ -35,4 +35,4 @@ def element_bytes(tensor: torch.Tensor) -> memoryview:
     raw = data.reshape(-1).view(torch.uint8).numpy()
     if sys.byteorder == "big" and data.element_size() > 1:
         raw = raw.reshape(-1, data.element_size())[:, ::-1].copy().reshape(-1)
-    return memoryview(raw)
+    return raw.data
