@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -121,17 +120,15 @@ class CoordinatorRole:
         )
         return self._enqueue(record, spec, f"submitted as {record.job}", now)
 
-    def adopt(self, manifest: Mapping[str, Any], record: JobRecord, now: float) -> tuple[dict[str, Any], list[Effect]]:
-        """Queue a job that only a cut's manifest remembers (`layerwise.server.manifest`); ``record`` is what that said."""
-        known = self._jobs.get(record.job)
-        if known is not None and known.directory == record.directory:
-            return self.resume(record.job, now)
-        if known is not None:
+    def adopt(self, record: JobRecord, now: float) -> tuple[dict[str, Any], list[Effect]]:
+        """Queue a job that only its directory remembers (`layerwise.server.adopted_job`); one that is known is resumed."""
+        for known in self._jobs.values():
+            if known.directory == record.directory:
+                return self.resume(known.job, now)
+        if record.job in self._jobs:
             record = replace(record, job=self._new_id(record.name))
-        spec = parse_job(record.spec_json)
-        record = replace(record, number=self._next_number, state=JobState.QUEUED, resume_count=record.resume_count + 1)
-        self._next_number += 1
-        return self._enqueue(record, spec, f"resumed from the cut at version {manifest['version']}", now)
+        self._put(record)
+        return self.resume(record.job, now)
 
     def resume(self, job: str, now: float) -> tuple[dict[str, Any], list[Effect]]:
         """Queue a failed or cancelled job again, from its newest durable cut.
@@ -187,6 +184,10 @@ class CoordinatorRole:
     def record(self, job: str) -> JobRecord:
         """What is stored of a job; ``NotFoundError`` when there is none."""
         return self._record(job)
+
+    def states(self) -> list[JobState]:
+        """The states of all jobs."""
+        return [record.state for record in self._jobs.values()]
 
     def nodes(self, now: float) -> list[dict[str, Any]]:
         """The processes of the cluster, by role and name."""

@@ -1,0 +1,238 @@
+"""The coordinator's process: one event loop around `CoordinatorRole`, the store, the links and the clients."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import IO, Any
+
+from layerwise.errors import ConfigError
+from layerwise.job import parse_job
+from layerwise.lifetime import Lifetime
+from layerwise.messages import Assignment, Message
+from layerwise.metrics_server import MetricsServer
+from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.server.adopted_job import read_job, unused_directory
+from layerwise.server.client_service import ClientService
+from layerwise.server.coordinator_role import EVENTS_AT_ONCE, CoordinatorRole
+from layerwise.server.job_record import JobEvent
+from layerwise.server.job_store import SqliteJobStore
+from layerwise.server.memory_store import MemoryJobStore
+from layerwise.server.metrics import coordinator_metrics
+from layerwise.transport import Transport
+
+NAME = "coordinator"
+TICK_SECONDS = 0.1
+LOCK = "coordinator.lock"
+
+log = logging.getLogger(__name__)
+
+
+def run_coordinator(
+    *,
+    listen: str,
+    state: str | Path | None = None,
+    metrics: str = "",
+    insecure: bool = False,
+    heartbeat_timeout: float = 30.0,
+    exit_with_parent: bool = False,
+    on_listening: Callable[[Coordinator], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. ``state`` is the folder of the job store; without one, jobs are forgotten at the end.
+
+    ``metrics`` is ``host:port`` or empty. ``on_listening`` is called once with the coordinator, whose addresses are known then.
+
+    Raises:
+        ConfigError: an address is taken, ``state`` can't be used or is another coordinator's.
+        NotAllowedError: listening beyond this host without ``insecure``.
+    """
+
+    async def serve() -> None:
+        coordinator = Coordinator(state=state, heartbeat_timeout=heartbeat_timeout)
+        lifetime = Lifetime(exit_with_parent=exit_with_parent)
+        try:
+            await coordinator.open(listen=listen, metrics=metrics, insecure=insecure)
+            if on_listening is not None:
+                on_listening(coordinator)
+            coordinator.on_end = lifetime.end
+            await lifetime.ended.wait()
+            log.info("the coordinator ends: %s", lifetime.reason)
+        finally:
+            await coordinator.close()
+            lifetime.close()
+        if coordinator.error is not None:
+            raise coordinator.error
+
+    asyncio.run(serve())
+
+
+class Coordinator:
+    """The role with its surroundings. Everything runs on the event loop's thread, but for the store's own.
+
+    A job's record is on disk before a client hears that it was taken, and its lives before a shard does.
+    """
+
+    def __init__(self, *, state: str | Path | None = None, heartbeat_timeout: float = 30.0) -> None:
+        self._lock = _lock(Path(state)) if state is not None else None
+        self._store = SqliteJobStore(state) if state is not None else MemoryJobStore()
+        self._epoch = time.time() - time.monotonic()
+        self._role = CoordinatorRole(self._store, now=self._now(), heartbeat_timeout=heartbeat_timeout)
+        self._transport: Transport | None = None
+        self._metrics: MetricsServer | None = None
+        self._ticks: asyncio.Task[None] | None = None
+        self._ticked = asyncio.Event()
+        self.address = ""
+        self.metrics_address = ""
+        self.error: Exception | None = None
+        self.on_end: Callable[[str], None] = lambda reason: None
+        """Called when the coordinator can't go on; `error` says why."""
+
+    async def open(self, *, listen: str, metrics: str = "", insecure: bool = False) -> None:
+        """Listen for processes and clients; see `run_coordinator` for what is refused."""
+        transport = Transport(NAME, on_message=self._on_message, on_lost=self._on_lost, on_error=self._fail)
+        self._transport = transport
+        transport.add_servicer(ClientService(self).add_to)
+        if metrics:
+            self._metrics = MetricsServer(
+                metrics, lambda: coordinator_metrics(self._role, self._now()), insecure=insecure
+            )
+            self.metrics_address = self._metrics.address
+        self.address = await transport.listen(listen, insecure=insecure)
+        self._ticks = asyncio.create_task(self._tick(), name="layerwise coordinator ticks")
+        log.info("the coordinator listens at %s", self.address)
+
+    async def close(self) -> None:
+        """Close links, clients' calls and the store."""
+        if self._ticks is not None:
+            self._ticks.cancel()
+            await asyncio.gather(self._ticks, return_exceptions=True)
+        self._ticked.set()
+        if self._transport is not None:
+            await self._transport.close()
+        if self._metrics is not None:
+            # A scrape that waits for this loop must be answered first, so not on it.
+            await asyncio.to_thread(self._metrics.close)
+        if isinstance(self._store, SqliteJobStore):
+            await asyncio.to_thread(self._store.close)
+        if self._lock is not None:
+            self._lock.close()
+
+    # Clients ---------------------------------------------------------------------------------------------------------
+
+    async def submit(self, spec_json: str) -> dict[str, Any]:
+        """Queue a job; its directory is one that no earlier job has left its work in."""
+        directory = unused_directory(parse_job(spec_json).checkpoint_path)
+        document, effects = self._role.submit(spec_json, self._now(), directory=directory)
+        return await self._stored(document, effects)
+
+    async def cancel(self, job: str) -> dict[str, Any]:
+        """Stop a job."""
+        return await self._stored(*self._role.cancel(job, self._now()))
+
+    async def resume(self, job: str, directory: str) -> dict[str, Any]:
+        """Queue a job again."""
+        if job:
+            return await self._stored(*self._role.resume(job, self._now()))
+        record = await asyncio.to_thread(read_job, directory)
+        return await self._stored(*self._role.adopt(record, self._now()))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All jobs' documents."""
+        return self._role.jobs()
+
+    def job(self, job: str) -> dict[str, Any]:
+        """One job's document."""
+        return self._role.job(job)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """The processes."""
+        return self._role.nodes(self._now())
+
+    async def follow(self, job: str, offset: int) -> AsyncIterator[JobEvent]:
+        """A job's events from ``offset`` on, until it has ended; looks for new ones at each tick."""
+        while True:
+            record = self._role.record(job)
+            if offset < record.num_events:
+                for event in await asyncio.to_thread(self._store.events, job, offset, EVENTS_AT_ONCE):
+                    yield event
+                    offset = event.sequence + 1
+                continue
+            if record.state.final or self._ticks is None or self._ticks.done():
+                return
+            await self._ticked.wait()
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _now(self) -> float:
+        """Unix seconds that never go back."""
+        return self._epoch + time.monotonic()
+
+    def _on_message(self, peer: str, message: Message) -> None:
+        self._perform(self._role.on_message(peer, message, self._now()))
+
+    def _on_lost(self, peer: str) -> None:
+        self._perform(self._role.on_lost(peer, self._now()))
+
+    async def _tick(self) -> None:
+        try:
+            while True:
+                self._perform(self._role.on_tick(self._now()))
+                self._ticked.set()
+                self._ticked = asyncio.Event()
+                await asyncio.sleep(TICK_SECONDS)
+        except Exception as error:
+            self._fail(error)
+
+    def _perform(self, effects: list[Effect]) -> None:
+        if any(isinstance(effect, Send) and isinstance(effect.message, Assignment) for effect in effects):
+            # A life that a shard has heard of must never be given again, not even after a crash.
+            self._flush()
+        assert self._transport is not None
+        for effect in effects:
+            match effect:
+                case Send(peer=peer, message=message):
+                    self._transport.send(peer, message)
+                case Connect(peer=peer, address=address):
+                    self._transport.connect(peer, address)
+                case Disconnect(peer=peer):
+                    self._transport.disconnect(peer)
+
+    async def _stored(self, document: dict[str, Any], effects: list[Effect]) -> dict[str, Any]:
+        self._perform(effects)
+        await asyncio.to_thread(self._flush)
+        return document
+
+    def _flush(self) -> None:
+        if isinstance(self._store, SqliteJobStore):
+            self._store.flush()
+
+    def _fail(self, error: Exception) -> None:
+        if self.error is None:
+            self.error = error
+        log.error("the coordinator can't go on: %s: %s", type(error).__name__, error, exc_info=error)
+        self.on_end(f"{type(error).__name__}: {error}")
+
+
+def _lock(state: Path) -> IO[str]:
+    """Two coordinators on one store would give the same lives twice."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        file = (state / LOCK).open("a+", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"--state {state}: the folder can't be used: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"--state {state} is in use by another coordinator; stop that one or choose another folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

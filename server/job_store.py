@@ -1,0 +1,298 @@
+"""The job store on disk: SQLite in WAL mode, written by a thread of its own in batches."""
+
+from __future__ import annotations
+
+import json
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import ConfigError, CorruptError, DeadlineError, NotFoundError, RetryableError
+from layerwise.messages import Role
+from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState, PlacementRecord
+
+FILE = "jobs.sqlite3"
+MAX_WAITING = 10_000
+"""Writes that may wait for the disk; with more, the one who writes waits too."""
+FLUSH_SECONDS = 30.0
+BUSY_SECONDS = 10.0
+
+MIGRATIONS = (
+    """
+    CREATE TABLE jobs (
+        job TEXT PRIMARY KEY, number INTEGER NOT NULL, name TEXT NOT NULL, state TEXT NOT NULL, message TEXT NOT NULL,
+        warnings TEXT NOT NULL, created REAL NOT NULL, started REAL, finished REAL, directory TEXT NOT NULL, spec TEXT NOT NULL,
+        settings TEXT NOT NULL, profile TEXT NOT NULL, blocks TEXT NOT NULL, next_life INTEGER NOT NULL,
+        resume_count INTEGER NOT NULL, evaluations TEXT NOT NULL, document TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE events (
+        job TEXT NOT NULL REFERENCES jobs (job) ON DELETE CASCADE, sequence INTEGER NOT NULL, time REAL NOT NULL,
+        level TEXT NOT NULL, message TEXT NOT NULL, fields TEXT NOT NULL, PRIMARY KEY (job, sequence)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE cuts (
+        job TEXT NOT NULL REFERENCES jobs (job) ON DELETE CASCADE, version INTEGER NOT NULL, time REAL NOT NULL,
+        num_bytes INTEGER NOT NULL, ledger TEXT NOT NULL, PRIMARY KEY (job, version)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE placement (
+        job TEXT NOT NULL REFERENCES jobs (job) ON DELETE CASCADE, process TEXT NOT NULL, role TEXT NOT NULL, block INTEGER NOT NULL,
+        start INTEGER NOT NULL, stop INTEGER NOT NULL, life INTEGER NOT NULL, PRIMARY KEY (job, process)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE lives (
+        job TEXT NOT NULL REFERENCES jobs (job) ON DELETE CASCADE, life INTEGER NOT NULL, process TEXT NOT NULL,
+        block INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, PRIMARY KEY (job, life)
+    ) STRICT, WITHOUT ROWID;
+    """,
+)
+"""``MIGRATIONS[v]`` takes a store from schema ``v`` to ``v + 1``; ``PRAGMA user_version`` says which one it has."""
+
+Write = Callable[[sqlite3.Connection], None]
+
+
+class SqliteJobStore:
+    """A `JobStore` in ``folder``. `put` and `add_event` return at once; a thread writes what has gathered in one transaction.
+
+    Any thread may call it. After `flush` everything before it is on disk.
+
+    Raises:
+        ConfigError: the folder can't be used, or a newer layerwise wrote the store.
+        CorruptError: the file is not a job store.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._path = Path(folder) / FILE
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._open()) as connection:
+                self._migrate(connection)
+        except OSError as error:
+            raise ConfigError(f"--state {folder}: the folder can't be used: {error.strerror}") from error
+        except sqlite3.DatabaseError as error:
+            raise CorruptError(f"{self._path} can't be used as a job store: {error}") from error
+        self._error: Exception | None = None
+        self._writes: queue.Queue[Write | threading.Event | None] = queue.Queue(MAX_WAITING)
+        self._thread = threading.Thread(target=self._write_all, name="layerwise-job-store", daemon=True)
+        self._thread.start()
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def load(self) -> tuple[JobRecord, ...]:
+        """All jobs, oldest first."""
+        self.flush()
+        with closing(self._open()) as connection:
+            rows = connection.execute("SELECT * FROM jobs ORDER BY created, number").fetchall()
+            return tuple(self._record(connection, row) for row in rows)
+
+    def events(self, job: str, offset: int, limit: int) -> tuple[JobEvent, ...]:
+        """At most ``limit`` events from sequence ``offset`` on; ``NotFoundError`` when there is no such job."""
+        self.flush()
+        with closing(self._open()) as connection:
+            if connection.execute("SELECT 1 FROM jobs WHERE job = ?", (job,)).fetchone() is None:
+                raise NotFoundError(f"no job {job!r} here")
+            rows = connection.execute(
+                "SELECT sequence, time, level, message, fields FROM events WHERE job = ? AND sequence >= ? ORDER BY sequence LIMIT ?",
+                (job, offset, limit),
+            ).fetchall()
+        return tuple(
+            JobEvent(
+                sequence=row["sequence"],
+                time=row["time"],
+                level=row["level"],
+                message=row["message"],
+                fields=json.loads(row["fields"]),
+            )
+            for row in rows
+        )
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    def put(self, record: JobRecord) -> None:
+        """Write a job, its durable cuts and its placement."""
+        self._enqueue(lambda connection: _put(connection, record))
+
+    def add_event(self, job: str, event: JobEvent) -> None:
+        """Append to a job's log."""
+        values = (job, event.sequence, event.time, event.level, event.message, _json(dict(event.fields)))
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?)", values)
+
+        self._enqueue(write)
+
+    def flush(self) -> None:
+        """Wait until everything written so far is on disk.
+
+        Raises:
+            DeadlineError: the disk takes too long.
+            RetryableError: a write failed; nothing after it was written.
+        """
+        written = threading.Event()
+        self._enqueue(written)
+        if not written.wait(FLUSH_SECONDS):
+            raise DeadlineError(f"the job store {self._path} did not take what was written within {FLUSH_SECONDS:g} s")
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Write what waits, end the thread."""
+        if self._thread.is_alive():
+            self._writes.put(None)
+            self._thread.join()
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, write: Write | threading.Event) -> None:
+        if self._error is not None:
+            raise self._error
+        self._writes.put(write)
+
+    def _write_all(self) -> None:
+        with closing(self._open()) as connection:
+            ended = False
+            while not ended:
+                batch = [self._writes.get()]
+                while len(batch) < MAX_WAITING and not self._writes.empty():
+                    batch.append(self._writes.get_nowait())
+                ended = None in batch
+                self._write_batch(connection, [one for one in batch if one is not None])
+
+    def _write_batch(self, connection: sqlite3.Connection, batch: list[Write | threading.Event]) -> None:
+        """One transaction; on an error the store takes nothing more, and everybody who asks hears why."""
+        try:
+            if self._error is None:
+                connection.execute("BEGIN IMMEDIATE")
+                for one in batch:
+                    if not isinstance(one, threading.Event):
+                        one(connection)
+                connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._error = RetryableError(
+                f"the job store {self._path} can't be written: {error}; free the disk and start the coordinator again"
+            )
+            self._error.__cause__ = error
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        for one in batch:
+            if isinstance(one, threading.Event):
+                one.set()
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
+        connection.row_factory = sqlite3.Row
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        schema = connection.execute("PRAGMA user_version").fetchone()[0]
+        if schema > len(MIGRATIONS):
+            raise ConfigError(
+                f"{self._path} has schema {schema}, and this layerwise knows up to {len(MIGRATIONS)}: a newer one wrote it; "
+                "use that one, or another --state folder"
+            )
+        for number in range(schema, len(MIGRATIONS)):
+            connection.executescript(f"BEGIN; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+
+    def _record(self, connection: sqlite3.Connection, row: sqlite3.Row) -> JobRecord:
+        job = (row["job"],)
+        cuts = connection.execute("SELECT * FROM cuts WHERE job = ? ORDER BY version", job).fetchall()
+        places = connection.execute("SELECT * FROM placement WHERE job = ? ORDER BY block, process", job).fetchall()
+        last = connection.execute("SELECT max(sequence) FROM events WHERE job = ?", job).fetchone()[0]
+        return JobRecord(
+            job=row["job"],
+            number=row["number"],
+            name=row["name"],
+            state=JobState(row["state"]),
+            message=row["message"],
+            warnings=tuple(json.loads(row["warnings"])),
+            created=row["created"],
+            started=row["started"],
+            finished=row["finished"],
+            directory=row["directory"],
+            spec_json=row["spec"],
+            settings_json=row["settings"],
+            profile_json=row["profile"],
+            blocks=tuple((start, stop) for start, stop in json.loads(row["blocks"])),
+            next_life=row["next_life"],
+            resume_count=row["resume_count"],
+            num_events=0 if last is None else last + 1,
+            cuts=tuple(
+                CutRecord(
+                    version=cut["version"],
+                    time=cut["time"],
+                    num_bytes=cut["num_bytes"],
+                    ledger=json.loads(cut["ledger"]),
+                )
+                for cut in cuts
+            ),
+            placement=tuple(
+                PlacementRecord(
+                    process=one["process"],
+                    role=Role(one["role"]),
+                    block=one["block"],
+                    start=one["start"],
+                    stop=one["stop"],
+                    life=one["life"],
+                )
+                for one in places
+            ),
+            evaluations=tuple(json.loads(row["evaluations"])),
+            document=json.loads(row["document"]),
+        )
+
+
+def _put(connection: sqlite3.Connection, record: JobRecord) -> None:
+    row: dict[str, Any] = {
+        "job": record.job,
+        "number": record.number,
+        "name": record.name,
+        "state": str(record.state),
+        "message": record.message,
+        "warnings": _json(record.warnings),
+        "created": record.created,
+        "started": record.started,
+        "finished": record.finished,
+        "directory": record.directory,
+        "spec": record.spec_json,
+        "settings": record.settings_json,
+        "profile": record.profile_json,
+        "blocks": _json(record.blocks),
+        "next_life": record.next_life,
+        "resume_count": record.resume_count,
+        "evaluations": _json([dict(one) for one in record.evaluations]),
+        "document": _json(dict(record.document)),
+    }
+    updates = ", ".join(f"{name} = excluded.{name}" for name in row if name != "job")
+    connection.execute(
+        f"INSERT INTO jobs ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)}) "
+        f"ON CONFLICT (job) DO UPDATE SET {updates}",
+        row,
+    )
+    connection.execute("DELETE FROM cuts WHERE job = ?", (record.job,))
+    connection.executemany(
+        "INSERT INTO cuts VALUES (?, ?, ?, ?, ?)",
+        [(record.job, cut.version, cut.time, cut.num_bytes, _json(dict(cut.ledger))) for cut in record.cuts],
+    )
+    connection.execute("DELETE FROM placement WHERE job = ?", (record.job,))
+    connection.executemany(
+        "INSERT INTO placement VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [
+            (record.job, one.process, str(one.role), one.block, one.start, one.stop, one.life)
+            for one in record.placement
+        ],
+    )
+    connection.executemany(
+        "INSERT OR REPLACE INTO lives VALUES (?, ?, ?, ?, ?, ?)",
+        [
+            (record.job, one.life, one.process, one.block, one.start, one.stop)
+            for one in record.placement
+            if one.role is Role.SHARD
+        ],
+    )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
