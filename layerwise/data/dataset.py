@@ -1,0 +1,106 @@
+"""What every data source gives: samples by index, as batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from layerwise.data.sampling import Indices, split
+from layerwise.data_info import DataInfo
+
+Batch = tuple[list[Tensor], list[Tensor]]
+"""Inputs and targets; the first dimension of each is the sample. Contiguous, on the CPU, owned by the caller."""
+
+
+class Dataset(Protocol):
+    """Samples that can be had in any order. ``batch`` may be called from several threads."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        ...
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The samples at ``indices``, in that order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """A job's data: what is trained on, what is validated on (perhaps nothing), and what a model must know of it."""
+
+    train: Dataset
+    validation: Dataset
+    info: DataInfo
+
+
+class TensorDataset:
+    """Samples held in memory as whole tensors."""
+
+    def __init__(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        self._inputs = list(inputs)
+        self._targets = list(targets)
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return len(self._inputs[0])
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The samples at ``indices``, copied."""
+        chosen = torch.from_numpy(np.array(indices, dtype=np.int64))
+        return [one.index_select(0, chosen) for one in self._inputs], [
+            one.index_select(0, chosen) for one in self._targets
+        ]
+
+
+class Subset:
+    """Some samples of another dataset, renumbered."""
+
+    def __init__(self, whole: Dataset, indices: Indices) -> None:
+        self._whole = whole
+        self._indices = indices
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return len(self._indices)
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+        """The samples at ``indices`` of this subset."""
+        return self._whole.batch(self._indices[np.asarray(indices, dtype=np.int64)])
+
+
+def split_dataset(whole: Dataset, validation: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and validation part of ``whole``."""
+    train, kept = split(len(whole), validation, seed)
+    return Subset(whole, train), Subset(whole, kept)
+
+
+def describe_data(
+    train: Dataset, validation: Dataset, *, num_classes: int | None = None, vocabulary: int | None = None
+) -> TrainingData:
+    """The two parts with their `DataInfo`, shapes and dtypes taken from the first sample (of whichever has one)."""
+    inputs, targets = (train if len(train) else validation).batch([0])
+    return TrainingData(
+        train=train,
+        validation=validation,
+        info=DataInfo(
+            num_train=len(train),
+            num_validation=len(validation),
+            input_shapes=tuple(tuple(one.shape[1:]) for one in inputs),
+            input_dtypes=tuple(dtype_name(one.dtype) for one in inputs),
+            target_shapes=tuple(tuple(one.shape[1:]) for one in targets),
+            target_dtypes=tuple(dtype_name(one.dtype) for one in targets),
+            num_classes=num_classes,
+            vocabulary=vocabulary,
+        ),
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
