@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from layerwise.job import JobSpec
 from layerwise.layer_compute import Precision
+from layerwise.losses import BuiltMetric, Loss, build_loss, build_metrics
 from layerwise.messages import Metric, Tensors
 
 
@@ -46,3 +48,36 @@ def loss_gradients(loss: torch.Tensor, items: Sequence[torch.Tensor | None]) -> 
     found = dict(zip(leaves, torch.autograd.grad([loss], list(leaves.values()), allow_unused=True), strict=True))
     # A tensor that is there twice has one gradient: it goes with its first place.
     return tuple(found.pop(id(one), None) for one in items)
+
+
+class JobHead:
+    """The loss and metrics that a job names."""
+
+    def __init__(self, loss: Loss, metrics: Sequence[BuiltMetric] = ()) -> None:
+        self._loss = loss
+        self._metrics = tuple(metrics)
+
+    def loss(self, outputs: Tensors, targets: Tensors) -> torch.Tensor:
+        """The mean loss over the samples, a 0-d tensor."""
+        return self._loss(_value(outputs), _value(targets))
+
+    def metrics(self, outputs: Tensors, targets: Tensors) -> tuple[Metric, ...]:
+        """Additive metrics of these samples."""
+        found = []
+        for metric in self._metrics:
+            total, count = metric.measure(_value(outputs), _value(targets))
+            found.append(Metric(name=metric.name, total=total, count=count))
+        return tuple(found)
+
+
+def job_head(spec: JobSpec, allowed_imports: Sequence[str] = ()) -> JobHead:
+    """What ``spec`` wants computed after its last layer.
+
+    Raises:
+        ConfigError, NotAllowedError: as `layerwise.losses`.
+    """
+    return JobHead(build_loss(spec.loss, allowed_imports), build_metrics(spec.metrics or (), allowed_imports))
+
+
+def _value(tensors: Tensors) -> Any:
+    return tensors.items[0] if tensors.single else tensors.items

@@ -1,0 +1,333 @@
+"""Runs a job's model once on real samples: what each layer costs, needs and does; and whether the layers fit together at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from layerwise.assembly import compute_layer, foreign_parameters
+from layerwise.build import build_modules, precision_of
+from layerwise.data import TrainingData, load_dataset, microbatch_indices
+from layerwise.derived_weights import derives_weights
+from layerwise.device import transfers
+from layerwise.errors import ConfigError, LayerwiseError
+from layerwise.head import JobHead, job_head, loss_gradients, run_head
+from layerwise.ids import Microbatch
+from layerwise.job import JobSpec
+from layerwise.kept_pass import tensor_bytes
+from layerwise.layer_compute import LayerCompute, LayerPass, Precision
+from layerwise.messages import Tensors
+from layerwise.models import layer_names, shared_tensors
+from layerwise.optimizers import ADAM_MARK
+from layerwise.profile import LayerProfile, Profile
+from layerwise.randomness import layer_randomness
+from layerwise.sections import AdamW, OptimizerSettings, Sgd
+from layerwise.settings import resolve
+
+REPEATS = 8
+BUDGET_SECONDS = 1.0
+"""After so long no further repeat begins: the job should start."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the runs show of one layer."""
+
+    clones_input: bool = False
+    derived_weights: bool = False
+    activation_bytes: int = 0
+    outputs: Tensors = field(default_factory=lambda: Tensors(()))
+    forward_seconds: list[float] = field(default_factory=list)
+    backward_seconds: list[float] = field(default_factory=list)
+
+
+def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str] = ()) -> Profile:
+    """Build the job's model and data and run one microbatch through, a few times.
+
+    Raises:
+        ConfigError: model, data, loss or initial weights can't be used, or do not fit together; says which layers,
+        and their shapes. NotAllowedError: the job imports code that ``allowed_imports`` does not cover.
+    """
+    data = load_dataset(spec.data, allowed_imports)
+    modules = build_modules(spec, data.info, allowed_imports)
+    names = layer_names(modules)
+    _refuse_lazy(modules, names)
+    for module in modules:
+        module.to(device)
+    head = job_head(spec, allowed_imports)
+    settings = resolve(spec, data.info.num_train, min(spec.cluster.shards, len(modules)))
+    microbatch = settings.plan.microbatch(0)
+    inputs, targets = _samples(spec, data, microbatch)
+    runner = _Runner(modules, names, spec, head, microbatch, device, inputs, targets)
+    runner.look()
+    begun = time.perf_counter()
+    for _ in range(REPEATS):
+        runner.time()
+        if time.perf_counter() - begun > BUDGET_SECONDS:
+            break
+    shares: dict[int, set[int]] = {}
+    for shared in shared_tensors(modules):
+        for index in shared.layers:
+            shares.setdefault(index, set()).update(other for other in shared.layers if other != index)
+    layers = tuple(
+        _profile(index, names[index], module, seen, spec.train.optimizer, tuple(sorted(shares.get(index, ()))))
+        for index, (module, seen) in enumerate(zip(modules, runner.seen, strict=True))
+    )
+    return Profile(
+        layers=layers,
+        num_train_samples=data.info.num_train,
+        num_validation_samples=data.info.num_validation,
+        microbatch_samples=microbatch.num_samples,
+        input_bytes=tensor_bytes(inputs) + tensor_bytes(targets),
+        data_json=data.info.to_json(),
+        notes=_notes(layers),
+    )
+
+
+class _Runner:
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        names: list[str],
+        spec: JobSpec,
+        head: JobHead,
+        microbatch: Microbatch,
+        device: torch.device,
+        inputs: Tensors,
+        targets: Tensors,
+    ) -> None:
+        self.seen = [_Seen() for _ in modules]
+        self._modules, self._names, self._spec, self._head = modules, names, spec, head
+        self._microbatch, self._device = microbatch, device
+        self._precision: Precision = precision_of(spec, device)
+        self._transfers = transfers(device)
+        self._inputs = self._transfers.load(inputs)
+        self._targets = self._transfers.load(targets)
+        self._tickets = frozenset(range(len(modules)))
+        self._foreign = foreign_parameters(modules, 0)
+        self._layers: list[LayerCompute] = []
+
+    def look(self) -> None:
+        """First run: errors, layers that write into their input, derived weights, bytes that autograd keeps."""
+        values = self._inputs
+        for index, module in enumerate(self._modules):
+            with self._explained(index, values), self._transfers.computing():
+                seen = self.seen[index]
+                seen.clones_input = self._writes_input(module, values)
+                layer = compute_layer(
+                    module,
+                    index,
+                    self._names[index],
+                    seed=self._spec.train.seed,
+                    version=lambda: 0,
+                    precision=self._precision,
+                    clones_input=seen.clones_input,
+                    foreign=self._foreign[index],
+                )
+                self._layers.append(layer)
+                leaves = layer.prepare(values, gradient=True)
+                kept = _KeptBytes(module)
+                with kept:
+                    values = layer.run(leaves, self._microbatch, graph=True)
+                seen.activation_bytes = kept.num_bytes
+                seen.derived_weights = derives_weights(values.items, leaves.items)
+                seen.outputs = Tensors(
+                    tuple(None if one is None else one.detach() for one in values.items), values.single
+                )
+        last = len(self._modules) - 1
+        try:
+            with self._transfers.computing():
+                loss, head = run_head(self._head, values, self._targets, self._precision, graph=False)
+                self._head.metrics(head, self._targets)
+        except LayerwiseError:
+            raise
+        except Exception as error:  # whatever a loss of the user's own raises
+            raise ConfigError(
+                f"loss: it does not take what the last layer, {last} ({self._names[last]}), puts out, {_shapes(values)}, with "
+                f"targets {_shapes(self._targets)}: {_first_line(error)}"
+            ) from error
+        if not bool(torch.isfinite(loss.detach()).all()):
+            raise ConfigError(
+                f"model: the loss of the first microbatch is {float(loss.detach())} with the initial weights"
+            )
+
+    def _writes_input(self, module: nn.Module, values: Tensors) -> bool:
+        copies = tuple(None if one is None else one.detach().clone() for one in values.items)
+        before = [0 if one is None else one._version for one in copies]
+        module.train()
+        with torch.no_grad(), self._precision.context(), layer_randomness(0, self._device):
+            module(copies[0] if values.single else copies)
+        return before != [0 if one is None else one._version for one in copies]
+
+    def time(self) -> None:
+        """One timed forward and backward pass of every layer."""
+        passes: list[LayerPass] = []
+        values, flowing = self._inputs, False
+        with self._transfers.computing():
+            for layer, seen in zip(self._layers, self.seen, strict=True):
+                leaves = layer.prepare(values, gradient=flowing)
+                parameters, destinations = layer.differentiated(self._tickets)
+                begun = self._now()
+                values = layer.run(leaves, self._microbatch, graph=flowing or bool(parameters))
+                seen.forward_seconds.append(self._now() - begun)
+                passes.append(
+                    LayerPass(
+                        compute=layer,
+                        microbatch=self._microbatch,
+                        ticket=True,
+                        inputs=leaves,
+                        outputs=values,
+                        buffers=(),
+                        read=0,
+                        parameters=parameters,
+                        destinations=destinations,
+                    )
+                )
+                flowing = flowing or bool(parameters)
+            begun = self._now()
+            loss, head = run_head(self._head, values, self._targets, self._precision, graph=True)
+            gradients = loss_gradients(loss, head.items)
+            loss_seconds = self._now() - begun
+            for forward in reversed(passes):
+                begun = self._now()
+                gradients = forward.compute.gradients(forward, gradients).inputs
+                self.seen[forward.index].backward_seconds.append(self._now() - begun)
+            self.seen[-1].backward_seconds[-1] += loss_seconds
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _explained(self, index: int, values: Tensors) -> _Explained:
+        return _Explained(index, self._names, values)
+
+
+class _Explained:
+    """Turns whatever a layer raises into a sentence about the layers."""
+
+    def __init__(self, index: int, names: list[str], values: Tensors) -> None:
+        self._index, self._names, self._values = index, names, values
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or isinstance(error, LayerwiseError) or not isinstance(error, Exception):
+            return
+        index, names = self._index, self._names
+        if index == 0:
+            what = f"model: layer 0 ({names[0]}) does not take the data's samples, {_shapes(self._values)}"
+        else:
+            what = (
+                f"model: layers {index - 1} ({names[index - 1]}) and {index} ({names[index]}) do not fit together: layer "
+                f"{index - 1} puts out {_shapes(self._values)}, and layer {index} fails on it"
+            )
+        raise ConfigError(f"{what}: {_first_line(error)}") from error
+
+
+class _KeptBytes:
+    """Counts what autograd keeps beside the parameters, each piece of memory once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = {one.untyped_storage().data_ptr() for one in module.parameters()}
+        self._kept: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._kept.values())
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> None:
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+
+def _samples(spec: JobSpec, data: TrainingData, microbatch: Microbatch) -> tuple[Tensors, Tensors]:
+    indices = microbatch_indices(spec.train.seed, microbatch, data.info.num_train)
+    inputs, targets = data.train.batch(indices)
+    return Tensors(tuple(inputs), len(inputs) == 1), Tensors(tuple(targets), len(targets) == 1)
+
+
+def _refuse_lazy(modules: Sequence[nn.Module], names: Sequence[str]) -> None:
+    for index, module in enumerate(modules):
+        if any(nn.parameter.is_lazy(one) for one in (*module.parameters(), *module.buffers())):
+            raise ConfigError(
+                f"model: layer {index} ({names[index]}) has lazy parameters, whose shapes every process would have to find out; "
+                f"give the layer its sizes"
+            )
+
+
+def _profile(
+    index: int, name: str, module: nn.Module, seen: _Seen, optimizer: OptimizerSettings, shares_with: tuple[int, ...]
+) -> LayerProfile:
+    parameters = list(module.parameters())
+    trainable = [one for one in parameters if one.requires_grad]
+    parameter_bytes = sum(_num_bytes(one) for one in parameters)
+    moments = sum(_moments(optimizer, one) * _num_bytes(one) for one in trainable)
+    return LayerProfile(
+        index=index,
+        name=name,
+        parameters=sum(one.numel() for one in parameters),
+        trainable=sum(one.numel() for one in trainable),
+        parameter_bytes=parameter_bytes,
+        state_bytes=parameter_bytes + moments + sum(_num_bytes(one) for one in module.buffers()),
+        forward_seconds=min(seen.forward_seconds),
+        backward_seconds=min(seen.backward_seconds),
+        activation_bytes=seen.activation_bytes,
+        output_bytes=tensor_bytes(seen.outputs),
+        output_shapes=tuple(() if one is None else tuple(one.shape) for one in seen.outputs.items),
+        shares_with=shares_with,
+        derived_weights=seen.derived_weights,
+        clones_input=seen.clones_input,
+    )
+
+
+def _moments(optimizer: OptimizerSettings, parameter: torch.Tensor) -> int:
+    """How many tensors of the parameter's size the optimizer keeps."""
+    if isinstance(optimizer, Sgd):
+        return 1 if optimizer.momentum else 0
+    if isinstance(optimizer, AdamW):
+        return 2
+    return 1 if parameter.ndim >= 2 and not getattr(parameter, ADAM_MARK, False) else 2
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _notes(layers: Sequence[LayerProfile]) -> tuple[str, ...]:
+    notes = []
+    derived = [layer.index for layer in layers if layer.derived_weights]
+    if derived:
+        notes.append(
+            f"layers {', '.join(map(str, derived))} compute with weights derived from their parameters: with backward weights "
+            f"`latest` their forward pass is run again"
+        )
+    writing = [layer.index for layer in layers if layer.clones_input]
+    if writing:
+        notes.append(f"layers {', '.join(map(str, writing))} write into their input and are given a copy")
+    return tuple(notes)
+
+
+def _shapes(values: Tensors) -> str:
+    return ", ".join(
+        "nothing" if one is None else f"{str(one.dtype).removeprefix('torch.')}{list(one.shape)}"
+        for one in values.items
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
