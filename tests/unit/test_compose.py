@@ -133,6 +133,7 @@ def test_every_address_points_at_the_service_that_listens_there(services: dict[s
         else:
             assert f"127.0.0.1:{port(option(service, 'metrics'))}/metrics" in health[-1], name
     listening = port(option(services["coordinator"], "listen"))
+    assert services["coordinator"]["environment"]["LAYERWISE_COORDINATOR"] == f"127.0.0.1:{listening}"
     assert services["coordinator"]["ports"] == [f"127.0.0.1:{listening}:{listening}"]
 
 
