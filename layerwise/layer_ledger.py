@@ -11,11 +11,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from layerwise.applied import AppliedSet
-from layerwise.errors import CorruptError, RejectedError
+from layerwise.errors import RejectedError
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
@@ -28,57 +27,9 @@ from layerwise.events import (
     WeightMode,
 )
 from layerwise.ids import Attempt
+from layerwise.ledger_state import LedgerState as LedgerState
 from layerwise.plan import TrainingPlan
 from layerwise.staleness import StalenessLedger, Ticket
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerState:
-    """What a cut saves of a layer's ledger, taken when no gradient waits for its update.
-
-    ``samples`` counts samples that earlier updates applied or dropped; ``digest`` is the hash of the layer after its
-    last update.
-    """
-
-    layer: int
-    version: int = 0
-    revision: int = 0
-    samples: int = 0
-    digest: str = ""
-    applied: AppliedSet = field(default_factory=AppliedSet)
-    buffers: AppliedSet = field(default_factory=AppliedSet)
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values for the cut's metadata."""
-        return {
-            "layer": self.layer,
-            "version": self.version,
-            "revision": self.revision,
-            "samples": self.samples,
-            "digest": self.digest,
-            "applied": self.applied.to_json(),
-            "buffers": self.buffers.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, object]) -> LedgerState:
-        """The inverse of `to_json`; ``ValueError`` when the values do not describe such a state."""
-        numbers = [value.get(name) for name in ("layer", "version", "revision", "samples")]
-        digest, applied, buffers = value.get("digest"), value.get("applied"), value.get("buffers")
-        if any(type(one) is not int or one < 0 for one in numbers) or not isinstance(digest, str):
-            raise ValueError(f"not a layer's ledger: {dict(value)}")
-        if not isinstance(applied, dict) or not isinstance(buffers, dict):
-            raise ValueError(f"not a layer's ledger: {dict(value)}")
-        layer, version, revision, samples = (int(str(one)) for one in numbers)
-        return cls(
-            layer=layer,
-            version=version,
-            revision=revision,
-            samples=samples,
-            digest=digest,
-            applied=AppliedSet.from_json(applied),
-            buffers=AppliedSet.from_json(buffers),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +89,7 @@ class LayerLedger:
         restored: LedgerState | None = None,
     ) -> None:
         state = restored if restored is not None else LedgerState(layer=layer)
-        _check(state, layer, plan)
+        state.check(layer, plan)
         self.layer = layer
         self.life = life
         self._plan = plan
@@ -409,17 +360,3 @@ class LayerLedger:
 
     def _settled(self) -> None:
         assert self._pending is None, f"layer {self.layer}: update {self.version} is due and was not made"
-
-
-def _check(state: LedgerState, layer: int, plan: TrainingPlan) -> None:
-    """Refuse a restored state that this layer can't have under ``plan``."""
-    applied = state.applied
-    samples = plan.samples_in(applied.watermark) + sum(plan.microbatch(index).num_samples for index in applied.above)
-    if state.layer != layer:
-        raise CorruptError(f"layer {layer} can't be restored from the ledger of layer {state.layer}")
-    if len(applied) != plan.gradients_before(state.version) or samples != state.samples:
-        raise CorruptError(
-            f"layer {layer} can't be restored at version {state.version}: its ledger holds {len(applied)} microbatches "
-            f"of {samples} samples and says {state.samples}; the plan asks for {plan.gradients_before(state.version)} "
-            f"microbatches"
-        )

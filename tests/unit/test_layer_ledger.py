@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -157,6 +158,17 @@ class LedgerMachine(RuleBasedStateMachine):
         if is_open:
             del self.model.open[index]
 
+    @rule(chance=st.randoms(use_true_random=False))
+    def a_while_of_training(self, chance: random.Random) -> None:
+        for _ in range(30):
+            fresh = [
+                index for index in range(PLAN.num_microbatches) if index not in self.model.taken | set(self.model.open)
+            ]
+            if self.model.open and (not fresh or len(self.model.open) > 4 or chance.random() < 0.4):
+                self._gradient(chance.choice(sorted(self.model.open)))
+            elif fresh:
+                self.forward(chance.choice(fresh[:6]), 1)
+
     @precondition(lambda self: self.ledger.accumulated == 0)
     @rule()
     def save(self) -> None:
@@ -185,7 +197,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert [record.sequence for record in self.events.records] == list(range(len(self.events.records)))
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 test_layer_ledger_agrees_with_a_simple_model = LedgerMachine.TestCase
 
 
