@@ -78,8 +78,9 @@ def check_may_listen(address: Address, *, insecure: bool) -> None:
     if isinstance(address, TcpAddress):
         if not address.loopback and not insecure:
             raise NotAllowedError(
-                f"listening on {address} would let every machine that reaches it control this process, without encryption or"
-                " password; use a loopback address or a unix socket, or say --insecure on a network that you trust"
+                f"listening on {address} would let every machine that reaches it control this process, without"
+                " encryption or password; use a loopback address or a unix socket, or say --insecure on a network"
+                " that you trust"
             )
         return
     folder = address.path.parent
@@ -90,7 +91,8 @@ def check_may_listen(address: Address, *, insecure: bool) -> None:
         raise ConfigError(f"{folder}, the folder of socket {address}, can't be made: {error.strerror}") from error
     if state.st_uid != os.getuid() or stat.S_IMODE(state.st_mode) & 0o077:
         raise NotAllowedError(
-            f"the folder of {address} is open to other users (mode {stat.S_IMODE(state.st_mode):04o}); use a folder of your own of mode 0700"
+            f"the folder of {address} is open to other users (mode {stat.S_IMODE(state.st_mode):04o});"
+            " use a folder of your own of mode 0700"
         )
     if _answers(address.path):
         raise ConfigError(f"{address} is taken: another process listens there; stop it or choose another address")

@@ -55,8 +55,8 @@ class BufferPool:
             raw = np.empty(size + ALIGNMENT, np.uint8)
             start = -raw.ctypes.data % ALIGNMENT
             block = raw[start : start + size]
-        # An array over a memoryview (not over an array) stays the base of its own slices, so it dies after the last of them.
-        lease: Bytes = np.frombuffer(memoryview(block), np.uint8, num_bytes)
+        # An array over a memoryview, unlike one over an array, stays the base of its own slices: it dies last of all.
+        lease: Bytes = np.frombuffer(block.data, np.uint8, num_bytes)
         weakref.finalize(lease, self._returned.append, block).atexit = False
         return lease
 

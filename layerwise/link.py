@@ -1,10 +1,10 @@
 """Exactly-once, in-order delivery between two processes over a path that loses, repeats and reorders.
 
-Pure: packets are values, the time is an argument, messages are opaque. The gRPC transport carries packets on streams that break; the
-simulated world carries the same packets over a network that does worse.
+Pure: packets are values, the time is an argument, messages are opaque. The gRPC transport carries packets on streams
+that break; the simulated world carries the same packets over a network that does worse.
 
-A link is named by its two *link incarnations*, one drawn by each side when it makes its `Link`. A packet says from which incarnation to
-which it goes, so nothing of an earlier link can enter a later one:
+A link is named by its two *link incarnations*, one drawn by each side when it makes its `Link`. A packet says from
+which incarnation to which it goes, so nothing of an earlier link can enter a later one:
 
     packet.receiver        packet.sender     what it is                                  what happens
     mine                   the peer's        this link                                   taken
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,9 @@ class _Sent:
 class Link:
     """One side of a link.
 
-    What is sent but not acknowledged is bounded by ``max_packets`` and ``max_size`` (in the units of `send`'s ``size``; one message larger than
-    that goes alone); the rest waits in the outbox. Packets of the peer that come early wait for the missing ones, at most ``max_packets``.
+    What is sent but not acknowledged is bounded by ``max_packets`` and ``max_size`` (in the units of `send`'s
+    ``size``; one message larger than that goes alone); the rest waits in the outbox. Packets of the peer that come
+    early wait for the missing ones, at most ``max_packets``.
 
     Not thread-safe: one thread owns a link.
     """
@@ -129,7 +130,9 @@ class Link:
         return self._release(now)
 
     def receive(self, packet: Packet, now: float) -> list[Any]:
-        """Take a packet in; returns the messages that are now in order. Call `tick` afterwards for what it allows or requires to send.
+        """Take a packet in; returns the messages that are now in order.
+
+        Call `tick` afterwards for what it allows or requires to send.
 
         Raises:
             LinkLost: the peer restarted, opened a new link, or no longer knows this one.
@@ -138,7 +141,7 @@ class Link:
         if packet.receiver not in (0, self.incarnation):
             return []
         if packet.lost:
-            if packet.receiver == self.incarnation and packet.sender in (0, self.peer_incarnation):
+            if packet.sender == self.peer_incarnation or (packet.receiver and not packet.sender):
                 raise LinkLost(packet.lost)
             return []
         if self.peer_incarnation == 0:
@@ -180,7 +183,7 @@ class Link:
         return packets
 
     def acknowledge_now(self, now: float) -> None:
-        """Let the next `tick` acknowledge without further delay (the receiver of much data frees the sender's memory)."""
+        """Let the next `tick` acknowledge: the receiver of much data frees the sender's memory."""
         self._acknowledge_at = min(self._acknowledge_at, now)
 
     def farewell(self, reason: str) -> Packet:
@@ -221,7 +224,7 @@ class Link:
     def _acknowledge(self, sequence: int) -> None:
         if sequence > self._sequence:
             raise MalformedMessageError(
-                f"the peer acknowledges packet {sequence}, but only {self._sequence} were sent on this link; drop the link"
+                f"the peer acknowledges packet {sequence}, but only {self._sequence} were sent on this link"
             )
         while self._unacknowledged and self._unacknowledged[0].sequence <= sequence:
             self._unacknowledged_size -= self._unacknowledged.popleft().size
@@ -229,9 +232,9 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """What `LinkTable.admit` decided: the link that takes the packet, or ``None`` with the ``refusal`` to answer (if any).
+    """What `LinkTable.admit` decided: the link that takes the packet, or ``None`` with the ``refusal`` to answer.
 
-    ``lost``: the link that the peer had before is gone; why.
+    ``lost``: the link that the peer had before is gone, and why.
     """
 
     link: Link | None
@@ -242,8 +245,8 @@ class Admission:
 class LinkTable:
     """The links of one process by the names of its peers; decides to which link a packet belongs.
 
-    ``new_link`` makes a `Link` with a fresh incarnation. The incarnations of the last ``max_retired`` links given up are remembered, so that a
-    late packet can't open one of them again.
+    ``new_link`` makes a `Link` with a fresh incarnation. The incarnations of the last ``max_retired`` links given up
+    are remembered, so that a late packet can't open one of them again.
     """
 
     def __init__(self, new_link: Callable[[], Link], *, max_retired: int = 1024) -> None:
@@ -252,7 +255,7 @@ class LinkTable:
         self._retired: OrderedDict[int, None] = OrderedDict()
         self._max_retired = max_retired
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[tuple[str, Link]]:
         return iter(list(self._links.items()))
 
     def get(self, peer: str) -> Link | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import grpc
 import grpc.aio
@@ -40,15 +40,15 @@ TERMINAL_CODES = frozenset(
 class Stream(Protocol):
     """Frames in both directions, in order, until it breaks (``grpc.RpcError``)."""
 
-    async def read(self) -> bytes | None:
+    def read(self) -> Awaitable[bytes | None]:
         """The next frame; ``None`` at the end."""
         ...
 
-    async def write(self, data: bytes) -> None:
-        """Hand a frame over; returns when there is room for the next."""
+    def write(self, data: bytes, /) -> Awaitable[None]:
+        """Hand a frame over; done when there is room for the next."""
         ...
 
-    async def finish(self) -> None:
+    def finish(self) -> Awaitable[None]:
         """No frame follows."""
         ...
 
@@ -59,9 +59,16 @@ class DialedStream:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         call: Any = channel.stream_stream(f"/{SERVICE}/{_METHOD}")()
         self.cancel: Callable[[], bool] = call.cancel
-        self.write: Callable[[bytes], Awaitable[None]] = call.write
-        self.finish: Callable[[], Awaitable[None]] = call.done_writing
+        self._call = call
         self._read: Callable[[], Awaitable[Any]] = call.read
+
+    def write(self, data: bytes, /) -> Awaitable[None]:
+        """Hand a frame over; done when there is room for the next."""
+        return cast(Awaitable[None], self._call.write(data))
+
+    def finish(self) -> Awaitable[None]:
+        """No frame follows."""
+        return cast(Awaitable[None], self._call.done_writing())
 
     async def read(self) -> bytes | None:
         """The next frame; ``None`` at the end."""
@@ -73,8 +80,12 @@ class AcceptedStream:
     """A stream that a peer opened."""
 
     def __init__(self, context: Any) -> None:
-        self.write: Callable[[bytes], Awaitable[None]] = context.write
+        self._context = context
         self._read: Callable[[], Awaitable[Any]] = context.read
+
+    def write(self, data: bytes, /) -> Awaitable[None]:
+        """Hand a frame over; done when there is room for the next."""
+        return cast(Awaitable[None], self._context.write(data))
 
     async def read(self) -> bytes | None:
         """The next frame; ``None`` at the end."""
@@ -102,7 +113,7 @@ def open_channel(address: Address) -> grpc.aio.Channel:
 def make_server(handle: Callable[[Any, Any], Awaitable[None]]) -> grpc.aio.Server:
     """A server (not started) whose links are served by ``handle(request_iterator, context)``."""
     server = grpc.aio.server(options=[*_SIZES, *_TCP, ("grpc.so_reuseport", 0)])
-    method = grpc.stream_stream_rpc_method_handler(handle)  # type: ignore[arg-type]  # the stubs know generators only
+    method: Any = grpc.stream_stream_rpc_method_handler(cast(Any, handle))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {_METHOD: method}),))
     return server
 

@@ -1,9 +1,10 @@
 """Tensors as dtype + shape + strides + raw bytes. No pickle, and no torch until the first tensor.
 
-Which bytes travel: a tensor whose elements lie densely in memory, in any order of dimensions, travels as exactly that memory and arrives with
-the same strides (transposed, channels-last, permuted). A dimension of stride 0 (expanded) is stored once and arrives with stride 0. Every
-other tensor (a slice with gaps, overlapping windows) is copied first into the dense layout that keeps the order of its strides, outer
-dimension first where two are equal; that layout is what arrives. Strides matter because sums depend on the order of elements.
+Which bytes travel: a tensor whose elements lie densely in memory, in any order of dimensions, travels as exactly that
+memory and arrives with the same strides (transposed, channels-last, permuted). A dimension of stride 0 (expanded) is
+stored once and arrives with stride 0. Every other tensor (a slice with gaps, overlapping windows) is copied first
+into the dense layout that keeps the order of its strides, outer dimension first where two are equal; that layout is
+what arrives. Strides matter because sums depend on the order of elements.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _MAX_STRIDE = 1 << 62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorHeader:
-    """Everything about a tensor but its bytes. ``strides`` count elements; ``num_bytes`` is what is stored, see the module's rule."""
+    """Everything about a tensor but its bytes. ``strides`` count elements; ``num_bytes`` follows the module's rule."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -91,7 +92,8 @@ def check_header(header: TensorHeader, *, max_bytes: int = MAX_TENSOR_BYTES) -> 
         raise MalformedMessageError(f"tensor refused: dtype {header.dtype[:40]!r} is none of {', '.join(ITEM_BYTES)}")
     if len(header.shape) > MAX_DIMENSIONS or len(header.shape) != len(header.strides):
         raise MalformedMessageError(
-            f"tensor refused: {len(header.shape)} sizes and {len(header.strides)} strides (equal numbers, at most {MAX_DIMENSIONS})"
+            f"tensor refused: {len(header.shape)} sizes and {len(header.strides)} strides"
+            f" (equal numbers, at most {MAX_DIMENSIONS})"
         )
     if any(size < 0 for size in header.shape) or any(not 0 <= stride < _MAX_STRIDE for stride in header.strides):
         raise MalformedMessageError(
@@ -109,8 +111,8 @@ def check_header(header: TensorHeader, *, max_bytes: int = MAX_TENSOR_BYTES) -> 
         )
     if stored * item_bytes != header.num_bytes:
         raise MalformedMessageError(
-            f"tensor refused: shape {header.shape}, strides {header.strides} of {header.dtype} store {stored * item_bytes} bytes,"
-            f" but {header.num_bytes} were announced"
+            f"tensor refused: shape {header.shape}, strides {header.strides} of {header.dtype}"
+            f" store {stored * item_bytes} bytes, but {header.num_bytes} were announced"
         )
 
 
@@ -127,7 +129,8 @@ def tensor_to_bytes(tensor: torch.Tensor) -> tuple[TensorHeader, memoryview]:
     dtype = _dtype_names().get(tensor.dtype)
     if dtype is None or tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.is_nested:
         raise MalformedMessageError(
-            f"a tensor of {tensor.dtype}, layout {tensor.layout} on {tensor.device} can't travel: make it a dense one of a common dtype"
+            f"a tensor of {tensor.dtype}, layout {tensor.layout} on {tensor.device} can't travel:"
+            " make it a dense one of a common dtype"
         )
     data = to_host(tensor.detach())
     if data.is_conj() or data.is_neg():
@@ -143,7 +146,7 @@ def tensor_to_bytes(tensor: torch.Tensor) -> tuple[TensorHeader, memoryview]:
     if stored == 0:
         return header, memoryview(b"")
     flat = data.as_strided((stored,), (1,)).view(torch.uint8)
-    return header, memoryview(flat.numpy())
+    return header, flat.numpy().data
 
 
 def tensor_from_bytes(header: TensorHeader, data: Bytes) -> torch.Tensor:
@@ -165,7 +168,7 @@ def tensor_from_bytes(header: TensorHeader, data: Bytes) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in host memory: itself when it is there, else a copy in pinned memory that is complete on return; strides are kept."""
+    """The tensor in host memory: itself, or a copy in pinned memory, complete on return, with the same strides."""
     import torch
 
     if tensor.device.type == "cpu":

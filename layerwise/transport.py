@@ -3,7 +3,7 @@
 connect(peer) ──► dialing ──► up ◄──────────────── a peer's stream is accepted
                      │         │ stream breaks
                      │         ▼
-                     │       down ── redialed, or accepted again, within grace_seconds ──► up (nothing lost, nothing twice)
+                     │       down ── dialed or accepted again within grace_seconds ──► up (nothing lost or twice)
                      ▼         ▼
       connect_seconds over   grace_seconds over, refused, or the peer has a new link incarnation ──► on_lost(peer), once
 """
@@ -57,6 +57,7 @@ class _Carrier:
 
     def __init__(self, stream: Stream, reader: FrameReader) -> None:
         self.stream = stream
+        self.dialed = isinstance(stream, DialedStream)
         self.reader = reader
         self.writer = FrameWriter()
         self.wake = asyncio.Event()
@@ -89,10 +90,11 @@ class _Peer:
 class Transport:
     """Links of process ``name`` on the running event loop; every method and callback is on its thread.
 
-    ``on_message(peer, message)`` gets each message once and in order; ``on_lost(peer)`` comes once when a link is gone for good (`lost_reason` says
-    why), after which the peer may be connected again. ``before_send()`` runs before each batch of frames leaves the process. An exception
-    in a callback goes to ``on_error`` (default: the loop's exception handler). ``credit_bytes`` bounds what is sent and not acknowledged on a
-    link; more waits in its outbox (`outbox_bytes`), at most ``max_outbox_bytes``, beyond which the link is given up.
+    ``on_message(peer, message)`` gets each message once and in order; ``on_lost(peer)`` comes once when a link is
+    gone for good (`lost_reason` says why), after which the peer may be connected again. ``before_send()`` runs before
+    each batch of frames leaves the process. An exception in a callback goes to ``on_error`` (default: the loop's
+    exception handler). ``credit_bytes`` bounds what is sent and not acknowledged on a link; more waits in its outbox
+    (`outbox_bytes`), at most ``max_outbox_bytes``, beyond which the link is given up.
 
     The tensors of a message that is sent must not change until the peer has it.
     """
@@ -183,7 +185,7 @@ class Transport:
             state.dialing = self._loop.create_task(self._dial(state), name=f"layerwise dial {peer}")
 
     def send(self, peer: str, message: Message) -> None:
-        """Put ``message`` on the link to ``peer``. Never blocks; without a link the message is gone (`on_lost` said so).
+        """Put ``message`` on the link to ``peer``. Never blocks; without a link the message is gone.
 
         Raises:
             MalformedMessageError: the message can't travel (a field's type, a tensor's dtype, the size).
@@ -197,11 +199,12 @@ class Transport:
         self._flush_due = True
         self._push(state, packets)
         if state.link.outbox_size > self._max_outbox_bytes:
-            reason = f"{peer} does not read: {state.link.outbox_size} bytes wait for it, the limit is {self._max_outbox_bytes}"
+            waiting = state.link.outbox_size
+            reason = f"{peer} does not read: {waiting} bytes wait for it, the limit is {self._max_outbox_bytes}"
             self._loop.call_soon(self._lose, state, reason)
 
     def disconnect(self, peer: str) -> None:
-        """Close the link: what was sent and has room still leaves, the other side hears `on_lost`, this side nothing."""
+        """Close the link: what has room still leaves, the other side hears `on_lost`, this side nothing."""
         state = self._peers.get(peer)
         if state is not None:
             self._remove(state, f"{self.name} closed the link")
@@ -276,13 +279,14 @@ class Transport:
             if timer is not None:
                 timer.cancel()
         carrier, state.carrier = state.carrier, None
+        state.down.set()
         if carrier is not None:
             packet = state.link.farewell(farewell)
             carrier.farewell = FrameHeader(
                 sender=packet.sender, receiver=packet.receiver, acknowledged=packet.acknowledged, lost=farewell
             )
             carrier.wake.set()
-        elif state.dialing is not None:
+        if state.dialing is not None and not (carrier is not None and carrier.dialed):
             state.dialing.cancel()
 
     def _attach(self, state: _Peer, carrier: _Carrier) -> None:
@@ -370,15 +374,14 @@ class Transport:
         state = self._peers.get(header.name)
         if self._closed or (state is None and len(self._peers) >= _MAX_PEERS):
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self.name} takes no more links")
-        if state is not None and state.dialing is not None and self.name < header.name:
-            if state.link.peer_incarnation in (0, header.sender):
-                # Both have dialed: the stream of the smaller name is kept.
-                await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{self.name} is opening this link itself")
+        dialing = state is not None and state.dialing is not None and state.link.peer_incarnation in (0, header.sender)
+        if dialing and self.name < header.name:  # both have dialed: the stream of the smaller name is kept
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{self.name} is opening this link itself")
         admission = self._table.admit(header.name, packet)
         if admission.refusal is not None or admission.link is None:
             writer = FrameWriter()
             reason = admission.refusal.lost if admission.refusal else "no such link"
-            answer = FrameHeader(sender=header.receiver or 1, receiver=header.sender, acknowledged=0, lost=reason)
+            answer = FrameHeader(sender=header.receiver, receiver=header.sender, acknowledged=0, lost=reason)
             await stream.write(writer.next_frame(answer))
             return None
         if admission.lost and state is not None:
@@ -422,9 +425,9 @@ class Transport:
     async def _write(self, state: _Peer, carrier: _Carrier) -> None:
         writer = carrier.writer
         while True:
+            if state.carrier is not carrier and (writer.empty or carrier.farewell is None):
+                break  # closed and all said, or another stream carries the link now
             if writer.empty and not carrier.bare:
-                if state.carrier is not carrier:
-                    break
                 carrier.wake.clear()
                 await carrier.wake.wait()
                 continue

@@ -1,4 +1,4 @@
-"""Messages and client requests to their wire form and back: driven by the fields of the dataclasses, strict about what is received."""
+"""Messages to their wire form and back: driven by the fields of the dataclasses, strict about what is received."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class PayloadReader:
         padding = -self._position % ALIGNMENT
         if self._payload is None or padding + num_bytes > self._left:
             raise MalformedMessageError(
-                f"message refused: its tensors need {num_bytes} bytes more, but {max(self._left - padding, 0)} of its payload are left"
+                f"message refused: its tensors need {num_bytes} bytes more,"
+                f" but {max(self._left - padding, 0)} of its payload are left"
             )
         start = self._position + padding
         self._position = start + num_bytes
@@ -70,13 +71,13 @@ FromProto: TypeAlias = Callable[[Any, PayloadReader, str], Any]
 
 
 def message_to_proto(message: Message) -> tuple[pb2.Envelope, list[memoryview], int]:
-    """The wire form of ``message``: envelope, the pieces of its payload (views of the tensors' memory), and the payload's bytes.
+    """The wire form of ``message``: envelope, payload in pieces (views of the tensors' memory), bytes of the payload.
 
     Raises:
         MalformedMessageError: a field holds what its type does not allow.
     """
     try:
-        field, encode = _envelope_fields()[type(message)]
+        field, encode = _encoders()[type(message)]
     except KeyError:
         raise MalformedMessageError(f"{type(message).__name__} is not a message that can travel") from None
     payload = PayloadWriter()
@@ -96,9 +97,9 @@ def message_from_proto(envelope: pb2.Envelope, payload: Bytes | None = None) -> 
     field = envelope.WhichOneof("message")
     if field is None:
         raise MalformedMessageError("message refused: an empty envelope, or a message that this version does not know")
-    cls = _envelope_types()[field]
+    name, decode = _decoders()[field]
     reader = PayloadReader(payload)
-    message: Message = _from_proto(cls)(getattr(envelope, field), reader, cls.__name__)
+    message: Message = decode(getattr(envelope, field), reader, name)
     reader.finish()
     return message
 
@@ -108,21 +109,22 @@ def _snake(name: str) -> str:
 
 
 @cache
-def _envelope_fields() -> dict[type[Any], tuple[str, ToProto]]:
+def _encoders() -> dict[type[Any], tuple[str, ToProto]]:
+    """For each message its field in the envelope, and how it is encoded."""
     return {cls: (_snake(cls.__name__), _to_proto(cls)) for cls in typing.get_args(Message)}
 
 
 @cache
-def _envelope_types() -> dict[str, type[Any]]:
-    return {_snake(cls.__name__): cls for cls in typing.get_args(Message)}
+def _decoders() -> dict[str, tuple[str, FromProto]]:
+    """For each field of the envelope the name of its message, and how it is decoded."""
+    return {_snake(cls.__name__): (cls.__name__, _from_proto(cls)) for cls in typing.get_args(Message)}
 
 
 # --- encoding -------------------------------------------------------------------------------------------------------
 
 
-@cache
 def _to_proto(cls: type[Any]) -> ToProto:
-    """The encoder of a dataclass, made once from its annotations."""
+    """Make the encoder of a dataclass from its annotations."""
     if cls is messages.Tensors:
         return _tensors_to_proto
     if cls is messages.NamedTensors:
@@ -198,9 +200,8 @@ def _named_tensors_to_proto(value: Any, payload: PayloadWriter) -> pb2.NamedTens
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-@cache
 def _from_proto(cls: type[Any]) -> FromProto:
-    """The decoder of a dataclass, made once from its annotations."""
+    """Make the decoder of a dataclass from its annotations."""
     if cls is messages.Tensors:
         return _tensors_from_proto
     if cls is messages.NamedTensors:
@@ -276,7 +277,7 @@ def _pair_decoder(arguments: tuple[Any, ...]) -> FromProto:
 
 
 def _tensor_items(headers: Any, payload: PayloadReader, where: str) -> tuple[Any, ...]:
-    items = []
+    items: list[Any] = []
     for index, proto in enumerate(headers):
         if proto.absent:
             if proto.dtype or proto.shape or proto.strides or proto.num_bytes:

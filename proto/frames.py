@@ -1,8 +1,8 @@
 """Frames: what one message of a link's stream holds.
 
-The outside of a frame is written and read by hand, so that a megabyte of tensor bytes is copied once on each side: joined from views of the
-tensors when it leaves, placed into a pooled buffer when it arrives. The header is protobuf's work. The bytes are those of `Frame` in
-``layerwise.proto``; any protobuf library can read them.
+The outside of a frame is written and read by hand, so that a megabyte of tensor bytes is copied once on each side:
+joined from views of the tensors when it leaves, placed into a pooled buffer when it arrives. The header is protobuf's
+work. The bytes are those of `Frame` in ``layerwise.proto``; any protobuf library can read them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from layerwise.errors import MalformedMessageError, RejectedError
 from layerwise.messages import Message
 from layerwise.proto import layerwise_pb2 as pb2
 from layerwise.proto.convert import message_from_proto, message_to_proto
-
-WIRE_VERSION = 1
+from layerwise.version import WIRE_VERSION
 
 CHUNK_BYTES = 1 << 20
 """The most payload in one frame."""
@@ -43,7 +42,7 @@ class WireVersionError(RejectedError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedMessage:
-    """A message ready to leave: its envelope's bytes and views of its tensors' memory, which must not change until it is acknowledged."""
+    """A message ready to leave: its envelope's bytes, and views of its tensors' memory, which must stay as it is."""
 
     envelope: bytes
     pieces: list[memoryview]
@@ -179,8 +178,9 @@ def _packet_bytes(sequence: int, message: EncodedMessage) -> bytes:
 
 
 class FrameReader:
-    """Reads the frames of one stream in order. At most one message is open (its payload incomplete), in one buffer of ``pool``.
+    """Reads the frames of one stream in order.
 
+    At most one message is open (its payload incomplete), in one buffer of ``pool``.
     After an error the stream is of no more use.
     """
 
@@ -210,7 +210,7 @@ class FrameReader:
                 f"wire version {header.wire_version} was received, this process speaks {WIRE_VERSION};"
                 " install the same release of layerwise on all machines"
             )
-        if header.sender == 0:
+        if header.sender == 0 and not header.lost:
             raise MalformedMessageError("frame refused: it has no sender incarnation")
         self._check_place(header, len(payload))
         return Frame(
