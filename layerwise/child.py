@@ -38,7 +38,7 @@ class ChildProcess:
         with log.open("ab") as output:
             # -P: a file of the working directory that is called like a module must not take that module's place.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "layerwise", *arguments, "--exit-with-parent"],
+                [sys.executable, "-P", "-m", "layerwise", *arguments, "--exit-with-parent", "--debug"],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

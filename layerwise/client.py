@@ -138,6 +138,17 @@ class CoordinatorClient:
         request = pb2.ListNodesRequest(wire_version=WIRE_VERSION)
         return _document(self._call("ListNodes", request, pb2.NodesReply).nodes_json, list)
 
+    def events(self, job: str) -> Iterator[JobEvent]:
+        """The job's events up to now."""
+        left = int(self.get_job(job).get("num_events") or 0)
+        if not left:
+            return
+        for event in self.follow_events(job):
+            yield event
+            left -= 1
+            if not left:
+                return
+
     def follow_events(
         self, job: str, offset: int = 0, *, reconnect_seconds: float = RECONNECT_SECONDS
     ) -> Iterator[JobEvent]:
@@ -150,40 +161,31 @@ class CoordinatorClient:
             request_serializer=pb2.FollowEventsRequest.SerializeToString,
             response_deserializer=pb2.EventReply.FromString,
         )
-        lost_since: float | None = None
+        lost_at: float | None = None
         while True:
             request = pb2.FollowEventsRequest(wire_version=WIRE_VERSION, job=job, offset=offset)
-            # While looking for a lost coordinator, let gRPC wait for it instead of failing at once.
-            stream = call(request, wait_for_ready=lost_since is not None, timeout=None if lost_since is None else None)
-            timer = None
-            if lost_since is not None:
-                timer = threading.Timer(max(0.0, lost_since + reconnect_seconds - time.monotonic()), stream.cancel)
-                timer.name = "layerwise-reconnect-limit"
-                timer.start()
+            stream = call(request)
             try:
                 for reply in stream:
-                    if timer is not None:
-                        timer.cancel()
-                    lost_since = None
+                    lost_at = None
                     if reply.offset >= offset:
                         offset = reply.offset + 1
                         yield JobEvent.from_json(reply.offset, reply.event_json)
                 if self._ended(job):
                     return
-                lost_since = lost_since if lost_since is not None else time.monotonic()
             except grpc.RpcError as error:
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise self._translate(error, None) from error
-                lost_since = lost_since if lost_since is not None else time.monotonic()
-                if time.monotonic() - lost_since >= reconnect_seconds:
-                    raise UnreachableError(
-                        f"the coordinator at {self.address} has not answered for {reconnect_seconds:.0f} s; the job may still be "
-                        f"training: follow it again with `layerwise logs -f {job}` once the coordinator is back"
-                    ) from error
             finally:
-                if timer is not None:
-                    timer.cancel()
                 stream.cancel()
+            lost_at = lost_at if lost_at is not None else time.monotonic()
+            try:
+                self.wait_until_ready(max(0.0, lost_at + reconnect_seconds - time.monotonic()))
+            except UnreachableError:
+                raise UnreachableError(
+                    f"the coordinator at {self.address} has not answered for {reconnect_seconds:.0f} s; the job may still be "
+                    f"training: follow it again with `layerwise logs -f {job}` once the coordinator is back"
+                ) from None
 
     # ---- inside ----
 
@@ -230,7 +232,9 @@ def _document(text: str, kind: type[Kind]) -> Kind:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise MalformedMessageError(f"the coordinator's answer is no JSON document ({error}): {text[:200]!r}") from error
+        raise MalformedMessageError(
+            f"the coordinator's answer is no JSON document ({error}): {text[:200]!r}"
+        ) from error
     if not isinstance(value, kind):
         raise MalformedMessageError(f"the coordinator's answer should be a {kind.__name__}, got: {text[:200]!r}")
     return value

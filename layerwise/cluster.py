@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from layerwise.child import ChildProcess, describe_status, last_lines
 from layerwise.errors import DeadlineError, NotFoundError, UnreachableError
+from layerwise.run_directory import DirectoryLock
 
 if TYPE_CHECKING:
     from layerwise.client import CoordinatorClient
@@ -78,12 +79,15 @@ class LocalCluster:
         self._problems: list[str] = []
         self._stopping = False
         self._folder: Path | None = None
+        self._directory_lock: DirectoryLock | None = None
 
     # ---- life ----
 
     def __enter__(self) -> Self:
         self._folder = socket_folder()
         try:
+            if self._wanted_directory is not None:
+                self._directory_lock = DirectoryLock(self._wanted_directory)
             self.logs.mkdir(parents=True, exist_ok=True)
             for name in self.names:
                 self._start(name)
@@ -117,6 +121,9 @@ class LocalCluster:
         with self._lock:
             self._children.clear()
             self._ended_children.clear()
+        if self._directory_lock is not None:
+            self._directory_lock.close()
+            self._directory_lock = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -71,6 +71,7 @@ def _from_record(record: JobRecord) -> dict[str, Any]:
         "finished": record.finished,
         "directory": record.directory,
         "resume_count": record.resume_count,
+        "num_events": record.num_events,
         "spec": json.loads(record.spec_json),
         "cuts": [cut.to_json() for cut in record.cuts],
         "evaluations": [dict(one) for one in record.evaluations],

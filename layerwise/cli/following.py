@@ -1,0 +1,76 @@
+"""Following a job on the terminal: signals, progress, the result at the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from layerwise.cli import exit_codes
+from layerwise.cli.output import job_facts, print_facts, print_json
+from layerwise.client import CoordinatorClient
+from layerwise.follow import JobFollower
+from layerwise.progress import ProgressView, progress_view
+
+
+@contextmanager
+def signals_call(handler: Callable[[], None]) -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM call ``handler`` in the main thread (nothing changes when called from another thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        handler()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def shown_progress(*, quiet: bool = False) -> Iterator[ProgressView]:
+    """A view on standard error."""
+    view = progress_view(sys.stderr, quiet=quiet)
+    try:
+        yield view
+    finally:
+        view.close()
+
+
+def follow_job(client: CoordinatorClient, job: str, output: str, *, quiet: bool = False) -> int:
+    """Show a job of a shared cluster until it has ended; an interrupt ends the showing only. Returns the exit status."""
+
+    def leave() -> None:
+        raise KeyboardInterrupt
+
+    with shown_progress(quiet=quiet) as view, signals_call(leave):
+        try:
+            document = JobFollower(client, job, view, refresh_seconds=0.5).run()
+        except KeyboardInterrupt:
+            view.say(
+                f"job {job} goes on; follow it with `layerwise logs -f {job}`, stop it with `layerwise cancel {job}`"
+            )
+            return exit_codes.INTERRUPTED
+    return show_result(document, output)
+
+
+def show_result(document: dict[str, Any], output: str) -> int:
+    """Print a job that has ended; returns the exit status."""
+    if output == "json":
+        print_json(document)
+    else:
+        print_facts(job_facts(document))
+    state = str(document["state"])
+    if state == "failed":
+        click.echo(f"layerwise: job {document['job']} failed: {document.get('message')}", err=True)
+    return exit_codes.of_state(state)

@@ -1,0 +1,196 @@
+"""``train`` and ``up``: clusters of this machine that belong to the command."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from layerwise.cli import exit_codes
+from layerwise.cli.options import (
+    Device,
+    allow_import_option,
+    command,
+    forget_coordinator,
+    output_option,
+    record_coordinator,
+    set_option,
+    threads_option,
+)
+
+
+@command(
+    "train",
+    examples=[
+        "layerwise train examples/digits.yaml",
+        "layerwise train job.yaml --set train.steps=50 --set cluster.shards=4",
+        "layerwise train job.yaml --output json | tail -n 1 | jq .validation",
+        "layerwise train job.yaml --allow-import my_package",
+    ],
+)
+@click.argument("spec", metavar="SPEC")
+@set_option
+@allow_import_option
+@click.option(
+    "--overwrite", is_flag=True, help="Delete the run that lies at checkpoint.path; else the new run gets a number."
+)
+@click.option("--device", "devices", type=Device(), multiple=True, help="Devices of the shards, given out in turn.")
+@threads_option
+@click.option(
+    "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
+)
+@click.option("--quiet", is_flag=True, help="No progress.")
+@output_option
+def train_command(
+    spec: str,
+    overrides: tuple[str, ...],
+    allow_imports: tuple[str, ...],
+    overwrite: bool,
+    devices: tuple[str, ...],
+    threads: int | None,
+    metrics: str | None,
+    quiet: bool,
+    output: str,
+) -> int:
+    """Train the job in SPEC (a YAML or JSON file, or - for standard input) on a cluster of its own, and end the cluster.
+
+    Ctrl-C stops at the next update, saves a cut there and says how to go on; a second Ctrl-C ends everything at once.
+    """
+    from layerwise.overrides import read_job
+    from layerwise.run_directory import directory_for
+
+    job = read_job(spec, overrides).with_absolute_paths(Path.cwd())
+    directory = directory_for(job.checkpoint_path, overwrite=overwrite)
+    note = "" if directory == Path(job.checkpoint_path) else earlier_run(Path(job.checkpoint_path), directory)
+    return run_embedded(
+        {
+            "spec": job,
+            "directory": directory,
+            "allow_imports": allow_imports,
+            "threads": threads,
+            "devices": devices,
+            "metrics": metrics,
+        },
+        output,
+        quiet=quiet,
+        note=note,
+    )
+
+
+def earlier_run(wanted: Path, directory: Path) -> str:
+    """What to say when a run lies where this one would have gone."""
+    return f"{wanted} holds an earlier run (go on with it: layerwise resume {short(wanted)}); this run goes to {short(directory)}"
+
+
+def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: str = "") -> int:
+    """Run a job on a cluster of its own (arguments of `EmbeddedRun`) and show it; returns the exit status."""
+    from layerwise.cli.following import show_result, shown_progress, signals_call
+    from layerwise.embedded import EmbeddedRun
+
+    with shown_progress(quiet=quiet) as view:
+        if note and not quiet:
+            view.say(note)
+        run = EmbeddedRun(view=view, **arguments)
+        again = f"go on with it: layerwise resume {short(run.directory)}"
+        with signals_call(run.interrupt):
+            try:
+                document = run.run()
+            except KeyboardInterrupt:
+                view.say(f"ended at once; what was saved before stays: {again}")
+                return exit_codes.INTERRUPTED
+    status = show_result(document, output)
+    if document["state"] != "done":
+        where = (
+            f"stopped at step {document.get('steps') or 0} of {document.get('total_steps') or '?'}; "
+            if run.interrupts
+            else ""
+        )
+        click.echo(where + again, err=True)
+    return exit_codes.INTERRUPTED if run.interrupts and document["state"] != "done" else status
+
+
+def short(path: Path) -> str:
+    """A path as it can be typed here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+@command("up", examples=["layerwise up", "layerwise up --shards 4 --forward 2", "layerwise up --listen 127.0.0.1:7070"])
+@click.option("--shards", type=click.IntRange(min=1), default=2, show_default=True, help="Shard servers.")
+@click.option("--forward", type=click.IntRange(min=1), default=1, show_default=True, help="Forward workers.")
+@click.option("--backward", type=click.IntRange(min=0), default=0, show_default=True, help="Detached backward workers.")
+@click.option("--listen", metavar="ADDRESS", help="Where the coordinator listens.  [default: a private unix socket]")
+@click.option(
+    "--state", metavar="DIR", type=click.Path(path_type=Path), help="Jobs and logs.  [default: runs/.cluster]"
+)
+@click.option("--device", "devices", type=Device(), multiple=True, help="Devices of the shards, given out in turn.")
+@threads_option
+@allow_import_option
+@click.option(
+    "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
+)
+@click.option("--insecure", is_flag=True, help="Agree to listen beyond this machine without encryption or password.")
+@output_option
+def up_command(
+    shards: int,
+    forward: int,
+    backward: int,
+    listen: str | None,
+    state: Path | None,
+    devices: tuple[str, ...],
+    threads: int | None,
+    allow_imports: tuple[str, ...],
+    metrics: str | None,
+    insecure: bool,
+    output: str,
+) -> int:
+    """Keep a cluster running on this machine until Ctrl-C; `submit`, `jobs` and the others find it by themselves.
+
+    A process that dies is started again. Jobs are remembered: after the next `layerwise up` with the same --state they can be resumed.
+    """
+    from layerwise.address import parse_address
+    from layerwise.cli.following import signals_call
+    from layerwise.cli.output import print_json
+    from layerwise.cluster import LocalCluster
+
+    signals: list[int] = []
+
+    def end_once() -> None:
+        signals.append(1)
+        if len(signals) == 1:  # the end itself is not to be interrupted; it has a time limit
+            raise KeyboardInterrupt
+
+    cluster = LocalCluster(
+        shards=shards,
+        forward=forward,
+        backward=backward,
+        directory=state if state is not None else Path("runs/.cluster"),
+        allow_imports=allow_imports,
+        threads=threads,
+        devices=devices or ("auto",),
+        listen=str(parse_address(listen)) if listen else None,
+        metrics=metrics,
+        insecure=insecure,
+        restart=True,
+        on_problem=lambda sentence, last: click.echo(
+            f"warning: {sentence}" + ("" if last else "; started again"), err=True
+        ),
+    )
+    with signals_call(end_once), cluster:
+        cluster.wait_for_nodes()
+        recorded = record_coordinator(cluster.coordinator_address)
+        try:
+            if output == "json":
+                print_json({"coordinator": cluster.coordinator_address, "pids": cluster.pids})
+            else:
+                click.echo(cluster.coordinator_address)
+            click.echo(f"{len(cluster.names)} processes run, logs in {short(cluster.logs)}; Ctrl-C ends them", err=True)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            click.echo("ending", err=True)
+        finally:
+            forget_coordinator(recorded, cluster.coordinator_address)
+    return exit_codes.DONE

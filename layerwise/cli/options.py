@@ -1,0 +1,150 @@
+"""What commands have in common: how they are declared, and the options that several take."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from layerwise.errors import ConfigError, UnreachableError
+
+COORDINATOR_VARIABLE = "LAYERWISE_COORDINATOR"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def command(name: str, *, examples: Sequence[str]) -> Callable[[Callable[..., Any]], click.Command]:
+    """Declare a command; ``examples`` end its help."""
+    epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+
+    def declare(function: Callable[..., Any]) -> click.Command:
+        # Read by layerwise.cli.main.run from the arguments themselves, since an error may come before parsing has ended.
+        debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks of errors.")
+        settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+        return click.command(name, epilog=epilog, context_settings=settings)(debug(function))
+
+    return declare
+
+
+def output_option(function: Function) -> Function:
+    """``--output table|json`` as ``output``."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json"]),
+        default="table",
+        show_default=True,
+        help="Form of the data.",
+    )(function)
+
+
+def coordinator_option(function: Function) -> Function:
+    """``--coordinator ADDRESS`` as ``coordinator``; resolve it with `coordinator_address`."""
+    return click.option(
+        "--coordinator",
+        metavar="ADDRESS",
+        envvar=COORDINATOR_VARIABLE,
+        show_envvar=True,
+        help="host:port or unix:/path of the coordinator.  [default: the cluster of `layerwise up`]",
+    )(function)
+
+
+def set_option(function: Function) -> Function:
+    """``--set key=value`` (repeatable) as ``overrides``."""
+    return click.option(
+        "--set",
+        "overrides",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Change a value of the job file, such as train.steps=100.",
+    )(function)
+
+
+def allow_import_option(function: Function) -> Function:
+    """``--allow-import MODULE`` (repeatable) as ``allow_imports``."""
+    return click.option(
+        "--allow-import",
+        "allow_imports",
+        metavar="MODULE",
+        multiple=True,
+        help="A module of yours that jobs may run code from, with all below it.",
+    )(function)
+
+
+def threads_option(function: Function) -> Function:
+    """``--threads N`` as ``threads``; None when not given."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        help="Threads of arithmetic of each shard.  [default: its part of the cores]",
+    )(function)
+
+
+class Device(click.ParamType):
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+
+    name = "auto|cpu|cuda:N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check its form; whether there is such a device is seen where it is used."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
+            self.fail(f"{value!r} is none of auto, cpu, cuda, cuda:N", param, ctx)
+        return str(value)
+
+
+def runtime_folder() -> Path:
+    """The user's own folder for what lives as long as the login; not created here."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "layerwise" if base else Path(f"/tmp/layerwise-{os.getuid()}")
+
+
+def recorded_coordinator() -> Path:
+    """The file in which ``layerwise up`` writes its coordinator's address."""
+    return runtime_folder() / "coordinator"
+
+
+def record_coordinator(address: str) -> Path:
+    """Write the address down for other commands of this user; take it back with `forget_coordinator`."""
+    folder = runtime_folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ConfigError(f"{folder} belongs to another user; set XDG_RUNTIME_DIR to a folder of your own")
+    path = folder / "coordinator"
+    path.write_text(address + "\n", encoding="utf-8")
+    return path
+
+
+def forget_coordinator(path: Path, address: str) -> None:
+    """Take back what `record_coordinator` wrote, unless a later cluster has taken its place."""
+    try:
+        if path.read_text(encoding="utf-8").strip() == address:
+            path.unlink()
+    except FileNotFoundError:
+        return
+
+
+def coordinator_address(given: str | None) -> str:
+    """The address that was given, or that of this user's local cluster.
+
+    Raises:
+        ConfigError: it is no address.
+        UnreachableError: none was given and no local cluster runs.
+    """
+    from layerwise.address import parse_address
+
+    if given:
+        return str(parse_address(given))
+    path = recorded_coordinator()
+    try:
+        if path.stat().st_uid == os.getuid():
+            return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        pass
+    raise UnreachableError(
+        "no cluster of this user runs on this machine; start one with `layerwise up`, "
+        f"or name a coordinator with --coordinator or {COORDINATOR_VARIABLE}"
+    )

@@ -1,0 +1,80 @@
+"""``resume``: go on with a job, on a cluster or on one of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from layerwise.cli import exit_codes
+from layerwise.cli.options import (
+    Device,
+    allow_import_option,
+    command,
+    coordinator_option,
+    output_option,
+    threads_option,
+)
+
+
+@command(
+    "resume",
+    examples=[
+        "layerwise resume runs/digits",
+        "layerwise resume digits-1 --follow",
+        "layerwise resume /shared/runs/digits --coordinator host:7070",
+    ],
+)
+@click.argument("job", metavar="JOB|DIRECTORY")
+@coordinator_option
+@click.option("-f", "--follow", is_flag=True, help="Show the job until it has ended; the exit status is the job's.")
+@allow_import_option
+@click.option("--device", "devices", type=Device(), multiple=True, help="Devices of the shards (with a DIRECTORY).")
+@threads_option
+@click.option("--quiet", is_flag=True, help="No progress.")
+@output_option
+def resume_command(
+    job: str,
+    coordinator: str | None,
+    follow: bool,
+    allow_imports: tuple[str, ...],
+    devices: tuple[str, ...],
+    threads: int | None,
+    quiet: bool,
+    output: str,
+) -> int:
+    """Go on with a failed or cancelled job from its newest cut.
+
+    A DIRECTORY (anything with a slash in it, or an existing folder) is trained on by a cluster of its own, as `train` does, unless
+    --coordinator names one. A JOB is queued again by the coordinator that knows it.
+    """
+    directory = Path(job).expanduser().absolute()
+    is_directory = "/" in job or directory.is_dir()
+    if is_directory and coordinator is None:
+        from layerwise.cli.local import run_embedded
+        from layerwise.run_directory import spec_in
+
+        arguments = {
+            "spec": spec_in(directory),
+            "directory": directory,
+            "resume": True,
+            "allow_imports": allow_imports,
+            "threads": threads,
+            "devices": devices,
+        }
+        return run_embedded(arguments, output, quiet=quiet)
+
+    from layerwise.cli.jobs import coordinator_client
+    from layerwise.cli.output import print_json
+
+    with coordinator_client(coordinator) as client:
+        document = client.resume(directory=str(directory)) if is_directory else client.resume(job=job)
+        if follow:
+            from layerwise.cli.following import follow_job
+
+            return follow_job(client, str(document["job"]), output, quiet=quiet)
+    if output == "json":
+        print_json(document)
+    else:
+        click.echo(document["job"])
+    return exit_codes.DONE

@@ -1,0 +1,119 @@
+"""A job on a cluster of its own that lives as long as the job: what ``layerwise train`` and `layerwise.train` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from layerwise.client import CoordinatorClient
+from layerwise.cluster import LocalCluster
+from layerwise.errors import JobFailedError
+from layerwise.follow import JobFollower
+from layerwise.job import JobSpec
+from layerwise.progress import ProgressView
+from layerwise.run_directory import save_spec
+
+REFRESH_SECONDS = 0.5
+
+
+class EmbeddedRun:
+    """Starts a cluster as large as the job wants, has it train the job (or go on with it), and ends the cluster.
+
+    ``directory`` is the job's: cuts, event logs, and here the coordinator's state and the processes' logs too, so that the run can be
+    resumed after everything has ended. `run` is called once; `interrupt` belongs into a signal handler of the same thread.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        directory: Path,
+        view: ProgressView,
+        *,
+        resume: bool = False,
+        allow_imports: Sequence[str] = (),
+        threads: int | None = None,
+        devices: Sequence[str] = (),
+        metrics: str | None = None,
+    ) -> None:
+        checkpoint = spec.checkpoint.model_copy(update={"path": str(directory)})
+        self.spec = spec.model_copy(update={"checkpoint": checkpoint})
+        self.directory = directory
+        self.interrupts = 0
+        self._view = view
+        self._resume = resume
+        self._follower: JobFollower | None = None
+        self._job = ""
+        self._over = False
+        self._cluster = LocalCluster(
+            shards=spec.cluster.shards,
+            forward=spec.cluster.forward,
+            backward=spec.cluster.num_detached,
+            directory=directory,
+            allow_imports=allow_imports,
+            threads=threads,
+            devices=devices or (spec.cluster.device,),
+            metrics=metrics,
+            restart=True,
+            on_problem=self._on_problem,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Return the job's document at its end: done, failed or cancelled.
+
+        Raises:
+            LayerwiseError: a process of the cluster can't be started, or the job is refused.
+            KeyboardInterrupt: interrupted twice, or before the job was submitted.
+        """
+        if not self._resume:
+            save_spec(self.directory, self.spec)
+        try:
+            with self._cluster as cluster, cluster.client() as client:
+                self._job = str(self._begin(client)["job"])
+                self._follower = JobFollower(client, self._job, self._view, refresh_seconds=REFRESH_SECONDS)
+                document = self._follower.run()
+                self._over = True
+                return document
+        finally:
+            self._over = True
+
+    def interrupt(self) -> None:
+        """Once: stop at the next update, with a cut there. Again: everything ends at once. After that, and while ending, nothing.
+
+        Raises:
+            KeyboardInterrupt: there is nothing to stop gently.
+        """
+        if self._over:
+            return
+        self.interrupts += 1
+        if self._follower is None or self.interrupts > 1:
+            self._over = True
+            self._cluster.stop_seconds = 0.0 if self._follower is not None else self._cluster.stop_seconds
+            raise KeyboardInterrupt
+        self._follower.interrupt(self._stop)
+
+    def _begin(self, client: CoordinatorClient) -> dict[str, Any]:
+        if not self._resume:
+            return client.submit(self.spec.to_json())
+        known = [one for one in client.list_jobs() if one.get("directory") == str(self.directory)]
+        if known:
+            return client.resume(job=str(known[-1]["job"]))
+        return client.resume(directory=str(self.directory))
+
+    def _stop(self) -> None:
+        self._view.say("stopping at the next update; interrupt again to end at once")
+        with self._cluster.client() as client:
+            client.cancel(self._job)
+
+    def _on_problem(self, sentence: str, for_good: bool) -> None:
+        """From a thread of the cluster: a process ended by itself."""
+        follower = self._follower
+        if follower is None:
+            return  # entering the cluster raises it
+
+        def tell() -> None:
+            if for_good:
+                raise JobFailedError(f"{sentence}; go on with `layerwise resume {self.directory}`")
+            self._view.say(f"warning: {sentence}; it was started again")
+
+        follower.interrupt(tell)

@@ -1,0 +1,104 @@
+"""A job's directory on disk, as the command line sees it: which one a new run gets, which job lies in one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import BusyError, ConfigError, NotAllowedError, NotFoundError
+from layerwise.job import JobSpec, load_job, parse_job
+
+JOB_FILE = "job.json"
+OWN_NAMES = (JOB_FILE, "coordinator", "cuts", "events")
+
+
+def directory_for(wanted: str | Path, *, overwrite: bool = False) -> Path:
+    """The absolute directory that a new run gets: ``wanted``, or with a number behind it when a run lies there already.
+
+    So that training twice neither fails nor mixes two runs nor destroys one. With ``overwrite`` the run that lies there is deleted.
+
+    Raises:
+        NotAllowedError: ``overwrite``, and what lies there is no run of ours.
+        ConfigError: something that is no directory is in the way.
+    """
+    first = Path(wanted).expanduser().absolute()
+    if overwrite and _taken(first):
+        if not any((first / name).exists() for name in OWN_NAMES):
+            raise NotAllowedError(
+                f"{first} was not made by layerwise, so --overwrite does not delete it; choose another path"
+            )
+        DirectoryLock(first).close()
+        shutil.rmtree(first)
+    return next(one for one in _candidates(first) if not _taken(one))
+
+
+def _candidates(first: Path) -> Any:
+    yield first
+    for number in count(2):
+        yield first.with_name(f"{first.name}-{number}")
+
+
+def _taken(path: Path) -> bool:
+    if not path.exists():
+        return False
+    if not path.is_dir():
+        raise ConfigError(f"{path} is a file; checkpoint.path must name a directory")
+    return any(path.iterdir())
+
+
+def save_spec(directory: Path, spec: JobSpec) -> None:
+    """Keep the job beside its run, for `resume`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(json.loads(spec.to_json()), indent=2) + "\n"
+    (directory / JOB_FILE).write_text(text, encoding="utf-8")
+
+
+def spec_in(directory: Path) -> JobSpec:
+    """The job whose run lies in ``directory``.
+
+    Raises:
+        NotFoundError: no run lies there.
+    """
+    if (directory / JOB_FILE).is_file():
+        return load_job(directory / JOB_FILE)
+    from layerwise.cuts import load_manifest, newest_cut
+
+    version = newest_cut(directory) if directory.is_dir() else None
+    if version is None:
+        raise NotFoundError(
+            f"no run in {directory}: expected the directory of a job, with its {JOB_FILE} or a saved cut"
+        )
+    manifest = load_manifest(directory, version)
+    spec = manifest.get("spec", manifest.get("spec_json"))
+    return parse_job(spec if isinstance(spec, (str, dict)) else "", source=f"cut {version} in {directory}")
+
+
+class DirectoryLock:
+    """Keeps a second process from using ``directory``; the kernel lets go of it when the holder ends, however that comes about.
+
+    Raises:
+        BusyError: somebody uses it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._file, 20).decode("ascii", errors="replace").strip()
+            os.close(self._file)
+            raise BusyError(
+                f"{directory} is in use by process {owner or '?'}; wait for it or end it, or choose another directory"
+            ) from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def close(self) -> None:
+        """Let go."""
+        os.close(self._file)
