@@ -1,4 +1,4 @@
-"""What shard, forward and backward processes share: an event loop, links, the tie to the coordinator, heartbeats, a clean end."""
+"""What shard, forward and backward processes share: an event loop, links, the tie to the coordinator, a clean end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceSettings:
-    """The flags that every service takes. Addresses are ``host:port`` or ``unix:/path``; ``listen`` and ``metrics`` may be empty."""
+    """The flags that every service takes. Addresses are ``host:port`` or ``unix:/path``.
+
+    ``listen`` and ``metrics`` may be empty: then nothing listens.
+    """
 
     role: Role
     coordinator: str
@@ -99,14 +102,20 @@ class Service:
         self._lifetime = Lifetime(exit_with_parent=self.settings.exit_with_parent)
         self._handler = self._make_handler(self)
         self.transport = Transport(
-            self.name, on_message=self._on_message, on_lost=self._on_lost, before_send=self._handler.before_send
+            self.name,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            before_send=self._handler.before_send,
+            on_error=self.fail,
         )
         try:
             if self.settings.listen:
                 bound = await self.transport.listen(self.settings.listen, insecure=self.settings.insecure)
                 self.address = self.settings.advertise or bound
             metrics_address = (
-                serve_metrics(self.settings.metrics, self._handler.collect, insecure=self.settings.insecure) if self.settings.metrics else ""
+                serve_metrics(self.settings.metrics, self._handler.collect, insecure=self.settings.insecure)
+                if self.settings.metrics
+                else ""
             )
             self._hello = Hello(
                 role=self.settings.role,

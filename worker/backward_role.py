@@ -37,6 +37,8 @@ from layerwise.roles import Connect, Effect, Send
 COORDINATOR = "coordinator"
 ASK_SECONDS = 1.0
 """How often an idle worker asks again: its shard may not have known the job yet. A repeat changes nothing there."""
+RETRY_SECONDS = 1.0
+"""How long after a lost link to its shard a new one is tried."""
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ Request = Build | Execute | Leave
 class _Job:
     assignment: Assignment
     connected: bool = True
+    retry_at: float = 0.0
     built: bool = False
     asked_at: float = 0.0
     task: DetachedTask | None = None
@@ -112,16 +115,19 @@ class BackwardRole:
         return []
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
-        """A link is gone for good. Without its shard a job waits for the coordinator's word."""
+        """A link is gone for good. If the shard lives, its task is for the next worker; a new link is tried a little later."""
         for job in self._jobs.values():
             if job.place.shard == peer:
-                job.connected = False
+                job.connected, job.retry_at, job.task = False, now + RETRY_SECONDS, None
         return []
 
     def on_tick(self, now: float) -> list[Effect]:
-        """Ask again where there is nothing to do."""
+        """Try a new link where one was lost; ask again where there is nothing to do."""
         effects: list[Effect] = []
         for state in self._jobs.values():
+            if not state.connected and now >= state.retry_at:
+                state.connected = True
+                effects.append(Connect(state.place.shard, state.place.address))
             idle = state.built and state.connected and state.task is None
             if idle and now - state.asked_at >= ASK_SECONDS:
                 effects += self._request(state, now)

@@ -55,6 +55,8 @@ PREFETCH = 8
 MAX_EVALUATIONS = 2
 """Evaluation microbatches on the way through the route."""
 ASK_SECONDS = 1.0
+RETRY_SECONDS = 1.0
+"""How long after a lost link to a first shard a new one is tried."""
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ class _Job:
     assignment: Assignment
     capacity: int = 0
     connected: bool = True
+    retry_at: float = 0.0
     stopping: bool = False
     asked_at: float = 0.0
     leases: dict[Attempt, _Lease] = field(default_factory=dict)
@@ -175,6 +178,9 @@ class ForwardRole:
             if isinstance(message, Lease):
                 return self._on_lease(job, message, now)
         elif peer == job.first_shard:
+            if getattr(message, "life", job.life) != job.life:
+                log.warning("%s from %s refused: it is not from life %d", type(message).__name__, peer, job.life)
+                return []
             match message:
                 case Grant():
                     return self._on_grant(job, message)
@@ -189,16 +195,35 @@ class ForwardRole:
         return []
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
-        """A link is gone for good. Without its first shard a job waits for the coordinator's word."""
-        for job in self._jobs.values():
-            if job.first_shard == peer:
-                job.connected = False
-        return []
+        """A link is gone for good.
 
-    def on_tick(self, now: float) -> list[Effect]:
-        """Ask again for leases where there is room for more."""
+        If the first shard lives, it has aborted what had not arrived and goes on with the rest; the coordinator hears of both. If it does
+        not, the coordinator ends the run. A new link is tried a little later.
+        """
         effects: list[Effect] = []
         for job in self._jobs.values():
+            if job.first_shard != peer:
+                continue
+            job.connected, job.retry_at = False, now + RETRY_SECONDS
+            for attempt, lease in list(job.leases.items()):
+                if lease.state is _State.OFFERED:
+                    lease.state = _State.READY
+                elif lease.state is _State.SENT:
+                    del job.leases[attempt]
+                    returned = LeaseReturn(job=job.job, attempt=attempt, reason="open")
+                    effects.append(Send(self._coordinator, returned))
+            job.to_evaluate.extendleft(sorted(job.evaluating, reverse=True))
+            job.evaluating.clear()
+        return effects
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """Try a new link where one was lost; ask again for leases where there is room for more."""
+        effects: list[Effect] = []
+        for job in self._jobs.values():
+            if not job.connected and now >= job.retry_at:
+                job.connected = True
+                effects += [Connect(job.first_shard, job.assignment.route[0].address), *self._offer(job)]
+                self._load_evaluations(job)
             if now - job.asked_at >= ASK_SECONDS:
                 effects += self._ask(job, now)
         return effects
@@ -343,7 +368,7 @@ class ForwardRole:
         return [Send(self._coordinator, LeaseRequest(job=job.job, count=job.capacity))]
 
     def _load_evaluations(self, job: _Job) -> None:
-        while job.to_evaluate and len(job.evaluating) < MAX_EVALUATIONS:
+        while job.connected and job.to_evaluate and len(job.evaluating) < MAX_EVALUATIONS:
             samples = job.to_evaluate.popleft()
             job.evaluating.add(samples)
             self._requests.append(LoadEvaluation(job=job.job, version=job.evaluation, samples=samples))

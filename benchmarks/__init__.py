@@ -1,0 +1,1 @@
+"""Measurements: of layerwise, of its peers, of the machine. ``make bench`` runs them."""

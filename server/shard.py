@@ -1,0 +1,241 @@
+"""The shard server's process: hosts blocks of jobs on one device, each a `ShardRole` with a real `Block`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from layerwise.background import Background, sentence
+from layerwise.device import choose_device
+from layerwise.job import parse_job
+from layerwise.messages import (
+    Assignment,
+    CommitCut,
+    CutCommitted,
+    Failure,
+    LayerFile,
+    Message,
+    Probe,
+    Probed,
+    Role,
+    Unassign,
+    Unassigned,
+    Welcome,
+)
+from layerwise.probe import probe
+from layerwise.roles import Effect, Send
+from layerwise.server.hosted_block import HostedBlock
+from layerwise.service import COORDINATOR, Service, ServiceSettings
+from layerwise.tasks import Task, TaskResult
+
+log = logging.getLogger(__name__)
+
+
+class ShardServer:
+    """Routes messages to the blocks it hosts; probes, builds and leaves jobs on a thread of its own."""
+
+    def __init__(self, service: Service, device: torch.device) -> None:
+        self._service = service
+        self._device = device
+        self._blocks: dict[str, HostedBlock] = {}
+        self._left: set[str] = set()
+        self._builder = Background(service, "builder")
+        self._closer = Background(service, "closer")
+
+    def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`."""
+        match message:
+            case Welcome():
+                return []
+            case Probe() if peer == COORDINATOR:
+                self._probe(message)
+                return []
+            case Assignment() if peer == COORDINATOR:
+                self._build(message)
+                return []
+            case Unassign() if peer == COORDINATOR:
+                self._leave(message.job)
+                return []
+            case CommitCut() if peer == COORDINATOR:
+                self._commit(message)
+                return []
+        block = self._blocks.get(getattr(message, "job", ""))
+        if block is None:
+            log.info("%s from %s dropped: no block of that job is hosted here", type(message).__name__, peer)
+            return []
+        return block.role.on_message(peer, message, now)
+
+    def on_lost(self, peer: str, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`. Without the coordinator a job gets no samples: it is given up."""
+        effects = [effect for block in self._blocks.values() for effect in block.role.on_lost(peer, now)]
+        if peer != COORDINATOR:
+            return effects
+        for job in list(self._blocks):
+            log.warning("job %s is given up here: the coordinator is gone; its last cut stands", job)
+            self._leave(job)
+        return []
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`."""
+        return [effect for block in self._blocks.values() for effect in block.on_tick(now)]
+
+    def before_send(self) -> None:
+        """Write every event down before its effects leave the process."""
+        for block in self._blocks.values():
+            block.events.flush()
+
+    def collect(self) -> Iterable[Any]:
+        """Prometheus families of the blocks hosted here."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        store = GaugeMetricFamily("layerwise_activation_store_bytes", "Bytes kept for backward passes", labels=["job"])
+        waiting = GaugeMetricFamily("layerwise_queue_tasks", "Tasks that wait for a slot", labels=["job", "phase"])
+        for job, block in list(self._blocks.items()):
+            store.add_metric([job], block.block.store_bytes)
+            waiting.add_metric([job, "forward"], block.queue.forward_depth)
+            waiting.add_metric([job, "backward"], block.queue.backward_depth)
+        yield store
+        yield waiting
+
+    async def close(self) -> None:
+        """End slots and writers, close the logs."""
+        self._builder.close()
+        blocks, self._blocks = list(self._blocks.values()), {}
+        for block in blocks:
+            await self._service.loop.run_in_executor(None, block.close)
+        self._closer.close()
+
+    def _probe(self, message: Probe) -> None:
+        def work() -> Probed:
+            spec = parse_job(json.loads(message.spec_json), source=message.job)
+            profile = probe(spec, device=self._device, allowed_imports=self._service.settings.allow_imports)
+            return Probed(job=message.job, profile_json=profile.to_json())
+
+        self._builder.run(
+            work,
+            lambda answer: [Send(COORDINATOR, answer)],
+            lambda error: [Send(COORDINATOR, Probed(job=message.job, error=self._explain(error)))],
+        )
+
+    def _build(self, assignment: Assignment) -> None:
+        job = assignment.job
+        self._left.discard(job)
+
+        def work() -> HostedBlock:
+            return HostedBlock(
+                assignment,
+                device=self._device,
+                allowed_imports=self._service.settings.allow_imports,
+                report=lambda task, outcome: self._from_slot(job, task, outcome),
+                cut_taken=lambda version: self._from_thread(
+                    job, lambda block, now: block.role.on_cut_taken(version, now)
+                ),
+                cut_saved=lambda version, files, error: self._from_writer(job, version, files, error),
+            )
+
+        def done(block: HostedBlock) -> list[Effect]:
+            if job in self._left:
+                self._closer.run(block.close, lambda _: [], lambda error: [])
+                return []
+            self._blocks[job] = block
+            return block.begin(self._service.loop.time())
+
+        self._builder.run(work, done, lambda error: [Send(COORDINATOR, Failure(job=job, message=self._explain(error)))])
+
+    def _leave(self, job: str) -> None:
+        """Take the block out of the way at once; say so when its threads have ended."""
+        self._left.add(job)
+        block = self._blocks.pop(job, None)
+
+        def work() -> None:
+            if block is not None:
+                block.close()
+
+        def done(_: None) -> list[Effect]:
+            return [Send(COORDINATOR, Unassigned(job=job))]
+
+        def failed(error: Exception) -> list[Effect]:
+            log.error("the block of job %s was not left cleanly: %s", job, self._explain(error))
+            return [Send(COORDINATOR, Unassigned(job=job))]
+
+        self._closer.run(work, done, failed)
+
+    def _commit(self, message: CommitCut) -> None:
+        block = self._blocks.get(message.job)
+        if block is None:
+            return
+
+        def answer(error: str = "") -> list[Effect]:
+            return [Send(COORDINATOR, CutCommitted(job=message.job, version=message.version, error=error))]
+
+        self._closer.run(
+            lambda: block.commit(message),
+            lambda _: answer(),
+            lambda error: answer(f"the manifest of cut {message.version} could not be written: {self._explain(error)}"),
+        )
+
+    def _from_slot(self, job: str, task: Task, outcome: TaskResult | Exception) -> None:
+        def act(block: HostedBlock, now: float) -> list[Effect]:
+            if isinstance(outcome, Exception):
+                log.debug("task failed", exc_info=outcome)
+                return block.role.on_task_failed(task, outcome, now)
+            return block.role.on_task_done(task, outcome, now)
+
+        self._from_thread(job, act)
+
+    def _from_writer(self, job: str, version: int, files: tuple[LayerFile, ...], error: str) -> None:
+        self._from_thread(job, lambda block, now: block.role.on_cut_saved(version, files, error, now))
+
+    def _from_thread(self, job: str, act: Callable[[HostedBlock, float], list[Effect]]) -> None:
+        def on_loop() -> None:
+            block = self._blocks.get(job)
+            if block is not None:
+                self._service.guard(lambda: act(block, self._service.loop.time()))
+
+        self._service.loop.call_soon_threadsafe(on_loop)
+
+    def _explain(self, error: Exception) -> str:
+        log.debug("failed", exc_info=error)
+        return sentence(error)
+
+
+def run_shard(
+    *,
+    coordinator: str,
+    listen: str,
+    advertise: str = "",
+    device: str = "auto",
+    threads: int = 1,
+    name: str = "",
+    metrics: str = "",
+    allow_imports: tuple[str, ...] = (),
+    insecure: bool = False,
+    exit_with_parent: bool = False,
+) -> None:
+    """Serve as a shard until a signal or the end of the parent. ``threads`` are torch's, inside one operator.
+
+    Raises:
+        ConfigError: the address is taken, or there is no such device.
+        NotAllowedError: listening beyond this host without ``insecure``.
+        UnreachableError: no coordinator answers.
+    """
+    torch.set_num_threads(threads)
+    found = choose_device(device)
+    settings = ServiceSettings(
+        role=Role.SHARD,
+        coordinator=coordinator,
+        name=name,
+        listen=listen,
+        advertise=advertise,
+        device=str(found),
+        metrics=metrics,
+        allow_imports=allow_imports,
+        insecure=insecure,
+        exit_with_parent=exit_with_parent,
+    )
+    asyncio.run(Service(settings, lambda service: ShardServer(service, found)).run())

@@ -1,0 +1,83 @@
+"""Compute slots: the threads of a shard that do arithmetic."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from layerwise.server.task_queue import TaskQueue
+from layerwise.tasks import (
+    ApplyTask,
+    BackwardTask,
+    BlockCompute,
+    EvaluateTask,
+    ForwardTask,
+    Steps,
+    Task,
+    TaskResult,
+    run_to_end,
+)
+
+
+class Slots:
+    """``num_slots`` threads, each with one loop: take the next task from ``queue``, run it on ``block``, report.
+
+    ``report(task, result or exception)`` is called on the slot's thread and must not block. A slot never sends and never waits for a peer.
+    """
+
+    def __init__(
+        self,
+        block: BlockCompute,
+        queue: TaskQueue,
+        *,
+        num_slots: int,
+        name: str,
+        report: Callable[[Task, TaskResult | Exception], None],
+    ) -> None:
+        self._block = block
+        self._queue = queue
+        self._report = report
+        self._busy_seconds = [0.0] * num_slots
+        self._threads = [
+            threading.Thread(target=self._work, args=(index,), name=f"slot-{index}-{name}")
+            for index in range(num_slots)
+        ]
+
+    @property
+    def compute_seconds(self) -> float:
+        """Seconds that slots have spent inside tasks."""
+        return sum(self._busy_seconds)
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Close the queue and wait for the tasks under way (a task is finite: it waits for nobody)."""
+        self._queue.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, index: int) -> None:
+        while (task := self._queue.pop()) is not None:
+            began = time.perf_counter()
+            outcome: TaskResult | Exception
+            try:
+                outcome = run_to_end(self._steps(task))
+            except Exception as error:  # handed to the role, which decides
+                outcome = error
+            self._busy_seconds[index] += time.perf_counter() - began
+            self._report(task, outcome)
+
+    def _steps(self, task: Task) -> Steps[TaskResult]:
+        match task:
+            case ForwardTask():
+                return (yield from self._block.forward(task))
+            case BackwardTask():
+                return (yield from self._block.backward(task))
+            case ApplyTask():
+                return (yield from self._block.apply(task))
+            case EvaluateTask():
+                return (yield from self._block.evaluate(task))

@@ -1,0 +1,148 @@
+"""The detached backward worker's process: `BackwardRole` on gRPC, with real layers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+
+from layerwise.background import Background, sentence
+from layerwise.build import build_detached
+from layerwise.detached import DetachedBlock
+from layerwise.device import choose_device
+from layerwise.messages import DetachedTask, Message, PushGradient, Role, TaskFinished, Welcome
+from layerwise.roles import Effect
+from layerwise.service import Service, ServiceSettings
+from layerwise.worker.backward_role import BackwardRole, Build, Execute, Leave
+
+log = logging.getLogger(__name__)
+
+
+class BackwardWorker:
+    """Carries out what the role asks for: builds blocks, runs passes, sends each gradient as soon as it exists."""
+
+    def __init__(self, service: Service, device: torch.device) -> None:
+        self._service = service
+        self._device = device
+        self._role = BackwardRole()
+        self._compute = Background(service, "backward")
+        self._blocks: dict[str, DetachedBlock] = {}
+        self._num_passes = 0
+
+    def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`."""
+        if isinstance(message, Welcome):
+            return []
+        return self._then(self._role.on_message(peer, message, now))
+
+    def on_lost(self, peer: str, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`."""
+        return self._then(self._role.on_lost(peer, now))
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`."""
+        return self._then(self._role.on_tick(now))
+
+    def before_send(self) -> None:
+        """A worker writes nothing down."""
+
+    def collect(self) -> Iterable[Any]:
+        """Backward passes done."""
+        from prometheus_client.core import CounterMetricFamily
+
+        yield CounterMetricFamily(
+            "layerwise_backward_passes", "Backward passes done by this detached worker", value=self._num_passes
+        )
+
+    async def close(self) -> None:
+        """Stop computing."""
+        self._compute.close()
+
+    def _then(self, effects: list[Effect]) -> list[Effect]:
+        for request in self._role.take_requests():
+            match request:
+                case Build():
+                    self._build(request)
+                case Execute():
+                    self._execute(request)
+                case Leave(job=job):
+                    self._blocks.pop(job, None)
+        return effects
+
+    def _build(self, request: Build) -> None:
+        job = request.assignment.job
+
+        def done(block: DetachedBlock) -> list[Effect]:
+            self._blocks[job] = block
+            return self._then(self._role.on_built(job, self._now()))
+
+        self._compute.run(
+            lambda: build_detached(
+                request.assignment, device=self._device, allowed_imports=self._service.settings.allow_imports
+            ),
+            done,
+            lambda error: self._then(self._role.on_build_failed(job, sentence(error), self._now())),
+        )
+
+    def _execute(self, request: Execute) -> None:
+        job, task = request.job, request.task
+        block = self._blocks[job]
+
+        def work() -> TaskFinished:
+            for part in block.run(task):
+                if isinstance(part, TaskFinished):
+                    return part
+                self._service.loop.call_soon_threadsafe(self._push, job, part)
+            raise AssertionError("a pass ends with TaskFinished")
+
+        def done(finished: TaskFinished) -> list[Effect]:
+            self._num_passes += 1
+            return self._then(self._role.on_executed(job, finished, self._now()))
+
+        self._compute.run(work, done, partial(self._failed, job, task))
+
+    def _push(self, job: str, gradient: PushGradient) -> None:
+        self._service.guard(lambda: self._then(self._role.on_gradient(job, gradient, self._now())))
+
+    def _failed(self, job: str, task: DetachedTask, error: Exception) -> list[Effect]:
+        log.debug("pass failed", exc_info=error)
+        return self._then(self._role.on_execute_failed(job, task, sentence(error), self._now()))
+
+    def _now(self) -> float:
+        return self._service.loop.time()
+
+
+def run_backward(
+    *,
+    coordinator: str,
+    device: str = "auto",
+    threads: int = 1,
+    name: str = "",
+    metrics: str = "",
+    allow_imports: tuple[str, ...] = (),
+    insecure: bool = False,
+    exit_with_parent: bool = False,
+) -> None:
+    """Serve as a detached backward worker until a signal or the end of the parent.
+
+    Raises:
+        ConfigError: there is no such device.
+        UnreachableError: no coordinator answers.
+    """
+    torch.set_num_threads(threads)
+    found = choose_device(device)
+    settings = ServiceSettings(
+        role=Role.BACKWARD,
+        coordinator=coordinator,
+        name=name,
+        device=str(found),
+        metrics=metrics,
+        allow_imports=allow_imports,
+        insecure=insecure,
+        exit_with_parent=exit_with_parent,
+    )
+    asyncio.run(Service(settings, lambda service: BackwardWorker(service, found)).run())

@@ -1,0 +1,175 @@
+"""The forward worker's process: `ForwardRole` on gRPC, with real data."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from layerwise.background import Background, sentence
+from layerwise.data.dataset import TrainingData
+from layerwise.data.load import load_dataset
+from layerwise.data.sampling import microbatch_indices
+from layerwise.job import parse_job
+from layerwise.messages import Message, Role, Tensors, Welcome
+from layerwise.roles import Effect
+from layerwise.service import Service, ServiceSettings
+from layerwise.settings import ResolvedSettings
+from layerwise.worker.forward_role import Forget, ForwardRole, Load, LoadEvaluation, Prepare
+
+log = logging.getLogger(__name__)
+
+
+class ForwardWorker:
+    """Carries out what the role asks for: prepares data, loads samples (on a thread of its own)."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._role = ForwardRole()
+        self._loader = Background(service, "loader")
+        self._data: dict[str, tuple[TrainingData, int]] = {}
+
+    def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`."""
+        if isinstance(message, Welcome):
+            return []
+        return self._then(self._role.on_message(peer, message, now))
+
+    def on_lost(self, peer: str, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`."""
+        return self._then(self._role.on_lost(peer, now))
+
+    def on_tick(self, now: float) -> list[Effect]:
+        """See `layerwise.service.ServiceHandler`."""
+        return self._then(self._role.on_tick(now))
+
+    def before_send(self) -> None:
+        """A worker writes nothing down."""
+
+    def collect(self) -> Iterable[Any]:
+        """The leases held."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        yield GaugeMetricFamily(
+            "layerwise_leases", "Microbatches leased to this forward worker", value=self._role.num_leases
+        )
+
+    async def close(self) -> None:
+        """Stop loading."""
+        self._loader.close()
+
+    def _then(self, effects: list[Effect]) -> list[Effect]:
+        for request in self._role.take_requests():
+            match request:
+                case Prepare():
+                    self._prepare(request)
+                case Load():
+                    self._load(request)
+                case LoadEvaluation():
+                    self._load_evaluation(request)
+                case Forget(job=job):
+                    self._data.pop(job, None)
+        return effects
+
+    def _prepare(self, request: Prepare) -> None:
+        assignment = request.assignment
+        job = assignment.job
+
+        def work() -> tuple[TrainingData, int, int]:
+            spec = parse_job(json.loads(assignment.spec_json), source=job)
+            allowed = self._service.settings.allow_imports
+            data = load_dataset(spec.data, allowed)
+            settings = ResolvedSettings.from_json(assignment.settings_json)
+            return data, spec.train.seed, settings.window
+
+        def done(loaded: tuple[TrainingData, int, int]) -> list[Effect]:
+            data, seed, window = loaded
+            self._data[job] = (data, seed)
+            return self._then(self._role.on_prepared(job, window, self._service.loop.time()))
+
+        self._loader.run(
+            work,
+            done,
+            lambda error: self._then(self._role.on_prepare_failed(job, sentence(error), self._service.loop.time())),
+        )
+
+    def _load(self, request: Load) -> None:
+        job, attempt = request.job, request.attempt
+        data, seed = self._data[job]
+
+        def work() -> tuple[Tensors, Tensors]:
+            indices = microbatch_indices(seed, attempt.microbatch, len(data.train))
+            inputs, targets = data.train.batch(indices)
+            return _tensors(inputs), _tensors(targets)
+
+        self._loader.run(
+            work,
+            lambda loaded: self._then(self._role.on_loaded(job, attempt, *loaded, self._service.loop.time())),
+            lambda error: self._then(
+                self._role.on_load_failed(
+                    job,
+                    attempt,
+                    f"samples {attempt.microbatch} could not be loaded: {sentence(error)}",
+                    self._service.loop.time(),
+                )
+            ),
+        )
+
+    def _load_evaluation(self, request: LoadEvaluation) -> None:
+        job, version, samples = request.job, request.version, request.samples
+        data, _ = self._data[job]
+
+        def work() -> tuple[Tensors, Tensors]:
+            inputs, targets = data.validation.batch(np.arange(samples.start, samples.stop))
+            return _tensors(inputs), _tensors(targets)
+
+        self._loader.run(
+            work,
+            lambda loaded: self._then(
+                self._role.on_evaluation_loaded(job, version, samples, *loaded, self._service.loop.time())
+            ),
+            lambda error: self._then(
+                self._role.on_evaluation_load_failed(
+                    job,
+                    f"validation samples {samples.start}-{samples.stop} could not be loaded: {sentence(error)}",
+                    self._service.loop.time(),
+                )
+            ),
+        )
+
+
+def _tensors(values: Sequence[torch.Tensor]) -> Tensors:
+    return Tensors(tuple(values), single=len(values) == 1)
+
+
+def run_forward(
+    *,
+    coordinator: str,
+    name: str = "",
+    metrics: str = "",
+    allow_imports: tuple[str, ...] = (),
+    threads: int = 1,
+    insecure: bool = False,
+    exit_with_parent: bool = False,
+) -> None:
+    """Serve as a forward worker until a signal or the end of the parent.
+
+    Raises:
+        UnreachableError: no coordinator answers.
+    """
+    torch.set_num_threads(threads)
+    settings = ServiceSettings(
+        role=Role.FORWARD,
+        coordinator=coordinator,
+        name=name,
+        metrics=metrics,
+        allow_imports=allow_imports,
+        insecure=insecure,
+        exit_with_parent=exit_with_parent,
+    )
+    asyncio.run(Service(settings, ForwardWorker).run())
