@@ -21,6 +21,8 @@ HEARTBEAT_SECONDS = 1.0
 STORE_SECONDS = 2.0
 """How old the stored document of a running job may be."""
 EVENTS_AT_ONCE = 1000
+MAX_LEFT_OVER = 4096
+"""Lost processes that are remembered, to be told to leave their job should they come back."""
 
 
 class CoordinatorRole:
@@ -216,6 +218,9 @@ class CoordinatorRole:
         process = self.members.lose(name)
         if process is None or process.job is None:
             return []
+        self._left_over.setdefault(name, set()).add(process.job)
+        if len(self._left_over) > MAX_LEFT_OVER:
+            del self._left_over[next(iter(self._left_over))]
         run = self.runs.get(process.job)
         if run is None or name not in run.names:
             return self._schedule(now)

@@ -88,7 +88,8 @@ def spec(**changes: Any) -> str:
         "checkpoint": {"every": 4, "keep": 2, "path": "runs/toy"},
     }
     for key, value in changes.items():
-        job[key] = {**job[key], **value} if isinstance(value, Mapping) and key in job else value
+        known = job.get(key)
+        job[key] = {**known, **value} if isinstance(value, Mapping) and isinstance(known, Mapping) else value
     return json.dumps(job)
 
 
@@ -252,7 +253,13 @@ class PlayedCluster:
                 metrics = (Metric(name="accuracy", total=one.num_samples / 2, count=one.num_samples),)
                 loss = Metric(name="loss", total=0.25 * one.num_samples, count=one.num_samples)
                 answer = Evaluated(
-                    job=lease.job, version=lease.version, start=one.start, stop=one.stop, loss=loss, metrics=metrics
+                    job=lease.job,
+                    version=lease.version,
+                    start=one.start,
+                    stop=one.stop,
+                    life=1,
+                    loss=loss,
+                    metrics=metrics,
                 )
                 self._answer(worker, answer)
             return
