@@ -2,7 +2,8 @@
 
 Plain frozen values: no protobuf, no sockets. `layerwise.proto` turns each into its wire form and back. Tensors ride in `Tensors`, whose items
 are opaque here, so that the same messages run in the simulated world. A message to a shard carries ``life``: the life of the
-receiver's block as the sender knows it; the receiver refuses any other (`protocol: nothing acts on an older life`).
+receiver's block as the sender knows it; the receiver refuses any other (`protocol: nothing acts on an older life`). What the first shard
+says to a forward worker carries the first shard's life, so that an answer to the run before is not taken for one to this run.
 
     forward worker          first shard                 next shard ...              last shard
         Offer  ───────────►  (position order, window)
@@ -105,6 +106,7 @@ class Grant:
     job: str
     attempt: Attempt
     number: int
+    life: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,7 @@ class Decline:
     job: str
     attempt: Attempt
     reason: str
+    life: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +128,7 @@ class Closed:
     job: str
     attempt: Attempt
     outcome: Outcome
+    life: int
     loss: float | None = None
 
 
@@ -226,6 +230,7 @@ class Evaluated:
     start: int
     stop: int
     loss: Metric
+    life: int
     metrics: tuple[Metric, ...] = ()
 
 

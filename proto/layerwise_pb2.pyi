@@ -259,36 +259,42 @@ class Offer(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("job", "attempt", "number")
+    __slots__ = ("job", "attempt", "number", "life")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     number: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    life: int
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Decline(_message.Message):
-    __slots__ = ("job", "attempt", "reason")
+    __slots__ = ("job", "attempt", "reason", "life")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     reason: str
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+    life: int
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., reason: _Optional[str] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Closed(_message.Message):
-    __slots__ = ("job", "attempt", "outcome", "loss")
+    __slots__ = ("job", "attempt", "outcome", "loss", "life")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     outcome: Outcome
     loss: float
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., loss: _Optional[float] = ...) -> None: ...
+    life: int
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., loss: _Optional[float] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Forward(_message.Message):
     __slots__ = ("job", "attempt", "number", "life", "needed_from", "inputs", "targets")
@@ -399,20 +405,22 @@ class EvaluateForward(_message.Message):
     def __init__(self, job: _Optional[str] = ..., version: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., life: _Optional[int] = ..., inputs: _Optional[_Union[Tensors, _Mapping]] = ..., targets: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
 
 class Evaluated(_message.Message):
-    __slots__ = ("job", "version", "start", "stop", "loss", "metrics")
+    __slots__ = ("job", "version", "start", "stop", "loss", "metrics", "life")
     JOB_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
     job: str
     version: int
     start: int
     stop: int
     loss: Metric
     metrics: _containers.RepeatedCompositeFieldContainer[Metric]
-    def __init__(self, job: _Optional[str] = ..., version: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., loss: _Optional[_Union[Metric, _Mapping]] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ...) -> None: ...
+    life: int
+    def __init__(self, job: _Optional[str] = ..., version: _Optional[int] = ..., start: _Optional[int] = ..., stop: _Optional[int] = ..., loss: _Optional[_Union[Metric, _Mapping]] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., life: _Optional[int] = ...) -> None: ...
 
 class LayerRevision(_message.Message):
     __slots__ = ("layer", "life", "revision")

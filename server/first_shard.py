@@ -99,7 +99,7 @@ class FirstShard:
                 offer.life,
                 self._life,
             )
-            return [Send(peer, Decline(job=self._job, attempt=offer.attempt, reason="life"))]
+            return [Send(peer, Decline(job=self._job, attempt=offer.attempt, reason="life", life=offer.life))]
         return self._carry_out(self.admission.offer(peer, offer.attempt, now), now)
 
     def on_tensors(self, number: int, attempt: Attempt, now: float) -> list[Effect] | None:
@@ -176,9 +176,9 @@ class FirstShard:
                 case Granted(peer=peer, attempt=attempt, number=number):
                     if self._first_admission is None:
                         self._first_admission = now
-                    effects.append(Send(peer, Grant(job=self._job, attempt=attempt, number=number)))
+                    effects.append(Send(peer, Grant(job=self._job, attempt=attempt, number=number, life=self._life)))
                 case Declined(peer=peer, attempt=attempt, reason=reason):
-                    effects.append(Send(peer, Decline(job=self._job, attempt=attempt, reason=reason)))
+                    effects.append(Send(peer, Decline(job=self._job, attempt=attempt, reason=reason, life=self._life)))
                 case ClosedNumber():
                     effects += self._close(decision, now)
         self.max_span = max(self.max_span, self.admission.span)
@@ -199,7 +199,9 @@ class FirstShard:
         )
         effects: list[Effect] = []
         if closed.peer is not None:
-            done = Closed(job=self._job, attempt=closed.attempt, outcome=closed.outcome, loss=closed.loss)
+            done = Closed(
+                job=self._job, attempt=closed.attempt, outcome=closed.outcome, life=self._life, loss=closed.loss
+            )
             effects.append(Send(closed.peer, done))
         # Near the end nothing more may come to carry the last reports along.
         near_end = len(self.admission.done) + 2 * self.admission.window >= self._plan.gradients_before(

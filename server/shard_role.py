@@ -20,7 +20,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerwise.applied import AppliedSet
 from layerwise.errors import BusyError, NotFoundError, WrongLifeError
@@ -148,6 +148,7 @@ class ShardRole:
         self._passes: dict[int, _Pass] = {}
         self._evaluations: dict[tuple[int, int, int], str] = {}
         self._lost_neighbour: tuple[str, float] | None = None
+        self._routed = False
         self._reported_at = -math.inf
         self._detached = DetachedTasks(
             job=job,
@@ -191,9 +192,7 @@ class ShardRole:
     def begin(self, applied: Sequence[AppliedSet], now: float) -> list[Effect]:
         """The block's state is built or restored; ``applied`` has each layer's set."""
         self._schedule_cuts(self._version)
-        effects: list[Effect] = []
-        if self._downstream is not None:
-            effects.append(Connect(self._downstream.shard, self._downstream.address))
+        effects = self._connect()
         sets = tuple(json.dumps(one.to_json()) for one in applied)
         ready = Ready(job=self.job, block=self.block, applied_json=sets, version=self._version)
         return [*effects, Send(self._coordinator, ready)]
@@ -205,6 +204,7 @@ class ShardRole:
         life = getattr(message, "life", self._life)
         if life != self._life and not isinstance(message, Offer):
             return self._refuse(peer, message, f"it is for life {life}, the block is in life {self._life}")
+        self._routed = self._routed or isinstance(message, Forward | EvaluateForward | StopAt | Stop | Abort)
         try:
             return self._dispatch(peer, message, now)
         except (ValueError, BusyError) as error:
@@ -215,8 +215,11 @@ class ShardRole:
         if self.failed:
             return []
         if peer in (place.shard for place in (self._upstream, self._downstream) if place is not None):
-            self._lost_neighbour = (peer, now)
-            return []
+            if self._routed:
+                self._lost_neighbour = (peer, now)
+                return []
+            # Nothing has gone over it in this life: it was the link to an earlier incarnation of that shard.
+            return self._connect() if self._downstream is not None and self._downstream.shard == peer else []
         for key in [key for key, worker in self._evaluations.items() if worker == peer]:
             del self._evaluations[key]
         effects = self.first.on_lost(peer, now) if self.first else []
@@ -468,19 +471,7 @@ class ShardRole:
         if self.first is not None:
             return self.first.on_block_closed(report, now)
         assert self._upstream is not None
-        relayed = BlockClosed(
-            job=report.job,
-            attempt=report.attempt,
-            number=report.number,
-            life=self._upstream.life,
-            block=report.block,
-            outcome=report.outcome,
-            loss=report.loss,
-            metrics=report.metrics,
-            reason=report.reason,
-            missing_from=report.missing_from,
-        )
-        return [Send(self._upstream.shard, relayed)]
+        return [Send(self._upstream.shard, replace(report, life=self._upstream.life))]
 
     def _on_abort(self, message: Abort, now: float) -> list[Effect]:
         # Only an attempt whose tensors never reached the first shard is aborted, so there is nothing in the queue here.
@@ -562,6 +553,7 @@ class ShardRole:
                 version=task.version,
                 start=task.start,
                 stop=task.stop,
+                life=self._life,
                 loss=result.loss,
                 metrics=result.metrics,
             )
@@ -569,7 +561,7 @@ class ShardRole:
 
     def _relay_evaluated(self, message: Evaluated) -> list[Effect]:
         if self._upstream is not None:
-            return [Send(self._upstream.shard, message)]
+            return [Send(self._upstream.shard, replace(message, life=self._upstream.life))]
         worker = self._evaluations.pop((message.version, message.start, message.stop), None)
         return [Send(worker, message)] if worker is not None else []
 
@@ -603,6 +595,9 @@ class ShardRole:
         return [Send(self._coordinator, Failure(job=self.job, message=sentence))]
 
     # Small things -----------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> list[Effect]:
+        return [] if self._downstream is None else [Connect(self._downstream.shard, self._downstream.address)]
 
     def _report(self, now: float) -> list[Effect]:
         self._reported_at = now

@@ -42,7 +42,9 @@ class Disk:
             return "no space left on the simulated disk"
         lives = {file.layer: file.life for file in files}
         for layer, life in lives.items():
-            assert (directory, version, life, layer) in self._files, f"version {version} is committed without layer {layer}"
+            assert (directory, version, life, layer) in self._files, (
+                f"version {version} is committed without layer {layer}"
+            )
         self._manifests[directory, version] = lives
         kept = {version, *keep}
         for other in self.versions(directory):

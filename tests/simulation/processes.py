@@ -102,10 +102,18 @@ class SimulatedShard(Process):
         return effects
 
     def on_lost(self, peer: str) -> list[Effect]:
-        return [effect for work in self._works.values() for effect in self._and_fill(work, work.role.on_lost(peer, self.world.now))]
+        return [
+            effect
+            for work in self._works.values()
+            for effect in self._and_fill(work, work.role.on_lost(peer, self.world.now))
+        ]
 
     def on_tick(self) -> list[Effect]:
-        return [effect for work in self._works.values() for effect in self._and_fill(work, work.role.on_tick(self.world.now))]
+        return [
+            effect
+            for work in self._works.values()
+            for effect in self._and_fill(work, work.role.on_tick(self.world.now))
+        ]
 
     def on_killed(self) -> None:
         for work in self._works.values():
@@ -116,7 +124,11 @@ class SimulatedShard(Process):
         if work is None:
             return
         work.log.flush(work.plan)
-        if isinstance(message, BlockClosed) and message.block == work.assignment.block and message.outcome is Outcome.APPLIED:
+        if (
+            isinstance(message, BlockClosed)
+            and message.block == work.assignment.block
+            and message.outcome is Outcome.APPLIED
+        ):
             index = work.plan.index(message.attempt.microbatch)
             for layer, (ledger, _) in work.block.layers.items():
                 assert (layer, index) in work.log.accumulated or not ledger.lacks(index)
@@ -162,9 +174,7 @@ class SimulatedShard(Process):
             on_cut=lambda version, copies: self.after(0.0005, lambda: self._on_cut(work, version, copies)),
         )
         block.not_finite = self.not_finite
-        queue = TaskQueue(
-            window=settings.window, num_layers=place.stop - place.start, attached=spec.cluster.attached
-        )
+        queue = TaskQueue(window=settings.window, num_layers=place.stop - place.start, attached=spec.cluster.attached)
         intervals = [every for every in (spec.checkpoint.every, spec.train.evaluate_every) if every is not None]
         role = ShardRole(
             job=message.job,
