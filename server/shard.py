@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from layerwise.background import Background, sentence
-from layerwise.device import choose_device
+from layerwise.device import resolve_device
 from layerwise.job import parse_job
 from layerwise.messages import (
     Assignment,
@@ -225,7 +225,7 @@ def run_shard(
         UnreachableError: no coordinator answers.
     """
     torch.set_num_threads(threads)
-    found = choose_device(device)
+    found = resolve_device(device)
     settings = ServiceSettings(
         role=Role.SHARD,
         coordinator=coordinator,

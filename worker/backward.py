@@ -13,7 +13,7 @@ import torch
 from layerwise.background import Background, sentence
 from layerwise.build import build_detached
 from layerwise.detached import DetachedBlock
-from layerwise.device import choose_device
+from layerwise.device import resolve_device
 from layerwise.messages import DetachedTask, Message, PushGradient, Role, TaskFinished, Welcome
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
@@ -134,7 +134,7 @@ def run_backward(
         UnreachableError: no coordinator answers.
     """
     torch.set_num_threads(threads)
-    found = choose_device(device)
+    found = resolve_device(device)
     settings = ServiceSettings(
         role=Role.BACKWARD,
         coordinator=coordinator,
