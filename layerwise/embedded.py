@@ -12,7 +12,7 @@ from layerwise.errors import JobFailedError
 from layerwise.follow import JobFollower
 from layerwise.job import JobSpec
 from layerwise.progress import ProgressView
-from layerwise.run_directory import save_spec
+from layerwise.run_directory import save_result, save_spec
 
 REFRESH_SECONDS = 0.5
 
@@ -69,10 +69,12 @@ class EmbeddedRun:
             save_spec(self.directory, self.spec)
         try:
             with self._cluster as cluster, cluster.client() as client:
+                save_result(self.directory, None)
                 self._job = str(self._begin(client)["job"])
                 self._follower = JobFollower(client, self._job, self._view, refresh_seconds=REFRESH_SECONDS)
                 document = self._follower.run()
                 self._over = True
+                save_result(self.directory, document)
                 return document
         finally:
             self._over = True

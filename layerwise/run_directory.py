@@ -6,14 +6,16 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import BusyError, ConfigError, NotAllowedError, NotFoundError
+from layerwise.errors import BusyError, ConfigError, CorruptError, NotAllowedError, NotFoundError
 from layerwise.job import JobSpec, load_job, parse_job
 
 JOB_FILE = "job.json"
+RESULT_FILE = "result.json"
 OWN_NAMES = (JOB_FILE, "coordinator", "cuts", "events")
 
 
@@ -37,7 +39,7 @@ def directory_for(wanted: str | Path, *, overwrite: bool = False) -> Path:
     return next(one for one in _candidates(first) if not _taken(one))
 
 
-def _candidates(first: Path) -> Any:
+def _candidates(first: Path) -> Iterator[Path]:
     yield first
     for number in count(2):
         yield first.with_name(f"{first.name}-{number}")
@@ -74,8 +76,28 @@ def spec_in(directory: Path) -> JobSpec:
             f"no run in {directory}: expected the directory of a job, with its {JOB_FILE} or a saved cut"
         )
     manifest = load_manifest(directory, version)
-    spec = manifest.get("spec", manifest.get("spec_json"))
-    return parse_job(spec if isinstance(spec, (str, dict)) else "", source=f"cut {version} in {directory}")
+    return parse_job(manifest["spec"], source=f"cut {version} in {directory}")
+
+
+def save_result(directory: Path, document: dict[str, Any] | None) -> None:
+    """Keep the document of a job that has ended; None: it has not, whatever an earlier one said."""
+    path = directory / RESULT_FILE
+    if document is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def load_result(directory: Path) -> dict[str, Any] | None:
+    """What `save_result` kept."""
+    path = directory / RESULT_FILE
+    if not path.is_file():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptError(f"{path} is no JSON document: {error}") from error
+    return document
 
 
 class DirectoryLock:

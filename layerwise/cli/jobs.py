@@ -90,7 +90,9 @@ def jobs_command(coordinator: str | None, output: str) -> int:
     return exit_codes.DONE
 
 
-@command("status", examples=["layerwise status", "layerwise status digits-1", "layerwise status digits-1 --output json"])
+@command(
+    "status", examples=["layerwise status", "layerwise status digits-1", "layerwise status digits-1 --output json"]
+)
 @click.argument("job", required=False)
 @coordinator_option
 @output_option
@@ -122,11 +124,14 @@ def status_command(job: str | None, coordinator: str | None, output: str) -> int
             return exit_codes.DONE
         nodes, jobs = client.list_nodes(), client.list_jobs()
     roles = {role: [one for one in nodes if one["role"] == role] for role in ("shard", "forward", "backward")}
-    states = {state: sum(one["state"] == state for one in jobs) for state in dict.fromkeys(one["state"] for one in jobs)}
+    states = {
+        state: sum(one["state"] == state for one in jobs) for state in dict.fromkeys(one["state"] for one in jobs)
+    }
     summary = {
         "coordinator": client.address,
         "processes": {
-            role: {"total": len(found), "free": sum(one["state"] == "free" for one in found)} for role, found in roles.items()
+            role: {"total": len(found), "free": sum(one["state"] == "free" for one in found)}
+            for role, found in roles.items()
         },
         "jobs": states,
     }
@@ -141,7 +146,9 @@ def status_command(job: str | None, coordinator: str | None, output: str) -> int
     return exit_codes.DONE
 
 
-@command("logs", examples=["layerwise logs digits-1", "layerwise logs -f digits-1", "layerwise logs digits-1 --output json"])
+@command(
+    "logs", examples=["layerwise logs digits-1", "layerwise logs -f digits-1", "layerwise logs digits-1 --output json"]
+)
 @click.argument("job")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the job has ended.")
 @coordinator_option

@@ -39,8 +39,12 @@ def service_options(function: Function) -> Function:
             help="What is logged to standard error.",
         ),
         click.option("--exit-with-parent", is_flag=True, help="End when standard input ends."),
-        click.option("--insecure", is_flag=True, help="Agree to links beyond this machine without encryption or password."),
-        click.option("--metrics", metavar="ADDRESS", default="", help="host:port to serve /metrics on.  [default: nowhere]"),
+        click.option(
+            "--insecure", is_flag=True, help="Agree to links beyond this machine without encryption or password."
+        ),
+        click.option(
+            "--metrics", metavar="ADDRESS", default="", help="host:port to serve /metrics on.  [default: nowhere]"
+        ),
     ):
         function = option(function)
     return function
@@ -59,7 +63,9 @@ def coordinator_of_service(function: Function) -> Function:
 
 def name_option(function: Function) -> Function:
     """``--name`` of a service."""
-    return click.option("--name", default="", help="Its name in the cluster.  [default: role, host and process id]")(function)
+    return click.option("--name", default="", help="Its name in the cluster.  [default: role, host and process id]")(
+        function
+    )
 
 
 @command(
@@ -141,7 +147,10 @@ def shard_command(
     return exit_codes.DONE
 
 
-@command("forward", examples=["layerwise forward", "layerwise forward --coordinator host:7070 --insecure --allow-import my_data"])
+@command(
+    "forward",
+    examples=["layerwise forward", "layerwise forward --coordinator host:7070 --insecure --allow-import my_data"],
+)
 @coordinator_of_service
 @name_option
 @allow_import_option
@@ -167,7 +176,9 @@ def forward_command(
     return exit_codes.DONE
 
 
-@command("backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --insecure --device cuda:1"])
+@command(
+    "backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --insecure --device cuda:1"]
+)
 @coordinator_of_service
 @click.option("--device", type=Device(), default="auto", show_default=True, help="auto takes a GPU if there is one.")
 @threads_option
@@ -203,7 +214,10 @@ def backward_command(
     return exit_codes.DONE
 
 
-@command("healthcheck", examples=["layerwise healthcheck 127.0.0.1:7070", "layerwise healthcheck unix:/run/layerwise/shard.sock"])
+@command(
+    "healthcheck",
+    examples=["layerwise healthcheck 127.0.0.1:7070", "layerwise healthcheck unix:/run/layerwise/shard.sock"],
+)
 @click.argument("address")
 @click.option("--timeout", "seconds", type=click.FloatRange(min=0.0, min_open=True), default=3.0, show_default=True)
 @output_option

@@ -1,0 +1,198 @@
+"""``plan``, ``verify`` and ``schema``: about jobs that need not run yet."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from layerwise.cli import exit_codes
+from layerwise.cli.options import Device, allow_import_option, command, output_option, set_option
+from layerwise.cli.output import format_bytes, format_count, print_facts, print_json, print_table
+
+VERIFIED_STEPS = 20
+
+
+@command("schema", examples=["layerwise schema > job.schema.json"])
+def schema_command() -> int:
+    """Print the JSON Schema of job files, for editors and checks."""
+    from layerwise.job import job_schema
+
+    click.echo(json.dumps(job_schema(), indent=2))
+    return exit_codes.DONE
+
+
+@command("plan", examples=["layerwise plan job.yaml", "layerwise plan job.yaml --set cluster.shards=4 --output json"])
+@click.argument("spec", metavar="SPEC")
+@set_option
+@allow_import_option
+@click.option("--device", type=Device(), default="auto", show_default=True, help="Where the layers are measured.")
+@output_option
+def plan_command(
+    spec: str, overrides: tuple[str, ...], allow_imports: tuple[str, ...], device: str, output: str
+) -> int:
+    """Measure the model of SPEC on this machine; show how it would be split, what each shard would need, and the staleness to expect.
+
+    Nothing is trained. Seconds are for one microbatch on this machine's device.
+    """
+    from layerwise.overrides import read_job
+
+    job = read_job(spec, overrides)
+    from layerwise.device import resolve_device
+    from layerwise.job_plan import plan_blocks
+    from layerwise.probe import probe
+    from layerwise.server.preparation import prepare
+
+    prepared = prepare(job, probe(job, device=resolve_device(device), allowed_imports=allow_imports))
+    settings = prepared.settings
+    blocks = plan_blocks(prepared.profile, settings, prepared.blocks)
+    if output == "json":
+        print_json(
+            {
+                "name": job.name,
+                "blocks": [asdict(block) for block in blocks],
+                "settings": json.loads(settings.to_json()),
+                "layers": json.loads(prepared.profile.to_json())["layers"],
+                "notes": list(prepared.profile.notes),
+                "warnings": list(settings.warnings),
+            }
+        )
+        return exit_codes.DONE
+    rows = [
+        [
+            str(block.block),
+            f"{block.start}-{block.stop - 1}",
+            f"{block.first_layer} .. {block.last_layer}" if block.stop - block.start > 1 else block.first_layer,
+            format_count(block.parameters),
+            format_bytes(block.state_bytes),
+            format_bytes(block.store_bytes),
+            f"{block.forward_seconds * 1e3:.2f} + {block.backward_seconds * 1e3:.2f} ms",
+            f"{block.cost_share:.0%}",
+            f"{block.expected_staleness:.2f}",
+        ]
+        for block in blocks
+    ]
+    columns = [
+        "block",
+        "layers",
+        "names",
+        "parameters",
+        "weights",
+        "activations",
+        "forward + backward",
+        "share",
+        "staleness",
+    ]
+    print_table(columns, rows)
+    click.echo()
+    print_facts(
+        {
+            "mode": settings.mode,
+            "steps": settings.steps,
+            "epochs": settings.epochs,
+            "samples": f"{prepared.profile.num_train_samples} to train on, {prepared.profile.num_validation_samples} to validate on",
+            "update": f"{settings.plan.batch} samples in {settings.accumulation} microbatches",
+            "window": f"{settings.window} microbatches",
+            "backward weights": settings.backward_weights,
+            "delay policy": settings.delay_policy,
+            "staleness": f"{settings.expected_staleness} updates at most with in-order arrival, {settings.max_staleness} promised",
+        }
+    )
+    for note in prepared.profile.notes:
+        click.echo(f"note: {note}", err=True)
+    for warning in settings.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    return exit_codes.DONE
+
+
+@command(
+    "verify",
+    examples=[
+        "layerwise verify examples/digits.yaml",
+        "layerwise verify job.yaml --set async.accumulation=4 --steps 5",
+    ],
+)
+@click.argument("spec", metavar="SPEC")
+@set_option
+@allow_import_option
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=VERIFIED_STEPS,
+    show_default=True,
+    help="Updates, if the job has no fewer.",
+)
+@click.option("--device", type=Device(), default="cpu", show_default=True, help="Where both are computed.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@output_option
+def verify_command(
+    spec: str,
+    overrides: tuple[str, ...],
+    allow_imports: tuple[str, ...],
+    steps: int,
+    device: str,
+    quiet: bool,
+    output: str,
+) -> int:
+    """Train the job of SPEC on a cluster with window 1, and with a plain PyTorch loop; compare parameters, buffers and optimizer state
+    bit for bit.
+
+    Exit status 1 when a bit differs. A synchronous job keeps its window, since it makes the same promise.
+    """  # fmt: skip
+    from layerwise.cli.following import shown_progress, signals_call
+    from layerwise.embedded import EmbeddedRun
+    from layerwise.errors import JobFailedError
+    from layerwise.overrides import read_job
+
+    job = read_job(spec, (*overrides, "train.evaluate_every=null", "checkpoint.every=null"))
+    changes = (
+        []
+        if job.train.steps is not None and job.train.steps <= steps
+        else ["train.epochs=null", f"train.steps={steps}"]
+    )
+    if job.mode == "asynchronous":
+        changes.append("async.window=1")
+    job = read_job(json.loads(job.to_json()), changes).with_absolute_paths(Path.cwd())
+    with tempfile.TemporaryDirectory(prefix="layerwise-verify-") as folder:
+        directory = Path(folder) / "run"
+        with shown_progress(quiet=quiet) as view:
+            run = EmbeddedRun(job, directory, view, allow_imports=allow_imports, threads=1, devices=(device,))
+            with signals_call(run.interrupt):
+                document = run.run()
+        if document["state"] != "done":
+            if run.interrupts:
+                return exit_codes.INTERRUPTED
+            raise JobFailedError(f"the run to compare with failed: {document.get('message')}")
+        import torch
+
+        from layerwise.cuts import load_manifest, newest_cut
+        from layerwise.device import resolve_device
+        from layerwise.settings import ResolvedSettings
+        from layerwise.verify import verify
+
+        torch.set_num_threads(1)
+        version = newest_cut(directory) or 0
+        settings = ResolvedSettings.from_json(json.dumps(load_manifest(directory, version)["settings"]))
+        found = verify(job, settings, directory, version, device=resolve_device(device), allowed_imports=allow_imports)
+    if output == "json":
+        print_json(
+            {
+                "equal": found.equal,
+                "version": found.version,
+                "num_tensors": found.num_tensors,
+                "num_elements": found.num_elements,
+                "accumulation": settings.accumulation,
+                "difference": str(found.difference) if found.difference is not None else None,
+            }
+        )
+    elif found.equal:
+        click.echo(
+            f"equal bit for bit after {found.version} updates: {found.num_tensors} tensors, {format_count(found.num_elements)} elements "
+            f"of parameters, buffers and optimizer state"
+        )
+    else:
+        click.echo(f"different after {found.version} updates: {found.difference}")
+    return exit_codes.DONE if found.equal else exit_codes.FAILED

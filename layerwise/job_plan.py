@@ -1,0 +1,76 @@
+"""What training a job will take and bring, from its profile: blocks, memory, cost, staleness."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from layerwise.partition import layer_cost
+from layerwise.profile import Profile
+
+if TYPE_CHECKING:
+    from layerwise.settings import ResolvedSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlan:
+    """One shard's part. Seconds are for one microbatch; bytes are at the fullest moment of training.
+
+    ``state_bytes``: parameters, buffers and moments. ``store_bytes``: what the activation store holds with a whole window in flight.
+    ``expected_staleness`` is the mean in updates when gradients arrive in order.
+    """
+
+    block: int
+    start: int
+    stop: int
+    first_layer: str
+    last_layer: str
+    parameters: int
+    state_bytes: int
+    store_bytes: int
+    forward_seconds: float
+    backward_seconds: float
+    cost_share: float
+    expected_staleness: float
+
+
+def plan_blocks(
+    profile: Profile, settings: ResolvedSettings, blocks: tuple[tuple[int, int], ...]
+) -> tuple[BlockPlan, ...]:
+    """Describe each of ``blocks``.
+
+    With W microbatches in flight over K blocks of equal cost, block k's weights move while a microbatch travels to the last block and
+    back: W - 1 gradients arrive in between at the first block and none at the last, so its mean staleness is (W - 1) (K - 1 - k) / (K - 1)
+    gradients, divided by the gradients in an update.
+    """
+    recompute = settings.backward_weights == "recompute"
+    costs = [
+        sum(layer_cost(layer, recompute=recompute) for layer in profile.layers[start:stop]) for start, stop in blocks
+    ]
+    last = len(blocks) - 1
+    window = settings.window
+    found = []
+    for block, (start, stop) in enumerate(blocks):
+        layers = profile.layers[start:stop]
+        activations = sum(layer.activation_bytes for layer in layers)
+        inputs = profile.layers[start - 1].output_bytes if start else profile.input_bytes
+        stale = 0.0
+        if settings.mode == "asynchronous" and last:
+            stale = (window - 1) * (last - block) / last / settings.accumulation
+        found.append(
+            BlockPlan(
+                block=block,
+                start=start,
+                stop=stop,
+                first_layer=layers[0].name,
+                last_layer=layers[-1].name,
+                parameters=sum(layer.parameters for layer in layers),
+                state_bytes=sum(layer.state_bytes for layer in layers),
+                store_bytes=window * inputs + activations if recompute else window * (inputs + activations),
+                forward_seconds=sum(layer.forward_seconds for layer in layers),
+                backward_seconds=sum(layer.backward_seconds for layer in layers),
+                cost_share=costs[block] / sum(costs) if sum(costs) else 0.0,
+                expected_staleness=stale,
+            )
+        )
+    return tuple(found)
