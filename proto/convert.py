@@ -123,7 +123,7 @@ def _decoders() -> dict[str, tuple[str, FromProto]]:
 # --- encoding -------------------------------------------------------------------------------------------------------
 
 
-def _to_proto(cls: type[Any]) -> ToProto:
+def _to_proto(cls: Any) -> ToProto:
     """Make the encoder of a dataclass from its annotations."""
     if cls is messages.Tensors:
         return _tensors_to_proto
@@ -200,7 +200,7 @@ def _named_tensors_to_proto(value: Any, payload: PayloadWriter) -> pb2.NamedTens
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-def _from_proto(cls: type[Any]) -> FromProto:
+def _from_proto(cls: Any) -> FromProto:
     """Make the decoder of a dataclass from its annotations."""
     if cls is messages.Tensors:
         return _tensors_from_proto
