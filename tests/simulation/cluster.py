@@ -145,6 +145,8 @@ class SimulatedCluster:
         def happen() -> None:
             if fault.kind == "break":
                 self.world.break_stream(fault.target, fault.other, fault.seconds)
+            elif fault.kind == "sever":
+                self.world.sever(fault.target, fault.other)
             elif fault.target not in self.world.processes:
                 return
             elif fault.kind == "pause":

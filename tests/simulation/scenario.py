@@ -11,7 +11,11 @@ from tests.simulation.world import Weather
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """At ``at`` seconds: "kill" a process (a new one takes its name after ``seconds``), "pause" it, or "break" the stream to ``other``."""
+    """What goes wrong at ``at`` seconds.
+
+    "kill" a process (a new one takes its name after ``seconds``), "pause" it, "break" the stream to ``other`` (the link survives), or
+    "sever" the link to ``other`` (both live on, and each hears that the other is lost).
+    """
 
     at: float
     kind: str
@@ -44,8 +48,8 @@ class Scenario:
 
     @property
     def fatal(self) -> bool:
-        """A shard is killed: the job fails and is resumed."""
-        return any(fault.kind == "kill" and fault.target.startswith("shard") for fault in self.faults)
+        """A shard is killed, or cut off from another: the job fails and is resumed."""
+        return any(fault.kind in ("kill", "sever") and fault.target.startswith("shard") for fault in self.faults)
 
 
 def draw(seed: int) -> Scenario:
@@ -74,18 +78,27 @@ def draw(seed: int) -> Scenario:
     faults = []
     for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
         at = 0.1 + rng.uniform(0, length)
-        kind = rng.choice(("kill", "kill", "pause", "break"))
+        kind = rng.choice(("kill", "kill", "pause", "freeze", "break", "sever"))
         if kind == "kill":
             faults.append(Fault(at=at, kind=kind, target=rng.choice(workers), seconds=rng.uniform(0.01, 0.5)))
         elif kind == "pause":
             faults.append(Fault(at=at, kind=kind, target=rng.choice(names + workers), seconds=rng.expovariate(4)))
-        else:
-            ends = [*names, *workers, "coordinator"]
-            one, other = rng.sample(ends, 2)
+        elif kind == "freeze":
+            faults.append(Fault(at=at, kind="pause", target=rng.choice(workers), seconds=rng.uniform(3.5, 10.0)))
+        elif kind == "break":
+            one, other = rng.sample([*names, *workers, "coordinator"], 2)
             faults.append(Fault(at=at, kind=kind, target=one, other=other, seconds=rng.expovariate(8)))
-    if rng.random() < 0.08:
+        else:
+            worker = rng.choice(workers)
+            place = int(worker.partition("-")[2]) % shards if worker.startswith("backward") else 0
+            faults.append(Fault(at=at, kind=kind, target=worker, other=names[place], seconds=0.0))
+    if rng.random() < 0.15:
         at = 0.1 + rng.uniform(0, length)
-        faults.append(Fault(at=at, kind="kill", target=rng.choice(names), seconds=0.1))
+        index = rng.randrange(shards)
+        if index and rng.random() < 0.3:
+            faults.append(Fault(at=at, kind="sever", target=names[index], other=names[index - 1], seconds=0.0))
+        else:
+            faults.append(Fault(at=at, kind="kill", target=names[index], seconds=rng.uniform(0.01, 0.5)))
     stops = (0.1 + rng.uniform(0, length),) if rng.random() < 0.25 else ()
     calm = rng.random() < 0.3
     weather = Weather(

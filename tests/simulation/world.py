@@ -77,6 +77,15 @@ class World:
 
         self.at(seconds, heal)
 
+    def sever(self, one: str, other: str) -> None:
+        """The link between the two is given up by both, though both live."""
+        self.note(f"link {one} - {other} is severed")
+        for here, there in ((one, other), (other, one)):
+            process = self.processes.get(here)
+            link = process.links.get(there) if process is not None else None
+            if process is not None and link is not None:
+                self.at(self.random.uniform(0.0, 0.3), _notice(process, there, link))
+
     def carry(self, sender: str, receiver: str, packet: Packet) -> None:
         """Put a packet on the network."""
         weather, rng = self.weather, self.random
