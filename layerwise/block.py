@@ -120,7 +120,8 @@ class Block:
             outputs = yield from self._forward_layers(kept, keep=task.keep)
             result = self._finish_forward(kept, outputs)
         except BaseException:
-            for layer in self.layers:
+            # Only what this run opened: a repeat of an attempt that is under way must not end it.
+            for layer, _ in zip(self.layers, kept.buffers, strict=False):
                 if layer.index in kept.tickets:
                     layer.abort(task.attempt)
             self._unstash(kept)

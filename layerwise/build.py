@@ -227,6 +227,7 @@ def _log_header(assignment: Assignment, place: BlockPlace, settings: ResolvedSet
         job=assignment.job,
         start=place.start,
         stop=place.stop,
+        num_layers=assignment.route[-1].stop,
         life=place.life,
         hash_algorithm=HASH_ALGORITHM,
         plan=settings.plan,
