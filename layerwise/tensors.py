@@ -10,6 +10,7 @@ what arrives. Strides matter because sums depend on the order of elements.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -124,16 +125,16 @@ def tensor_to_bytes(tensor: torch.Tensor) -> tuple[TensorHeader, memoryview]:
     Raises:
         MalformedMessageError: the tensor is sparse, quantized, without data, or of a dtype that can't travel.
     """
-    import torch
-
     dtype = _dtype_names().get(tensor.dtype)
-    if dtype is None or tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.is_nested:
+    if dtype is None or not _has_plain_memory(tensor):
         raise MalformedMessageError(
             f"a tensor of {tensor.dtype}, layout {tensor.layout} on {tensor.device} can't travel:"
             " make it a dense one of a common dtype"
         )
-    data = to_host(tensor.detach())
-    if data.is_conj() or data.is_neg():
+    data = tensor.detach()
+    if not data.is_cpu:
+        data = to_host(data)
+    if data.is_neg() or data.is_conj():
         data = data.resolve_conj().resolve_neg()
     shape, strides = tuple(data.shape), data.stride()
     stored = data.numel() if data.is_contiguous() else stored_elements(shape, strides)
@@ -142,11 +143,10 @@ def tensor_to_bytes(tensor: torch.Tensor) -> tuple[TensorHeader, memoryview]:
         strides = data.stride()
         stored = stored_elements(shape, strides)
         assert stored is not None
-    header = TensorHeader(dtype=dtype, shape=shape, strides=strides, num_bytes=stored * data.element_size())
+    header = TensorHeader(dtype=dtype, shape=shape, strides=strides, num_bytes=stored * ITEM_BYTES[dtype])
     if stored == 0:
         return header, memoryview(b"")
-    flat = data.as_strided((stored,), (1,)).view(torch.uint8)
-    return header, flat.numpy().data
+    return header, data.as_strided((stored,), (1,)).view(_dtypes()["uint8"]).numpy().data
 
 
 def tensor_from_bytes(header: TensorHeader, data: Bytes) -> torch.Tensor:
@@ -157,14 +157,14 @@ def tensor_from_bytes(header: TensorHeader, data: Bytes) -> torch.Tensor:
     Raises:
         MalformedMessageError: a truth value is neither 0 nor 1.
     """
-    import torch
-
     dtype = _dtypes()[header.dtype]
     if header.num_bytes == 0:
+        import torch
+
         return torch.empty_strided(header.shape, header.strides, dtype=dtype)
     if header.dtype == "bool" and data.max() > 1:
         raise MalformedMessageError(f"tensor refused: a byte of a bool tensor is {int(data.max())}, not 0 or 1")
-    return torch.from_numpy(data).view(dtype).as_strided(header.shape, header.strides)
+    return _from_numpy()(data).view(dtype).as_strided(header.shape, header.strides)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -180,6 +180,12 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     host = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor.as_strided((tensor.numel(),), (1,)))
     return host.as_strided(tensor.shape, tensor.stride())
+
+
+def _has_plain_memory(tensor: torch.Tensor) -> bool:
+    import torch
+
+    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,6 +207,13 @@ def _dtypes() -> dict[str, torch.dtype]:
     import torch
 
     return {name: getattr(torch, name) for name in ITEM_BYTES}
+
+
+@cache
+def _from_numpy() -> Callable[[Bytes], torch.Tensor]:
+    import torch
+
+    return torch.from_numpy
 
 
 @cache
