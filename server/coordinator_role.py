@@ -94,7 +94,8 @@ class CoordinatorRole:
         if now - self._stored_at >= STORE_SECONDS:
             self._stored_at = now
             for run in self.runs.values():
-                self._put(replace(run.record, document=self._document(run.record, run)))
+                run.record = replace(run.record, document=self._document(run.record, run))
+                self._put(run.record)
         return effects
 
     # Clients ---------------------------------------------------------------------------------------------------------

@@ -427,6 +427,18 @@ def test_after_a_restart_running_jobs_are_failed_queued_ones_wait_and_left_over_
     assert [(peer, one.job) for peer, one in sent(again, Unassign)] == [("shard-0", job)]
 
 
+def test_after_a_restart_a_job_still_shows_how_far_it_was() -> None:
+    store = MemoryJobStore()
+    played = cluster(store=store)
+    job = run_until(played, 20)
+    played.wait(3.0)
+    played.leases.clear()
+    again = PlayedCluster(store)
+    document = again.role.job(job)
+    assert (document["steps"], document["ledger"]["samples_applied"]) == (4, 40)
+    assert [block["shard"] for block in document["blocks"]] == ["shard-0", "shard-1"]
+
+
 def test_lives_go_on_growing_after_a_restart() -> None:
     store = MemoryJobStore()
     played = cluster(store=store)
