@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.build import build_modules
+from layerwise.build import build_modules, training_of
 from layerwise.cuts import load_manifest
-from layerwise.data import load_dataset
+from layerwise.data import Batch, load_dataset
 from layerwise.errors import ConfigError, CorruptError
 from layerwise.export import cut_state_dict, export
+from layerwise.head import job_head
+from layerwise.ids import Microbatch
 from layerwise.job import JobSpec, parse_job
 from layerwise.reference import PlainLoop
 from layerwise.settings import ResolvedSettings
@@ -42,8 +44,12 @@ def evaluate_cut(
         )
     modules = build_modules(spec, data.info, allowed_imports)
     load_cut(modules, directory, version)
-    loop = PlainLoop(spec, settings.plan, data, modules, device, allowed_imports)
-    return {**loop.evaluate(), "samples": len(data.validation), "version": version}
+
+    def nothing(microbatch: Microbatch) -> Batch:
+        raise AssertionError(f"evaluation does not train on {microbatch}")
+
+    loop = PlainLoop(modules, training_of(spec, settings, device), job_head(spec, allowed_imports), nothing)
+    return {**loop.evaluate(data.validation), "samples": len(data.validation), "version": version}
 
 
 def export_cut(

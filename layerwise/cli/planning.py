@@ -41,11 +41,15 @@ def plan_command(
     from layerwise.overrides import read_job
 
     job = read_job(spec, overrides)
+    import torch
+
+    from layerwise.cluster import num_cores
     from layerwise.device import resolve_device
     from layerwise.job_plan import plan_blocks
     from layerwise.probe import probe
     from layerwise.server.preparation import prepare
 
+    torch.set_num_threads(max(1, num_cores() // job.cluster.shards))
     prepared = prepare(job, probe(job, device=resolve_device(device), allowed_imports=allow_imports))
     settings = prepared.settings
     blocks = plan_blocks(prepared.profile, settings, prepared.blocks)
