@@ -147,6 +147,11 @@ def _conflicts(spec: JobSpec) -> list[str]:
     """Pairs of values that are fine alone and impossible together."""
     problems: list[str] = []
     model, data, options = spec.model, spec.data, spec.asynchrony
+    if not spec.cluster.attached and spec.cluster.num_detached == 0:
+        problems.append(
+            "cluster.backward.detached: got 0, expected at least 1 when attached is false: somebody must compute the "
+            "backward passes"
+        )
     if spec.cluster.num_detached and options.backward_weights in ("latest", "stashed"):
         problems.append(
             f"async.backward_weights: got {describe(options.backward_weights)}, expected 'auto' or 'recompute' with "

@@ -386,15 +386,6 @@ class Backward(Section):
     attached: bool = True
     detached: Annotated[int, Field(ge=0)] = 0
 
-    @field_validator("detached")
-    @classmethod
-    def _somebody(cls, value: int, info: Any) -> int:
-        if value == 0 and info.data.get("attached") is False:
-            raise PydanticCustomError(
-                "expected", "at least 1 when attached is false: somebody must compute backward passes"
-            )
-        return value
-
 
 class Cluster(Section):
     """How many of each role one job gets."""

@@ -124,8 +124,11 @@ def sentences(error: ValidationError, raw: Mapping[str, Any], root: type[BaseMod
     """One sentence for each problem: the key's path, what was there, what may be there."""
     schema = root.model_json_schema(by_alias=True)
     found: dict[str, None] = {}
-    for detail in error.errors(include_url=False):
-        keys, value = _locate(detail, raw)
+    located = [(detail, *_locate(detail, raw)) for detail in error.errors(include_url=False)]
+    for detail, keys, value in located:
+        deeper = any(other[: len(keys)] == keys and len(other) > len(keys) for _, other, _ in located)
+        if deeper and detail["type"] == "literal_error":
+            continue  # a map where a word could stand too: what is wrong inside it says more
         path = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".") or "top level"
         if detail["type"] == "extra_forbidden":
             allowed = _keys(_nodes(schema, raw, keys[:-1]))
