@@ -1,0 +1,188 @@
+"""The coordinator with its links, clients, store and metrics, and processes that play by the book."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pytest
+
+from layerwise.client import CoordinatorClient
+from layerwise.errors import ConfigError, NotAllowedError, NotFoundError
+from layerwise.messages import Hello, Message, Role, Welcome
+from layerwise.metrics_server import MetricsServer
+from layerwise.proto import layerwise_pb2 as pb2
+from layerwise.server.coordinator import Coordinator
+from layerwise.transport import Transport
+from tests.unit.played_cluster import PlayedCluster, spec
+
+Answer = TypeVar("Answer")
+
+
+@asynccontextmanager
+async def running(folder: Path, **options: Any) -> AsyncIterator[Coordinator]:
+    coordinator = Coordinator(state=folder / "state")
+    await coordinator.open(listen=f"unix:{folder}/coordinator.sock", **options)
+    try:
+        yield coordinator
+    finally:
+        await coordinator.close()
+
+
+@asynccontextmanager
+async def played_processes(coordinator: Coordinator, *names: str) -> AsyncIterator[None]:
+    """Processes on links of their own; together they behave as `PlayedCluster` does."""
+    played = PlayedCluster()
+    transports: dict[str, Transport] = {}
+
+    def answer(name: str) -> Callable[[str, Message], None]:
+        def on_message(peer: str, message: Message) -> None:
+            if not isinstance(message, Welcome):
+                played._play(name, message)
+                while played._inbox:
+                    sender, said = played._inbox.popleft()
+                    transports[sender].send("coordinator", said)
+
+        return on_message
+
+    for name in names:
+        role = Role(name.partition("-")[0])
+        played.roles[name] = role
+        transports[name] = Transport(name, on_message=answer(name), on_lost=lambda peer: None)
+        transports[name].connect("coordinator", coordinator.address)
+        hello = Hello(role=role, name=name, address=f"unix:/{name}", device="cpu", host="here", pid=1, version="1")
+        transports[name].send("coordinator", hello)
+    try:
+        yield
+    finally:
+        for transport in transports.values():
+            await transport.close()
+
+
+async def ask(coordinator: Coordinator, question: Callable[[CoordinatorClient], Answer]) -> Answer:
+    def call() -> Answer:
+        with CoordinatorClient(coordinator.address) as client:
+            return question(client)
+
+    return await asyncio.to_thread(call)
+
+
+def job_in(folder: Path) -> str:
+    return spec(checkpoint={"path": str(folder / "runs")})
+
+
+def test_a_client_submits_follows_and_reads_the_result(socket_folder: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            running(socket_folder) as coordinator,
+            played_processes(coordinator, "shard-0", "shard-1", "forward-0"),
+        ):
+            submitted = await ask(coordinator, lambda client: client.submit(job_in(socket_folder)))
+            events = await ask(coordinator, lambda client: list(client.follow_events(submitted["job"])))
+            assert [event.offset for event in events] == list(range(len(events)))
+            assert events[-1].message == "done: 10 updates of every layer"
+            later = await ask(coordinator, lambda client: list(client.follow_events(submitted["job"], 3)))
+            assert later == events[3:]
+            document = await ask(coordinator, lambda client: client.get_job(submitted["job"]))
+            assert (document["state"], document["samples"]) == ("done", 80)
+            nodes = await ask(coordinator, lambda client: client.list_nodes())
+            assert [node["name"] for node in nodes] == ["forward-0", "shard-0", "shard-1"]
+
+    asyncio.run(scenario())
+
+
+def test_jobs_and_their_events_survive_a_restart(socket_folder: Path) -> None:
+    async def scenario() -> None:
+        async with running(socket_folder) as coordinator:
+            job = (await ask(coordinator, lambda client: client.submit(job_in(socket_folder))))["job"]
+        async with running(socket_folder) as coordinator:
+            [document] = await ask(coordinator, lambda client: client.list_jobs())
+            assert (document["job"], document["state"]) == (job, "queued")
+            cancelled = await ask(coordinator, lambda client: client.cancel(job))
+            assert cancelled["state"] == "cancelled"
+            events = await ask(coordinator, lambda client: list(client.follow_events(job)))
+            assert [event.offset for event in events] == list(range(len(events)))
+            assert events[0].message == f"submitted as {job}"
+
+    asyncio.run(scenario())
+
+
+def test_refusals_reach_the_client_as_the_errors_they_are(socket_folder: Path) -> None:
+    async def scenario() -> None:
+        async with running(socket_folder) as coordinator:
+            with pytest.raises(NotFoundError, match="no job 'toy-9' here"):
+                await ask(coordinator, lambda client: client.get_job("toy-9"))
+            with pytest.raises(NotFoundError, match="no job 'toy-9' here"):
+                await ask(coordinator, lambda client: list(client.follow_events("toy-9")))
+            with pytest.raises(ConfigError, match="model"):
+                await ask(coordinator, lambda client: client.submit(json.dumps({"name": "toy", "data": "digits"})))
+            with pytest.raises(NotFoundError, match="there is no durable cut in"):
+                await ask(coordinator, lambda client: client.resume(directory=str(socket_folder / "nothing")))
+            with pytest.raises(ConfigError, match="either a job's name or the directory"):
+                await ask(coordinator, lambda client: client.resume())
+            job = (await ask(coordinator, lambda client: client.submit(job_in(socket_folder))))["job"]
+            with pytest.raises(NotAllowedError, match="is queued"):
+                await ask(coordinator, lambda client: client.resume(job=job))
+
+    asyncio.run(scenario())
+
+
+def test_a_client_of_another_wire_version_is_told_so(socket_folder: Path) -> None:
+    def call(address: str) -> None:
+        with grpc.insecure_channel(address) as channel:
+            method = channel.unary_unary(
+                "/layerwise.v1.Coordinator/ListJobs",
+                request_serializer=pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=pb2.JobsReply.FromString,
+            )
+            method(pb2.ListJobsRequest(wire_version=999), timeout=10)
+
+    async def scenario() -> None:
+        async with running(socket_folder) as coordinator:
+            with pytest.raises(grpc.RpcError, match="speaks wire version 999, this coordinator 1"):
+                await asyncio.to_thread(call, coordinator.address)
+
+    asyncio.run(scenario())
+
+
+def test_two_coordinators_cannot_share_a_state_folder(socket_folder: Path) -> None:
+    async def scenario() -> None:
+        async with running(socket_folder):
+            with pytest.raises(ConfigError, match="in use by another coordinator"):
+                Coordinator(state=socket_folder / "state")
+
+    asyncio.run(scenario())
+
+
+def test_the_metrics_page_has_the_job_wide_view_while_a_job_runs(socket_folder: Path) -> None:
+    async def scenario() -> None:
+        async with running(socket_folder, metrics="127.0.0.1:0") as coordinator:
+            page = await asyncio.to_thread(scrape, coordinator.metrics_address)
+            assert 'layerwise_jobs{state="running"} 0.0' in page
+            assert 'layerwise_processes{role="shard",state="free"} 0.0' in page
+            assert "process_resident_memory_bytes" in page
+
+    asyncio.run(scenario())
+
+
+def test_a_taken_metrics_port_is_a_mistake_of_the_flag() -> None:
+    server = MetricsServer("127.0.0.1:0", lambda: [])
+    with pytest.raises(ConfigError, match="metrics can't be served at"):
+        MetricsServer(server.address, lambda: [])
+    server.close()
+    with pytest.raises(NotAllowedError):
+        MetricsServer("0.0.0.0:0", lambda: [])
+    with pytest.raises(ConfigError, match="host:port"):
+        MetricsServer("unix:/tmp/metrics.sock", lambda: [])
+
+
+def scrape(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        page: bytes = answer.read()
+    return page.decode()
