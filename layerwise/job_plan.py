@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from layerwise.partition import layer_cost
+from layerwise.partition import layer_costs
 from layerwise.profile import Profile
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ def plan_blocks(
     gradients, divided by the gradients in an update.
     """
     recompute = settings.backward_weights == "recompute"
-    costs = [
-        sum(layer_cost(layer, recompute=recompute) for layer in profile.layers[start:stop]) for start, stop in blocks
-    ]
+    each = layer_costs(profile.layers, recompute=recompute)
+    costs = [sum(each[start:stop]) for start, stop in blocks]
     last = len(blocks) - 1
     window = settings.window
     found = []

@@ -32,7 +32,7 @@ def partition(profile: Profile, num_blocks: int, *, recompute: bool = False) -> 
             f"cluster.shards is {num_blocks}, but layers {', '.join(map(str, sharing))} share parameters and must stay in "
             f"one block, which leaves at most {len(places) - 1} blocks; use fewer shards or do not share parameters"
         )
-    costs = [layer_cost(layer, recompute=recompute) for layer in layers]
+    costs = layer_costs(layers, recompute=recompute)
     before = [0.0, *accumulate(costs)]
     return _cheapest(places, before, num_blocks)
 
@@ -40,6 +40,32 @@ def partition(profile: Profile, num_blocks: int, *, recompute: bool = False) -> 
 def layer_cost(layer: LayerProfile, *, recompute: bool = False) -> float:
     """Seconds that one microbatch costs in ``layer``."""
     return layer.forward_seconds * (2 if recompute else 1) + layer.backward_seconds
+
+
+def layer_costs(layers: Sequence[LayerProfile], *, recompute: bool = False) -> list[float]:
+    """The cost of each layer in seconds, where layers that do the same work cost the same.
+
+    A measurement can only be too long (something else had the processor), so the shortest of each kind stands. Two layers
+    are of one kind when their class, parameters, kept bytes, inputs and outputs are alike.
+    """
+    shortest: dict[tuple[object, ...], float] = {}
+    kinds = []
+    inputs: tuple[tuple[int, ...], ...] = ()
+    for layer in layers:
+        kind = (
+            layer.name.partition("-")[2],
+            layer.parameters,
+            layer.trainable,
+            layer.parameter_bytes,
+            layer.activation_bytes,
+            inputs,
+            layer.output_shapes,
+        )
+        inputs = layer.output_shapes
+        kinds.append(kind)
+        cost = layer_cost(layer, recompute=recompute)
+        shortest[kind] = min(cost, shortest.get(kind, cost))
+    return [shortest[kind] for kind in kinds]
 
 
 def _split_places(layers: Sequence[LayerProfile]) -> list[int]:
