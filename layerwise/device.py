@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from layerwise.errors import ConfigError
 from layerwise.messages import Tensors
 from layerwise.tensors import to_host
+
+_NOTHING = nullcontext()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,10 +49,9 @@ class HostTransfers:
         """``tensors`` in host memory, complete."""
         return tensors
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> AbstractContextManager[object]:
         """The context that a pass runs in."""
-        yield
+        return _NOTHING
 
 
 class CudaTransfers(HostTransfers):
@@ -92,11 +92,9 @@ class CudaTransfers(HostTransfers):
         self._copy.synchronize()
         return Tensors(moved, tensors.single)
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> AbstractContextManager[object]:
         """Work of this thread goes to the block's compute stream."""
-        with torch.cuda.stream(self._compute):
-            yield
+        return torch.cuda.stream(self._compute)
 
 
 def transfers(device: torch.device) -> HostTransfers:

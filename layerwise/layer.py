@@ -91,7 +91,7 @@ class TrainedLayer:
         self._clip = clip
         self._mutex = threading.Lock()
         self._sum = GradientSum(len(self._aliases))
-        self._waiting: dict[int, Gradients] = {}
+        self._waiting: dict[int, tuple[Gradients, int]] = {}
         self._cuts: dict[int, Callable[[LayerCopy], None]] = {}
         self._stashes: dict[tuple[int, ...], _Stash] = {}
         self._stash_versions = tuple(stash_versions)
@@ -215,10 +215,12 @@ class TrainedLayer:
         with self.compute.lock.exclusive():
             intake = self.ledger.take(attempt, read=read, mode=mode)
             if intake.taken:
-                self._waiting[self._plan.index(attempt.microbatch)] = [
+                laid_out = [
                     None if gradient is None else _laid_out(gradient, alias)
                     for gradient, alias in zip(gradients, self._aliases.values(), strict=True)
                 ]
+                microbatch = attempt.microbatch
+                self._waiting[self._plan.index(microbatch)] = laid_out, microbatch.num_samples
                 self._proceed(intake)
             return intake.taken
 
@@ -237,7 +239,7 @@ class TrainedLayer:
 
     def _proceed(self, intake: Intake) -> None:
         for index in intake.ready:
-            self._sum.add(self._waiting.pop(index), self._plan.microbatch(index).num_samples)
+            self._sum.add(*self._waiting.pop(index))
         if intake.closes is not None:
             self._update(intake.closes)
 

@@ -19,6 +19,8 @@ from layerwise.messages import Tensors
 from layerwise.randomness import layer_randomness, layer_seed
 from layerwise.shared_lock import SharedLock
 
+_NOTHING = nullcontext()
+
 Destination = tuple[int, int]
 """Whose gradient it is: a layer, and the position among its own trainable parameters."""
 
@@ -33,7 +35,7 @@ class Precision:
     def context(self) -> AbstractContextManager[object]:
         """The context that a layer or the loss runs in."""
         if self.autocast is None:
-            return nullcontext()
+            return _NOTHING
         return torch.autocast(self.device.type, dtype=self.autocast)
 
 
@@ -125,6 +127,8 @@ class LayerCompute:
     ) -> tuple[tuple[torch.Tensor, ...], tuple[Destination, ...]]:
         """The parameters here whose owner is among the layers ``tickets``, and where their gradients go."""
         own = self.index in tickets
+        if not self.foreign:
+            return (self._own_parameters, self._own_destinations) if own else ((), ())
         parameters = self._own_parameters if own else ()
         destinations = self._own_destinations if own else ()
         for parameter, where in self.foreign:

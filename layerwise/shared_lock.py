@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from layerwise.errors import DeadlineError
 
@@ -22,13 +20,26 @@ class _Shared:
         self._lock.release_shared()
 
 
+class _Exclusive:
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: SharedLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock.acquire_exclusive()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release_exclusive()
+
+
 class SharedLock:
     """Readers share it, a writer has it alone. Waiting writers go first, so a stream of readers can't starve an update.
 
     Not reentrant. No wait is longer than ``timeout_seconds``: whoever holds a layer for so long has hung.
     """
 
-    __slots__ = ("_condition", "_readers", "_shared", "_timeout_seconds", "_waiting_writers", "_writing")
+    __slots__ = ("_condition", "_exclusive", "_readers", "_shared", "_timeout_seconds", "_waiting_writers", "_writing")
 
     def __init__(self, timeout_seconds: float = 600.0) -> None:
         self._condition = threading.Condition(threading.Lock())
@@ -37,6 +48,7 @@ class SharedLock:
         self._writing = False
         self._timeout_seconds = timeout_seconds
         self._shared = _Shared(self)
+        self._exclusive = _Exclusive(self)
 
     def acquire_shared(self) -> None:
         """Wait until nobody writes; ``DeadlineError`` after the time limit."""
@@ -58,22 +70,28 @@ class SharedLock:
         """Context manager: read."""
         return self._shared
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Context manager: write. ``DeadlineError`` after the time limit."""
+    def acquire_exclusive(self) -> None:
+        """Wait until nobody reads or writes; ``DeadlineError`` after the time limit."""
         with self._condition:
-            self._waiting_writers += 1
-            try:
-                if not self._condition.wait_for(lambda: not self._writing and not self._readers, self._timeout_seconds):
-                    raise DeadlineError(f"a layer was being read for more than {self._timeout_seconds:g} s")
-                self._writing = True
-            finally:
-                self._waiting_writers -= 1
-                if not self._writing:
-                    self._condition.notify_all()
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writing = False
-                self._condition.notify_all()
+            if self._writing or self._readers:
+                self._waiting_writers += 1
+                try:
+                    free = self._condition.wait_for(
+                        lambda: not self._writing and not self._readers, self._timeout_seconds
+                    )
+                finally:
+                    self._waiting_writers -= 1
+                if not free:
+                    self._condition.notify_all()  # readers that let this writer go first
+                    raise DeadlineError(f"a layer was in use for more than {self._timeout_seconds:g} s")
+            self._writing = True
+
+    def release_exclusive(self) -> None:
+        """The other half of `acquire_exclusive`."""
+        with self._condition:
+            self._writing = False
+            self._condition.notify_all()
+
+    def exclusive(self) -> _Exclusive:
+        """Context manager: write."""
+        return self._exclusive
