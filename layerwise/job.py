@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from layerwise.errors import ConfigError
+from layerwise.section import Import, Section
 from layerwise.sections import (
     Accuracy,
     Arrays,
@@ -27,14 +28,12 @@ from layerwise.sections import (
     CrossEntropy,
     DataSpec,
     Digits,
-    Import,
     LossSpec,
     MeanSquaredError,
     MetricSpec,
     Mlp,
     ModelSpec,
     Resnet,
-    Section,
     Text,
     Timeouts,
     Train,

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from layerwise.errors import ConfigError
 from layerwise.imports import load_import
-from layerwise.sections import Accuracy, CrossEntropy, Import, LossSpec, MetricSpec
+from layerwise.section import Import
+from layerwise.sections import Accuracy, CrossEntropy, LossSpec, MetricSpec
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(output, targets)``: the mean over the samples, 0-d. Targets are one tensor or a sequence of them."""

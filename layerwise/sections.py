@@ -10,73 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetJsonSchemaHandler,
-    Tag,
-    field_validator,
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
+
+from layerwise.section import (
+    AutoCount,
+    BareName,
+    Count,
+    Fraction,
+    Import,
+    NotNegative,
+    Positive,
+    Section,
+    Seed,
+    expand_name,
+    kind_of,
 )
-from pydantic_core import CoreSchema, PydanticCustomError
-
 from layerwise.specification import EXPECTED
-
-IMPORT_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
-
-Positive: TypeAlias = Annotated[float, Field(gt=0)]
-NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
-Fraction: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
-Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
-AutoCount: TypeAlias = Literal["auto"] | Count
-
-
-class Section(BaseModel):
-    """A map of the job file: unknown keys are refused, types are not converted, values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
-    )
-
-
-class Import(Section):
-    """The user's own function, ``import: package.module:function``; every other key is one of its arguments."""
-
-    model_config = ConfigDict(extra="allow")
-
-    target: str = Field(alias="import", pattern=IMPORT_PATTERN, json_schema_extra={EXPECTED: "package.module:function"})
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keys beside ``import:``."""
-        return dict(self.model_extra or {})
-
-
-class _BareName:
-    """Adds "or just the name" to a kind's JSON Schema."""
-
-    def __init__(self, *names: str) -> None:
-        self.names = names
-
-    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string", "enum": list(self.names)}, handler(core)]}
-
-
-def _expand_name(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _kind(value: object) -> str | None:
-    """The tag of a section: its ``name``, or ``import``. Objects of the classes below come with theirs."""
-    if isinstance(value, Import):
-        return "import"
-    if isinstance(value, Mapping):
-        return "import" if "import" in value else value.get("name")
-    return getattr(value, "name", None)
-
 
 # Models ---------------------------------------------------------------------------------------------------------------
 
@@ -132,9 +82,9 @@ ModelSpec: TypeAlias = Annotated[
     | Annotated[Resnet, Tag("resnet")]
     | Annotated[TransformerLm, Tag("transformer-lm")]
     | Annotated[Import, Tag("import")],
-    Discriminator(_kind),
-    BeforeValidator(_expand_name),
-    _BareName("mlp", "cnn", "resnet", "transformer-lm"),
+    Discriminator(kind_of),
+    BeforeValidator(expand_name),
+    BareName("mlp", "cnn", "resnet", "transformer-lm"),
 ]
 
 
@@ -203,9 +153,9 @@ DataSpec: TypeAlias = Annotated[
     | Annotated[Cifar100, Tag("cifar100")]
     | Annotated[Arrays, Tag("arrays")]
     | Annotated[ImportData, Tag("import")],
-    Discriminator(_kind),
-    BeforeValidator(_expand_name),
-    _BareName("digits", "text"),
+    Discriminator(kind_of),
+    BeforeValidator(expand_name),
+    BareName("digits", "text"),
 ]
 
 
@@ -242,15 +192,15 @@ LossSpec: TypeAlias = Annotated[
     Annotated[CrossEntropy, Tag("cross-entropy")]
     | Annotated[MeanSquaredError, Tag("mse")]
     | Annotated[Import, Tag("import")],
-    Discriminator(_kind),
-    BeforeValidator(_expand_name),
-    _BareName("cross-entropy", "mse"),
+    Discriminator(kind_of),
+    BeforeValidator(expand_name),
+    BareName("cross-entropy", "mse"),
 ]
 MetricSpec: TypeAlias = Annotated[
     Annotated[Accuracy, Tag("accuracy")] | Annotated[MeanAbsoluteError, Tag("mae")] | Annotated[Import, Tag("import")],
-    Discriminator(_kind),
-    BeforeValidator(_expand_name),
-    _BareName("accuracy", "mae"),
+    Discriminator(kind_of),
+    BeforeValidator(expand_name),
+    BareName("accuracy", "mae"),
 ]
 
 
@@ -306,9 +256,9 @@ class Muon(Section):
 
 OptimizerSettings: TypeAlias = Annotated[
     Annotated[Sgd, Tag("sgd")] | Annotated[AdamW, Tag("adamw")] | Annotated[Muon, Tag("muon")],
-    Discriminator(_kind),
-    BeforeValidator(_expand_name),
-    _BareName("sgd", "adamw", "muon"),
+    Discriminator(kind_of),
+    BeforeValidator(expand_name),
+    BareName("sgd", "adamw", "muon"),
 ]
 
 
@@ -338,9 +288,9 @@ class Step(Section):
 
 ScheduleSpec: TypeAlias = Annotated[
     Annotated[Constant, Tag("constant")] | Annotated[Cosine, Tag("cosine")] | Annotated[Step, Tag("step")],
-    Discriminator(_kind),
-    BeforeValidator(_expand_name),
-    _BareName("constant", "cosine", "step"),
+    Discriminator(kind_of),
+    BeforeValidator(expand_name),
+    BareName("constant", "cosine", "step"),
 ]
 
 

@@ -18,7 +18,8 @@ from layerwise.models.cnn import build_cnn
 from layerwise.models.mlp import build_mlp
 from layerwise.models.resnet import build_resnet
 from layerwise.models.transformer_lm import build_transformer_lm
-from layerwise.sections import Cnn, Import, Mlp, ModelSpec, Resnet, TransformerLm
+from layerwise.section import Import
+from layerwise.sections import Cnn, Mlp, ModelSpec, Resnet, TransformerLm
 
 BYTES = 256
 

@@ -12,7 +12,8 @@ import yaml
 
 from layerwise.errors import ConfigError
 from layerwise.job import JobSpec, job_schema, load_job, parse_job
-from layerwise.sections import Accuracy, Cosine, Import, Muon, Sgd, Text, TransformerLm
+from layerwise.section import Import
+from layerwise.sections import Accuracy, Cosine, Muon, Sgd, Text, TransformerLm
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from layerwise.errors import ConfigError, NotAllowedError
 from layerwise.losses import build_loss, build_metrics
-from layerwise.sections import Accuracy, CrossEntropy, Import, MeanAbsoluteError, MeanSquaredError
+from layerwise.section import Import
+from layerwise.sections import Accuracy, CrossEntropy, MeanAbsoluteError, MeanSquaredError
 
 
 def scores(*shape: int) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from layerwise.data_info import DataInfo
 from layerwise.errors import ConfigError, MalformedMessageError, NotAllowedError
 from layerwise.models import build_model, check_layers, layer_names, load_weights, model_tensors, shared_tensors
-from layerwise.sections import Cnn, Import, Mlp, ModelSpec, Resnet, TransformerLm
+from layerwise.section import Import
+from layerwise.sections import Cnn, Mlp, ModelSpec, Resnet, TransformerLm
 
 
 def info(shape: tuple[int, ...], dtype: str = "float32", **other: Any) -> DataInfo:
