@@ -11,6 +11,7 @@ Importing this package loads neither torch nor gRPC; the functions do when they 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from layerwise.errors import LayerwiseError
@@ -19,6 +20,9 @@ from layerwise.version import VERSION as __version__
 if TYPE_CHECKING:
     from layerwise.api import Connection, Job, connect, train
     from layerwise.job_result import JobResult
+
+# Read by gRPC when it is loaded: otherwise it tells on standard error whenever a peer's server stops.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 __all__ = ["Connection", "Job", "JobResult", "LayerwiseError", "__version__", "connect", "train"]
 

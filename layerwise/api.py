@@ -86,12 +86,14 @@ class Connection:
         self._client.close()
 
     def submit(self, job: str | Path | Mapping[str, Any] | JobSpec, *, overrides: Iterable[str] = ()) -> Job:
-        """Queue a job (arguments as of `train`). Through a unix socket, relative paths in it count from the working directory here;
-        otherwise from that of each process.
+        """Queue a job (arguments as of `train`).
+
+        Through a unix socket, relative paths in it count from the working directory here; otherwise from that of each
+        process.
 
         Raises:
             ConfigError: the job can't be meant.
-        """  # fmt: skip
+        """
         spec = _spec(job, overrides)
         if self._same_host:
             spec = spec.with_absolute_paths(Path.cwd())

@@ -17,9 +17,9 @@ TAIL_LINES = 5
 class ChildProcess:
     """``layerwise <arguments>`` as a child whose life ends with ours.
 
-    The child leads a session of its own, so a terminal's Ctrl-C reaches the parent only; its standard input is a pipe whose end tells it
-    that the parent is gone, however that came about. What it prints is appended to ``log``. ``on_exit`` is called once, from a thread of
-    its own, with the exit status (negative: the signal that ended it).
+    The child leads a session of its own, so a terminal's Ctrl-C reaches the parent only; its standard input is a pipe
+    whose end tells it that the parent is gone, however that came about. What it prints is appended to ``log``.
+    ``on_exit`` is called once, from a thread of its own, with the exit status (negative: the signal that ended it).
     """
 
     def __init__(

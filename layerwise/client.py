@@ -40,7 +40,10 @@ Reply = TypeVar("Reply", bound=Message)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """One line of a job's log. ``offset`` counts from 0; ``time`` is in unix seconds; ``level`` is "info", "warning" or "error"."""
+    """One line of a job's log.
+
+    ``offset`` counts from 0; ``time`` is in unix seconds; ``level`` is "info", "warning" or "error".
+    """
 
     offset: int
     time: float
@@ -64,8 +67,8 @@ class JobEvent:
 class CoordinatorClient:
     """Calls to one coordinator, each with a time limit. Thread-safe; close it, or use it as a context manager.
 
-    Every method raises `UnreachableError` when nobody answers, `DeadlineError` when the answer takes longer than ``call_seconds``,
-    and whatever error the coordinator refuses with.
+    Every method raises `UnreachableError` when nobody answers, `DeadlineError` when the answer takes longer than
+    ``call_seconds``, and whatever error the coordinator refuses with.
     """
 
     def __init__(self, address: str, *, call_seconds: float = CALL_SECONDS) -> None:
@@ -129,7 +132,10 @@ class CoordinatorClient:
         return _document(self._call("Cancel", request, pb2.JobReply).job_json, dict)
 
     def resume(self, *, job: str = "", directory: str = "") -> dict[str, Any]:
-        """Queue a job again from its newest durable cut: one that this coordinator knows, or one that only a directory of cuts remembers."""
+        """Queue a job again from its newest durable cut.
+
+        It is one that this coordinator knows, or one that only a directory of cuts remembers.
+        """
         request = pb2.ResumeRequest(wire_version=WIRE_VERSION, job=job, directory=directory)
         return _document(self._call("Resume", request, pb2.JobReply).job_json, dict)
 
@@ -154,7 +160,8 @@ class CoordinatorClient:
     ) -> Iterator[JobEvent]:
         """The job's events from ``offset`` on, as they happen, until the job has ended.
 
-        A coordinator that is lost is looked for again, for up to ``reconnect_seconds`` without an event; no event is lost or repeated.
+        A coordinator that is lost is looked for again, for up to ``reconnect_seconds`` without an event; no event is
+        lost or repeated.
         """
         call = self._channel.unary_stream(
             f"/{SERVICE}/FollowEvents",
@@ -183,8 +190,8 @@ class CoordinatorClient:
                 self.wait_until_ready(max(0.0, lost_at + reconnect_seconds - time.monotonic()))
             except UnreachableError:
                 raise UnreachableError(
-                    f"the coordinator at {self.address} has not answered for {reconnect_seconds:.0f} s; the job may still be "
-                    f"training: follow it again with `layerwise logs -f {job}` once the coordinator is back"
+                    f"the coordinator at {self.address} has not answered for {reconnect_seconds:.0f} s; the job may "
+                    f"still be training: follow it again with `layerwise logs -f {job}` once the coordinator is back"
                 ) from None
 
     # ---- inside ----

@@ -29,13 +29,14 @@ MOST_QUICK_DEATHS = 3
 class LocalCluster:
     """Starts the roles as child processes that talk over unix sockets in a private folder, and ends them all on exit.
 
-    Use it as a context manager; entering starts all processes at once and returns when the coordinator answers. ``directory`` holds the
-    coordinator's state (``coordinator/``) and each process's log (``logs/<name>.log``); without one both live in a temporary folder and go
-    with the cluster. ``threads`` is for each shard's arithmetic (default: the cores divided by the shards and detached workers).
-    ``devices`` are given out in turn.
+    Use it as a context manager; entering starts all processes at once and returns when the coordinator answers.
+    ``directory`` holds the coordinator's state (``coordinator/``) and each process's log (``logs/<name>.log``);
+    without one both live in a temporary folder and go with the cluster. ``threads`` is for each shard's arithmetic
+    (default: the cores divided by the shards and detached workers). ``devices`` are given out in turn.
 
-    A process that ends by itself is started again under its name with ``restart``, unless it died at once several times.
-    ``on_problem`` hears, from some thread, one sentence about each unexpected end, and whether it was the last of that process.
+    A process that ends by itself is started again under its name with ``restart``, unless it died at once several
+    times. ``on_problem`` hears, from some thread, one sentence about each unexpected end, and whether it was the last
+    of that process.
 
     Thread-safe, except for entering and leaving.
     """
@@ -103,7 +104,7 @@ class LocalCluster:
         self.stop()
 
     def stop(self) -> None:
-        """End every process: workers first, the coordinator last, by force after ``stop_seconds``. Repeating it does nothing."""
+        """End every process: workers first, then the coordinator, by force after ``stop_seconds``. May be repeated."""
         with self._lock:
             self._stopping = True
             children = list(self._children.values())
@@ -283,7 +284,7 @@ class LocalCluster:
             self._on_problem(sentence, not again)
 
     def _wait_until_ready(self) -> None:
-        """Wait for the coordinator's socket to accept calls; a process that ends for good in the meantime is an error."""
+        """Wait until the coordinator accepts calls; a process that ends for good in the meantime is an error."""
         deadline = time.monotonic() + self.start_seconds
         ready = threading.Event()
         with self.client() as client, client.watch_ready(ready.set):
@@ -293,7 +294,7 @@ class LocalCluster:
                 if time.monotonic() > deadline:
                     words = last_lines(self.logs / "coordinator.log")
                     raise DeadlineError(
-                        f"the coordinator did not answer at {self.coordinator_address} within {self.start_seconds:.0f} s"
+                        f"the coordinator did not answer at {self.coordinator_address} in {self.start_seconds:.0f} s"
                         + (f"; it said: {words}" if words else "")
                     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.client import CoordinatorClient
+from layerwise.client import CoordinatorClient, JobEvent
 from layerwise.cluster import LocalCluster
 from layerwise.errors import JobFailedError
 from layerwise.follow import JobFollower
@@ -20,8 +22,9 @@ REFRESH_SECONDS = 0.5
 class EmbeddedRun:
     """Starts a cluster as large as the job wants, has it train the job (or go on with it), and ends the cluster.
 
-    ``directory`` is the job's: cuts, event logs, and here the coordinator's state and the processes' logs too, so that the run can be
-    resumed after everything has ended. `run` is called once; `interrupt` belongs into a signal handler of the same thread.
+    ``directory`` is the job's: cuts, event logs, and here the coordinator's state and the processes' logs too, so
+    that the run can be resumed after everything has ended. `run` is called once; `interrupt` belongs into a signal
+    handler of the same thread.
     """
 
     def __init__(
@@ -71,8 +74,9 @@ class EmbeddedRun:
             with self._cluster as cluster, cluster.client() as client:
                 save_result(self.directory, None)
                 self._job = str(self._begin(client)["job"])
-                self._follower = JobFollower(client, self._job, self._view, refresh_seconds=REFRESH_SECONDS)
-                document = self._follower.run()
+                watcher = _OwnWords(self._view, self._job, self.directory)
+                self._follower = JobFollower(client, self._job, watcher, refresh_seconds=REFRESH_SECONDS)
+                document = watcher.reword(self._follower.run())
                 self._over = True
                 save_result(self.directory, document)
                 return document
@@ -80,7 +84,7 @@ class EmbeddedRun:
             self._over = True
 
     def interrupt(self) -> None:
-        """Once: stop at the next update, with a cut there. Again: everything ends at once. After that, and while ending, nothing.
+        """Once: stop at the next update, with a cut there. Again: end everything at once. While that happens: nothing.
 
         Raises:
             KeyboardInterrupt: there is nothing to stop gently.
@@ -93,6 +97,11 @@ class EmbeddedRun:
             self._cluster.stop_seconds = 0.0 if self._follower is not None else self._cluster.stop_seconds
             raise KeyboardInterrupt
         self._follower.interrupt(self._stop)
+
+    @property
+    def how_to_resume(self) -> str:
+        """The command that goes on with this run."""
+        return _resume_command(self.directory)
 
     def _begin(self, client: CoordinatorClient) -> dict[str, Any]:
         if not self._resume:
@@ -115,7 +124,35 @@ class EmbeddedRun:
 
         def tell() -> None:
             if for_good:
-                raise JobFailedError(f"{sentence}; go on with `layerwise resume {self.directory}`")
+                raise JobFailedError(f"{sentence}; go on with `{self.how_to_resume}`")
             self._view.say(f"warning: {sentence}; it was started again")
 
         follower.interrupt(tell)
+
+
+class _OwnWords:
+    """Hands a job's news on, with the directory where the coordinator says how to resume by the job's id.
+
+    After this cluster only the directory is left.
+    """
+
+    def __init__(self, view: ProgressView, job: str, directory: Path) -> None:
+        self._view = view
+        self._theirs, self._ours = f"layerwise resume {job}", _resume_command(directory)
+
+    def on_event(self, event: JobEvent) -> None:
+        """Hand it on."""
+        self._view.on_event(replace(event, message=event.message.replace(self._theirs, self._ours)))
+
+    def on_document(self, document: dict[str, Any]) -> None:
+        """Hand it on."""
+        self._view.on_document(self.reword(document))
+
+    def reword(self, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with our words in its message."""
+        return {**document, "message": str(document.get("message") or "").replace(self._theirs, self._ours)}
+
+
+def _resume_command(directory: Path) -> str:
+    relative = os.path.relpath(directory)
+    return f"layerwise resume {directory if relative.startswith('..') else relative}"

@@ -46,7 +46,7 @@ class _Wake:
 
 
 class JobFollower:
-    """Follows ``job`` in the calling thread; one more thread, joined at the end, reads the coordinator's stream of events."""
+    """Follows ``job`` in the calling thread; one more thread, joined at the end, reads the stream of events."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class JobFollower:
         self._wakes: queue.SimpleQueue[_Wake] = queue.SimpleQueue()
 
     def interrupt(self, call: Callable[[], None]) -> None:
-        """Have the following thread call ``call`` soon; what that raises ends `run`. Fit for signal handlers and other threads."""
+        """Have the following thread call ``call`` soon; what that raises ends `run`. Fit for signal handlers."""
         self._wakes.put(_Wake(call=call))
 
     def run(self, *, timeout: float | None = None) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from layerwise.errors import (
     WrongLifeError,
 )
 
-# The first class of an error's ancestry that is listed gives its code; a code comes back as the first class listed with it.
+# The first class of an error's ancestry that is listed gives its code; a code comes back as the first class listed
+# with it.
 STATUS_OF_ERROR: dict[type[LayerwiseError], grpc.StatusCode] = {
     ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
     MalformedMessageError: grpc.StatusCode.OUT_OF_RANGE,

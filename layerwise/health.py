@@ -9,7 +9,7 @@ from layerwise.errors import UnreachableError
 
 
 def check_health(address: str, *, seconds: float) -> str:
-    """ "serving", "not serving" or "unknown", as the process at ``address`` says.
+    """What the process at ``address`` says of itself: "serving", "not serving" or "unknown".
 
     Raises:
         UnreachableError: nobody answers within ``seconds``, or what answers has no health service.

@@ -24,8 +24,8 @@ from layerwise.settings import ResolvedSettings
 def audit_job(directory: str | Path, document: Mapping[str, Any] | None = None) -> AuditReport:
     """Audit the event logs in ``directory``.
 
-    The plan and the learning rates come from the newest cut's manifest, if there is one; the sample ledger from ``document``, the job's
-    own, if it says that the job came to its end.
+    The plan and the learning rates come from the newest cut's manifest, if there is one; the sample ledger from
+    ``document``, the job's own, if it says that the job came to its end.
 
     Raises:
         NotFoundError: there are no event logs.
@@ -45,8 +45,8 @@ def audit_job(directory: str | Path, document: Mapping[str, Any] | None = None) 
 class _LearningRates:
     """What each update must have used: the layer's base rate, times the schedule's factor, through the delay policy.
 
-    An optimizer may have several base rates, such as muon's own and that of its adam; which of them is a layer's is seen from its first
-    update. All later ones are checked.
+    An optimizer may have several base rates, such as muon's own and that of its adam; which of them is a layer's is
+    seen from its first update. All later ones are checked.
     """
 
     def __init__(self, spec: JobSpec, settings: ResolvedSettings) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class BlockPlan:
     """One shard's part. Seconds are for one microbatch; bytes are at the fullest moment of training.
 
-    ``state_bytes``: parameters, buffers and moments. ``store_bytes``: what the activation store holds with a whole window in flight.
-    ``expected_staleness`` is the mean in updates when gradients arrive in order.
+    ``state_bytes``: parameters, buffers and moments. ``store_bytes``: what the activation store holds with a whole
+    window in flight. ``expected_staleness`` is the mean in updates when gradients arrive in order.
     """
 
     block: int
@@ -39,9 +39,9 @@ def plan_blocks(
 ) -> tuple[BlockPlan, ...]:
     """Describe each of ``blocks``.
 
-    With W microbatches in flight over K blocks of equal cost, block k's weights move while a microbatch travels to the last block and
-    back: W - 1 gradients arrive in between at the first block and none at the last, so its mean staleness is (W - 1) (K - 1 - k) / (K - 1)
-    gradients, divided by the gradients in an update.
+    With W microbatches in flight over K blocks of equal cost, block k's weights move while a microbatch travels to
+    the last block and back: W - 1 gradients arrive in between at the first block and none at the last, so its mean
+    staleness is (W - 1) (K - 1 - k) / (K - 1) gradients, divided by the gradients in an update.
     """
     recompute = settings.backward_weights == "recompute"
     each = layer_costs(profile.layers, recompute=recompute)

@@ -12,10 +12,10 @@ from typing import Any, Self
 class JobResult:
     """The facts of one job, the same as ``layerwise status --output json``; ``document`` is that whole object.
 
-    ``state`` is "queued", "preparing", "running", "stopping", "done", "failed" or "cancelled", and ``message`` says why.
-    ``seconds`` counts from the first microbatch's admission to the last update, without evaluations (those are in ``evaluations``).
-    ``staleness`` has mean, p50, p99 and max in updates, and the same for each layer in ``layers``; ``ledger`` counts unique
-    (epoch, sample) pairs. What is not known yet is None.
+    ``state`` is "queued", "preparing", "running", "stopping", "done", "failed" or "cancelled", and ``message`` says
+    why. ``seconds`` counts from the first microbatch's admission to the last update, without evaluations (those are
+    in ``evaluations``). ``staleness`` has mean, p50, p99 and max in updates, and the same for each layer in
+    ``layers``; ``ledger`` counts unique (epoch, sample) pairs. What is not known yet is None.
     """
 
     job: str

@@ -13,7 +13,7 @@ from layerwise.specification import describe, plain, read_mapping
 
 
 def read_job(job: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> JobSpec:
-    """The job in the file at path ``job`` (``-``: standard input) or in a map, with ``overrides`` put in before it is checked.
+    """The job in the file ``job`` (``-``: standard input) or in a map, with ``overrides`` put in before it is checked.
 
     Raises:
         ConfigError: the file can't be read, or the job, or an override, can't be meant.
@@ -29,7 +29,9 @@ def read_job(job: str | Path | Mapping[str, Any], overrides: Iterable[str] = ())
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set the value at a dotted key in place. The value is read as YAML; a section given by its bare name becomes a map.
+    """Set the value at a dotted key in place.
+
+    The value is read as YAML; a section given by its bare name becomes a map.
 
     Raises:
         ConfigError: ``override`` is not ``key=value``, or a key leads through something that is no section.

@@ -162,6 +162,6 @@ def _figures(document: Mapping[str, Any]) -> list[str]:
     staleness = document.get("staleness") or {}
     if staleness.get("mean") is not None and document.get("steps"):
         found.append(f"staleness {staleness['mean']:.2f} (max {staleness.get('max') or 0})")
-    if (left := seconds_left(document)) is not None:
+    if left := seconds_left(document):
         found.append(f"{format_seconds(left)} left")
     return found

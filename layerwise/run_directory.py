@@ -22,7 +22,8 @@ OWN_NAMES = (JOB_FILE, "coordinator", "cuts", "events")
 def directory_for(wanted: str | Path, *, overwrite: bool = False) -> Path:
     """The absolute directory that a new run gets: ``wanted``, or with a number behind it when a run lies there already.
 
-    So that training twice neither fails nor mixes two runs nor destroys one. With ``overwrite`` the run that lies there is deleted.
+    So that training twice neither fails nor mixes two runs nor destroys one. With ``overwrite`` the run that lies
+    there is deleted.
 
     Raises:
         NotAllowedError: ``overwrite``, and what lies there is no run of ours.
@@ -101,7 +102,7 @@ def load_result(directory: Path) -> dict[str, Any] | None:
 
 
 class DirectoryLock:
-    """Keeps a second process from using ``directory``; the kernel lets go of it when the holder ends, however that comes about.
+    """Keeps a second process from using ``directory``; the kernel lets go of it however the holder ends.
 
     Raises:
         BusyError: somebody uses it.

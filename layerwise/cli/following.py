@@ -21,7 +21,7 @@ from layerwise.progress import ProgressView, progress_view
 
 @contextmanager
 def signals_call(handler: Callable[[], None]) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM call ``handler`` in the main thread (nothing changes when called from another thread)."""
+    """While inside, SIGINT and SIGTERM call ``handler``; without effect in a thread that is not the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,7 +48,7 @@ def shown_progress(*, quiet: bool = False) -> Iterator[ProgressView]:
 
 
 def follow_job(client: CoordinatorClient, job: str, output: str, *, quiet: bool = False) -> int:
-    """Show a job of a shared cluster until it has ended; an interrupt ends the showing only. Returns the exit status."""
+    """Show a cluster's job until it has ended; an interrupt ends the showing only. Returns the exit status."""
 
     def leave() -> None:
         raise KeyboardInterrupt

@@ -43,7 +43,8 @@ def coordinator_client(coordinator: str | None) -> Iterator[CoordinatorClient]:
 def submit_command(spec: str, overrides: tuple[str, ...], coordinator: str | None, follow: bool, output: str) -> int:
     """Queue the job in SPEC (a YAML or JSON file, or - for standard input) and print its id.
 
-    Through a unix socket, relative paths in the job count from here; otherwise from the working directory of each process.
+    Through a unix socket, relative paths in the job count from here; otherwise from the working directory of each
+    process.
     """
     from layerwise.overrides import read_job
 
@@ -55,7 +56,6 @@ def submit_command(spec: str, overrides: tuple[str, ...], coordinator: str | Non
         if follow:
             from layerwise.cli.following import follow_job
 
-            click.echo(f"submitted as {document['job']}", err=True)
             return follow_job(client, str(document["job"]), output)
     if output == "json":
         print_json(document)

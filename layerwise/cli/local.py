@@ -11,9 +11,9 @@ import click
 
 from layerwise.cli import exit_codes
 from layerwise.cli.options import (
-    Device,
     allow_import_option,
     command,
+    device_name,
     forget_coordinator,
     output_option,
     record_coordinator,
@@ -37,7 +37,14 @@ from layerwise.cli.options import (
 @click.option(
     "--overwrite", is_flag=True, help="Delete the run that lies at checkpoint.path; else the new run gets a number."
 )
-@click.option("--device", "devices", type=Device(), multiple=True, help="Devices of the shards, given out in turn.")
+@click.option(
+    "--device",
+    "devices",
+    type=device_name,
+    multiple=True,
+    metavar="auto|cpu|cuda:N",
+    help="Devices of the shards, given out in turn.",
+)
 @threads_option
 @click.option(
     "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
@@ -55,7 +62,7 @@ def train_command(
     quiet: bool,
     output: str,
 ) -> int:
-    """Train the job in SPEC (a YAML or JSON file, or - for standard input) on a cluster of its own, and end the cluster.
+    """Train the job in SPEC (YAML or JSON, - for standard input) on a cluster of its own, and end the cluster.
 
     Ctrl-C stops at the next update, saves a cut there and says how to go on; a second Ctrl-C ends everything at once.
     """
@@ -82,7 +89,10 @@ def train_command(
 
 def earlier_run(wanted: Path, directory: Path) -> str:
     """What to say when a run lies where this one would have gone."""
-    return f"{wanted} holds an earlier run (go on with it: layerwise resume {short(wanted)}); this run goes to {short(directory)}"
+    return (
+        f"{short(wanted)} holds an earlier run (go on with it: layerwise resume {short(wanted)}); "
+        f"this run goes to {short(directory)}"
+    )
 
 
 def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: str = "") -> int:
@@ -94,7 +104,7 @@ def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: s
         if note and not quiet:
             view.say(note)
         run = EmbeddedRun(view=view, **arguments)
-        again = f"go on with it: layerwise resume {short(run.directory)}"
+        again = f"go on with it: {run.how_to_resume}"
         with signals_call(run.interrupt):
             try:
                 document = run.run()
@@ -126,7 +136,14 @@ def short(path: Path) -> str:
 @click.option(
     "--state", metavar="DIR", type=click.Path(path_type=Path), help="Jobs and logs.  [default: runs/.cluster]"
 )
-@click.option("--device", "devices", type=Device(), multiple=True, help="Devices of the shards, given out in turn.")
+@click.option(
+    "--device",
+    "devices",
+    type=device_name,
+    multiple=True,
+    metavar="auto|cpu|cuda:N",
+    help="Devices of the shards, given out in turn.",
+)
 @threads_option
 @allow_import_option
 @click.option(
@@ -149,7 +166,8 @@ def up_command(
 ) -> int:
     """Keep a cluster running on this machine until Ctrl-C; `submit`, `jobs` and the others find it by themselves.
 
-    A process that dies is started again. Jobs are remembered: after the next `layerwise up` with the same --state they can be resumed.
+    A process that dies is started again. Jobs are remembered: after the next `layerwise up` with the same --state
+    they can be resumed.
     """
     from layerwise.address import parse_address
     from layerwise.cli.following import signals_call

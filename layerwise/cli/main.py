@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="\b\nExamples:\n  layerwise train examples/digits.yaml\n  layerwise up\n  layerwise submit --follow job.yaml",
+    epilog="\b\nExamples:\n  layerwise train examples/digits.yaml\n  layerwise up\n  layerwise submit -f job.yaml",
 )
 @click.version_option(VERSION, prog_name="layerwise")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
@@ -71,8 +71,8 @@ class LazyGroup(click.Group):
 def cli(ctx: click.Context, debug: bool) -> None:
     """Train one model across machines that differ, are slow, or come and go.
 
-    Data goes to standard output, progress and errors to standard error. Exit status: 0 done, 1 the job failed, 2 usage, 3 the
-    coordinator is unreachable, 4 not found, 5 not allowed, 6 cancelled, 124 time-out, 130 interrupted.
+    Data goes to standard output, progress and errors to standard error. Exit status: 0 done, 1 the job failed, 2
+    usage, 3 the coordinator is unreachable, 4 not found, 5 not allowed, 6 cancelled, 124 time-out, 130 interrupted.
     """
     ctx.meta["layerwise.debug"] = debug
 
@@ -92,7 +92,8 @@ def run(arguments: list[str]) -> int:
         click.echo("interrupted", err=True)
         return exit_codes.INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone, as in `layerwise jobs | head`; Python would complain again when it flushes at exit.
+        # The reader of our output has gone, as in `layerwise jobs | head`; Python would complain again when it
+        # flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.FAILED
     except LayerwiseError as error:

@@ -22,7 +22,8 @@ def command(name: str, *, examples: Sequence[str]) -> Callable[[Callable[..., An
     epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
 
     def declare(function: Callable[..., Any]) -> click.Command:
-        # Read by layerwise.cli.main.run from the arguments themselves, since an error may come before parsing has ended.
+        # Read by layerwise.cli.main.run from the arguments themselves, since an error may come before parsing has
+        # ended.
         debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks of errors.")
         settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
         return click.command(name, epilog=epilog, context_settings=settings)(debug(function))
@@ -84,16 +85,11 @@ def threads_option(function: Function) -> Function:
     )(function)
 
 
-class Device(click.ParamType):
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
-
-    name = "auto|cpu|cuda:N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check its form; whether there is such a device is seen where it is used."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
-            self.fail(f"{value!r} is none of auto, cpu, cuda, cuda:N", param, ctx)
-        return str(value)
+def device_name(value: str) -> str:
+    """The type of ``--device`` options; whether there is such a device is seen where it is used."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N")
+    return value
 
 
 def runtime_folder() -> Path:

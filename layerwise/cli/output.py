@@ -91,11 +91,13 @@ def job_facts(document: Mapping[str, Any]) -> dict[str, object]:
             facts[f"validation {name}"] = value
     if staleness.get("mean") is not None:
         facts["staleness"] = (
-            f"mean {staleness['mean']:.3f}, p50 {staleness['p50']}, p99 {staleness['p99']}, max {staleness['max']} updates"
+            f"mean {staleness['mean']:.3f}, p50 {staleness['p50']}, p99 {staleness['p99']}, "
+            f"max {staleness['max']} updates"
         )
     if ledger.get("samples_leased"):
         facts["ledger"] = (
-            f"{ledger['samples_leased']} samples leased = {ledger['samples_applied']} applied + {ledger['samples_dropped']} dropped"
+            f"{ledger['samples_leased']} samples leased = "
+            f"{ledger['samples_applied']} applied + {ledger['samples_dropped']} dropped"
         )
     for name in ("window", "accumulation", "backward_weights", "delay_policy", "max_staleness"):
         facts[name.replace("_", " ")] = document.get(name)

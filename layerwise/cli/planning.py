@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from layerwise.cli import exit_codes
-from layerwise.cli.options import Device, allow_import_option, command, output_option, set_option
+from layerwise.cli.options import allow_import_option, command, device_name, output_option, set_option
 from layerwise.cli.output import format_bytes, format_count, print_facts, print_json, print_table
 
 VERIFIED_STEPS = 20
@@ -29,12 +29,19 @@ def schema_command() -> int:
 @click.argument("spec", metavar="SPEC")
 @set_option
 @allow_import_option
-@click.option("--device", type=Device(), default="auto", show_default=True, help="Where the layers are measured.")
+@click.option(
+    "--device",
+    type=device_name,
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda:N",
+    help="Where the layers are measured.",
+)
 @output_option
 def plan_command(
     spec: str, overrides: tuple[str, ...], allow_imports: tuple[str, ...], device: str, output: str
 ) -> int:
-    """Measure the model of SPEC on this machine; show how it would be split, what each shard would need, and the staleness to expect.
+    """Measure the model of SPEC here; show how it would be split, what each shard would need, what staleness to expect.
 
     Nothing is trained. Seconds are for one microbatch on this machine's device.
     """
@@ -97,12 +104,14 @@ def plan_command(
             "mode": settings.mode,
             "steps": settings.steps,
             "epochs": settings.epochs,
-            "samples": f"{prepared.profile.num_train_samples} to train on, {prepared.profile.num_validation_samples} to validate on",
+            "samples": f"{prepared.profile.num_train_samples} to train on, "
+            f"{prepared.profile.num_validation_samples} to validate on",
             "update": f"{settings.plan.batch} samples in {settings.accumulation} microbatches",
             "window": f"{settings.window} microbatches",
             "backward weights": settings.backward_weights,
             "delay policy": settings.delay_policy,
-            "staleness": f"{settings.expected_staleness} updates at most with in-order arrival, {settings.max_staleness} promised",
+            "staleness": f"{settings.expected_staleness} updates at most with in-order arrival, "
+            f"{settings.max_staleness} promised",
         }
     )
     for note in prepared.profile.notes:
@@ -129,7 +138,14 @@ def plan_command(
     show_default=True,
     help="Updates, if the job has no fewer.",
 )
-@click.option("--device", type=Device(), default="cpu", show_default=True, help="Where both are computed.")
+@click.option(
+    "--device",
+    type=device_name,
+    default="cpu",
+    show_default=True,
+    metavar="auto|cpu|cuda:N",
+    help="Where both are computed.",
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @output_option
 def verify_command(
@@ -141,11 +157,11 @@ def verify_command(
     quiet: bool,
     output: str,
 ) -> int:
-    """Train the job of SPEC on a cluster with window 1, and with a plain PyTorch loop; compare parameters, buffers and optimizer state
-    bit for bit.
+    """Train the job of SPEC with window 1 and with a plain PyTorch loop, and compare the two bit for bit.
 
-    Exit status 1 when a bit differs. A synchronous job keeps its window, since it makes the same promise.
-    """  # fmt: skip
+    Compared are parameters, buffers and optimizer state. Exit status 1 when a bit differs. A synchronous job keeps its
+    window, since it makes the same promise.
+    """
     from layerwise.cli.following import shown_progress, signals_call
     from layerwise.embedded import EmbeddedRun
     from layerwise.errors import JobFailedError
@@ -194,8 +210,8 @@ def verify_command(
         )
     elif found.equal:
         click.echo(
-            f"equal bit for bit after {found.version} updates: {found.num_tensors} tensors, {format_count(found.num_elements)} elements "
-            f"of parameters, buffers and optimizer state"
+            f"equal bit for bit after {found.version} updates: {found.num_tensors} tensors, "
+            f"{format_count(found.num_elements)} elements of parameters, buffers and optimizer state"
         )
     else:
         click.echo(f"different after {found.version} updates: {found.difference}")

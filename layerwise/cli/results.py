@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from layerwise.cli import exit_codes
-from layerwise.cli.options import Device, allow_import_option, command, coordinator_option, output_option
+from layerwise.cli.options import allow_import_option, command, coordinator_option, device_name, output_option
 from layerwise.cli.output import print_facts, print_json
 from layerwise.errors import NotFoundError
 
 
 def job_directory(job: str, coordinator: str | None) -> tuple[Path, dict[str, Any] | None]:
-    """The directory that ``job`` names: itself if it is one, else that of the coordinator's job, with the job's document."""
+    """The directory that ``job`` names (itself, or that of the coordinator's job) and the job's document if known."""
     path = Path(job).expanduser().absolute()
     if "/" in job or path.is_dir():
         if not path.is_dir():
@@ -61,7 +61,7 @@ def chosen_cut(directory: Path, cut: int | None) -> int:
 )
 @click.argument("job", metavar="DIRECTORY|JOB")
 @click.option("--cut", type=click.IntRange(min=0), metavar="VERSION", help="Which cut.  [default: the newest]")
-@click.option("--device", type=Device(), default="auto", show_default=True)
+@click.option("--device", type=device_name, default="auto", show_default=True, metavar="auto|cpu|cuda:N")
 @allow_import_option
 @coordinator_option
 @output_option
@@ -98,7 +98,7 @@ def export_command(
     coordinator: str | None,
     output: str,
 ) -> int:
-    """Write a cut as model.safetensors and config.json into the folder DESTINATION (default: export in the job's directory).
+    """Write a cut as model.safetensors and config.json into DESTINATION (default: export/ in the job's directory).
 
     The file is a state dict of torch.nn.Sequential over the model's layers.
     """

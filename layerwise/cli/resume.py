@@ -8,10 +8,10 @@ import click
 
 from layerwise.cli import exit_codes
 from layerwise.cli.options import (
-    Device,
     allow_import_option,
     command,
     coordinator_option,
+    device_name,
     output_option,
     threads_option,
 )
@@ -29,7 +29,14 @@ from layerwise.cli.options import (
 @coordinator_option
 @click.option("-f", "--follow", is_flag=True, help="Show the job until it has ended; the exit status is the job's.")
 @allow_import_option
-@click.option("--device", "devices", type=Device(), multiple=True, help="Devices of the shards (with a DIRECTORY).")
+@click.option(
+    "--device",
+    "devices",
+    type=device_name,
+    multiple=True,
+    metavar="auto|cpu|cuda:N",
+    help="Devices of the shards (with a DIRECTORY).",
+)
 @threads_option
 @click.option("--quiet", is_flag=True, help="No progress.")
 @output_option
@@ -45,8 +52,8 @@ def resume_command(
 ) -> int:
     """Go on with a failed or cancelled job from its newest cut.
 
-    A DIRECTORY (anything with a slash in it, or an existing folder) is trained on by a cluster of its own, as `train` does, unless
-    --coordinator names one. A JOB is queued again by the coordinator that knows it.
+    A DIRECTORY (anything with a slash in it, or an existing folder) is trained on by a cluster of its own, as `train`
+    does, unless --coordinator names one. A JOB is queued again by the coordinator that knows it.
     """
     directory = Path(job).expanduser().absolute()
     is_directory = "/" in job or directory.is_dir()

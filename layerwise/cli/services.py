@@ -14,10 +14,10 @@ import click
 from layerwise.cli import exit_codes
 from layerwise.cli.options import (
     COORDINATOR_VARIABLE,
-    Device,
     allow_import_option,
     command,
     coordinator_address,
+    device_name,
     output_option,
     threads_option,
 )
@@ -108,7 +108,14 @@ def coordinator_command(
 @coordinator_of_service
 @click.option("--listen", metavar="ADDRESS", default="127.0.0.1:0", show_default=True, help=LISTEN_HELP)
 @click.option("--advertise", metavar="ADDRESS", default="", help="Where others reach it.  [default: where it listens]")
-@click.option("--device", type=Device(), default="auto", show_default=True, help="auto takes a GPU if there is one.")
+@click.option(
+    "--device",
+    type=device_name,
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda:N",
+    help="auto takes a GPU if there is one.",
+)
 @threads_option
 @name_option
 @allow_import_option
@@ -180,7 +187,14 @@ def forward_command(
     "backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --insecure --device cuda:1"]
 )
 @coordinator_of_service
-@click.option("--device", type=Device(), default="auto", show_default=True, help="auto takes a GPU if there is one.")
+@click.option(
+    "--device",
+    type=device_name,
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda:N",
+    help="auto takes a GPU if there is one.",
+)
 @threads_option
 @name_option
 @allow_import_option
@@ -197,7 +211,7 @@ def backward_command(
     log_level: str,
     log_format: str,
 ) -> int:
-    """Run a detached backward worker: it computes gradients for a shard elsewhere, for jobs that ask for such workers."""
+    """Run a detached backward worker: a process that computes a shard's gradients, for jobs that ask for it."""
     start_logging(log_level, log_format)
     address = coordinator_address(coordinator)
     from layerwise.worker.backward import run_backward
