@@ -92,6 +92,11 @@ class SharedLock:
             self._writing = False
             self._condition.notify_all()
 
+    @property
+    def has_waiting_writer(self) -> bool:
+        """Whether somebody waits to write: new readers wait behind it."""
+        return self._waiting_writers > 0
+
     def exclusive(self) -> _Exclusive:
         """Context manager: write."""
         return self._exclusive

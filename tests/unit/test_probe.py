@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.derived_weights import derives_weights
+from layerwise.errors import ConfigError, NotAllowedError
+from layerwise.job import JobSpec, parse_job
+from layerwise.probe import probe
+from layerwise.profile import Profile
+
+CPU = torch.device("cpu")
+HERE = "tests.unit.test_probe"
+
+
+def spec(model: dict[str, Any], **others: Any) -> JobSpec:
+    return parse_job(
+        {"name": "probed", "model": model, "data": {"name": "digits", "batch": 16}, "train": {"steps": 2}, **others}
+    )
+
+
+def imported(function: str, **others: Any) -> Profile:
+    return probe(spec({"import": f"{HERE}:{function}"}, **others), device=CPU, allowed_imports=[HERE])
+
+
+def misfits() -> list[nn.Module]:
+    return [nn.Flatten(), nn.Linear(64, 10), nn.Linear(12, 10)]
+
+
+def too_narrow() -> list[nn.Module]:
+    return [nn.Linear(63, 10)]
+
+
+class Dictionary(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": x}
+
+
+def dictionary() -> list[nn.Module]:
+    return [nn.Linear(64, 10), Dictionary()]
+
+
+def lazy() -> list[nn.Module]:
+    return [nn.LazyLinear(10)]
+
+
+def odd() -> list[nn.Module]:
+    shared = nn.Linear(64, 64)
+    tied = nn.Linear(64, 64)
+    tied.weight = shared.weight
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(64, 10))
+    return [shared, nn.ReLU(inplace=True), tied, nn.Linear(64, 64).requires_grad_(False), normed]
+
+
+def wrong_classes() -> list[nn.Module]:
+    return [nn.Linear(64, 3)]
+
+
+def bare() -> nn.Module:
+    return nn.Linear(64, 10)
+
+
+def test_layers_that_do_not_fit_are_named_with_their_shapes() -> None:
+    with pytest.raises(ConfigError) as error:
+        imported("misfits")
+    text = str(error.value)
+    assert "layers 1 (1-linear) and 2 (2-linear) do not fit together" in text
+    assert "float32[4, 10]" in text
+
+
+def test_a_first_layer_that_does_not_take_the_samples_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"layer 0 \(0-linear\) does not take the data's samples, float32\[8, 64\]"):
+        imported("too_narrow")
+
+
+def test_a_layer_that_returns_no_tensor_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"layer 1 \(1-dictionary\) returned a dict"):
+        imported("dictionary")
+
+
+def test_lazy_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="layer 0 .* has lazy parameters"):
+        imported("lazy")
+
+
+def test_targets_that_the_loss_does_not_take_are_refused() -> None:
+    with pytest.raises(ConfigError, match="loss: "):
+        imported("wrong_classes")
+
+
+def test_code_that_is_not_allowed_is_not_run() -> None:
+    with pytest.raises(NotAllowedError, match="--allow-import"):
+        probe(spec({"import": f"{HERE}:misfits"}), device=CPU)
+
+
+def test_a_missing_init_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="init"):
+        probe(spec({"name": "mlp"}, init="nowhere/model.safetensors"), device=CPU)
+
+
+def test_shared_in_place_frozen_and_derived_layers_are_found() -> None:
+    found = imported("odd")
+    assert [layer.shares_with for layer in found.layers] == [(2,), (), (0,), (), ()]
+    assert [layer.clones_input for layer in found.layers] == [False, True, False, False, False]
+    assert [layer.derived_weights for layer in found.layers] == [False, False, False, False, True]
+    assert [layer.trainable for layer in found.layers][3] == 0
+    assert len(found.notes) == 2
+
+
+def test_a_profile_has_sizes_costs_and_what_a_model_needs_of_the_data() -> None:
+    found = probe(spec({"name": "mlp", "hidden": [32], "batchnorm": True}), device=CPU)
+    assert Profile.from_json(found.to_json()) == found
+    hidden, head = found.layers
+    assert hidden.parameters == 64 * 32 + 32 + 2 * 32
+    assert head.output_shapes == ((4, 10),)
+    assert head.output_bytes == 4 * 10 * 4
+    assert hidden.state_bytes > hidden.parameter_bytes * 2
+    assert all(layer.forward_seconds > 0 and layer.backward_seconds > 0 for layer in found.layers)
+    assert found.microbatch_samples == 4
+    assert found.num_train_samples + found.num_validation_samples == 1797
+    assert '"num_classes":10' in found.data_json
+
+
+def test_autocast_is_seen_as_derived_weights() -> None:
+    found = probe(spec({"name": "mlp", "hidden": [32]}, train={"steps": 2, "precision": "bf16"}), device=CPU)
+    assert all(layer.derived_weights for layer in found.layers)
+
+
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.zeros(()))
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T * self.temperature.exp()
+
+
+@pytest.mark.parametrize(
+    ("module", "derived"),
+    [
+        (nn.Linear(4, 4), False),
+        (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU()), False),
+        (nn.MultiheadAttention(4, 2, batch_first=True), False),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), True),
+        (Tempered(), True),
+    ],
+)
+def test_graphs_show_whether_weights_are_derived(module: nn.Module, derived: bool) -> None:
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    output = module(x, x, x)[0] if isinstance(module, nn.MultiheadAttention) else module(x)
+    assert derives_weights([output], [x]) is derived
+
+
+def test_an_embedding_of_tokens_is_no_derived_weight() -> None:
+    tokens = torch.tensor([[1, 2]])
+    embedding = nn.Embedding(4, 3)
+    position = nn.Parameter(torch.randn(5, 3))
+    assert not derives_weights([nn.functional.gelu(embedding(tokens) + position[:2])], [tokens])
