@@ -23,8 +23,8 @@ COLLECT_SECONDS = 5.0
 class MetricsServer:
     """Serves ``/metrics`` over HTTP in a thread of its own until `close`.
 
-    ``collect`` gives the process's metric families. When the server is made on an event loop's thread, ``collect`` runs on that loop, so it
-    may read what only that thread may touch; else it runs on a thread of the server.
+    ``collect`` gives the process's metric families. When the server is made on an event loop's thread, ``collect`` runs
+    on that loop, so it may read what only that thread may touch; else it runs on a thread of the server.
 
     Raises:
         ConfigError: the address is not ``host:port``, or it is taken.
@@ -43,7 +43,8 @@ class MetricsServer:
             server, thread = start_http_server(parsed.port, addr=parsed.host, registry=registry)
         except OSError as error:
             raise ConfigError(
-                f"metrics can't be served at {address}: {error.strerror}; stop what listens there, choose another port, or 0 for a free one"
+                f"metrics can't be served at {address}: {error.strerror}; stop what listens there, choose "
+                "another port, or 0 for a free one"
             ) from error
         self._server: WSGIServer = server
         self._thread: threading.Thread = thread
@@ -59,7 +60,7 @@ class MetricsServer:
 
 
 def serve_metrics(address: str, collect: Callable[[], Iterable[Any]], *, insecure: bool = False) -> str:
-    """Serve ``/metrics`` at ``host:port`` for as long as the process lives; gives the bound address. See `MetricsServer`."""
+    """Serve ``/metrics`` at ``host:port`` while the process lives; gives the bound address. See `MetricsServer`."""
     return MetricsServer(address, collect, insecure=insecure).address
 
 

@@ -55,7 +55,7 @@ def read_job(directory: str | Path) -> JobRecord:
 
 
 def unused_directory(directory: str | Path) -> str:
-    """``directory`` as an absolute path, or the first of ``directory-2``, ``directory-3``, ... if an earlier job has left its work there."""
+    """``directory`` as an absolute path; ``directory-2`` and so on if an earlier job has left its work there."""
     folder = Path(directory).absolute()
     number = 1
     candidate = folder

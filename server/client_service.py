@@ -120,7 +120,8 @@ def _job_reply(document: dict[str, Any]) -> pb2.JobReply:
 def _check_version(request: Any) -> None:
     if request.wire_version != WIRE_VERSION:
         raise RejectedError(
-            f"the caller speaks wire version {request.wire_version}, this coordinator {WIRE_VERSION}; use the same version of layerwise"
+            f"the caller speaks wire version {request.wire_version}, this coordinator {WIRE_VERSION}; "
+            "use the same version of layerwise"
         )
 
 

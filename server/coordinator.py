@@ -43,9 +43,10 @@ def run_coordinator(
     exit_with_parent: bool = False,
     on_listening: Callable[[Coordinator], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. ``state`` is the folder of the job store; without one, jobs are forgotten at the end.
+    """Serve until SIGTERM or SIGINT. ``state`` is the folder of the job store; without one, jobs are forgotten.
 
-    ``metrics`` is ``host:port`` or empty. ``on_listening`` is called once with the coordinator, whose addresses are known then.
+    ``metrics`` is ``host:port`` or empty. ``on_listening`` is called once with the coordinator, whose addresses are
+    known then.
 
     Raises:
         ConfigError: an address is taken, ``state`` can't be used or is another coordinator's.

@@ -12,8 +12,9 @@ from layerwise.messages import Heartbeat, Hello, Message, Role, Unassign, Unassi
 from layerwise.roles import Disconnect, Effect, Send
 from layerwise.server.job_document import job_document
 from layerwise.server.job_record import JobEvent, JobRecord, JobState
-from layerwise.server.membership import Membership, Process
+from layerwise.server.membership import Membership
 from layerwise.server.memory_store import JobStore
+from layerwise.server.node_document import node_document
 from layerwise.server.placement import Places, Shortage, place, replacement
 from layerwise.server.run import Run
 
@@ -28,8 +29,8 @@ MAX_LEFT_OVER = 4096
 class CoordinatorRole:
     """Knows the processes and the jobs; gives each job its processes in the order of submission.
 
-    ``now`` is always unix seconds, and never goes back. Not thread-safe. Jobs that the store knows as active belonged to a coordinator
-    that ended; they are marked failed, with the way to go on.
+    ``now`` is always unix seconds, and never goes back. Not thread-safe. Jobs that the store knows as active belonged
+    to a coordinator that ended; they are marked failed, with the way to go on.
     """
 
     def __init__(
@@ -103,8 +104,8 @@ class CoordinatorRole:
     def submit(self, spec_json: str, now: float, *, directory: str = "") -> tuple[dict[str, Any], list[Effect]]:
         """Queue a job; gives its document.
 
-        Its cuts and event logs go to ``directory``, by default where the job says. No directory serves two jobs: the second one's gets
-        a number.
+        Its cuts and event logs go to ``directory``, by default where the job says. No directory serves two jobs: the
+        second one's gets a number.
 
         Raises:
             ConfigError: the job can't be meant.
@@ -124,7 +125,7 @@ class CoordinatorRole:
         return self._enqueue(record, spec, f"submitted as {record.job}", now)
 
     def adopt(self, record: JobRecord, now: float) -> tuple[dict[str, Any], list[Effect]]:
-        """Queue a job that only its directory remembers (`layerwise.server.adopted_job`); one that is known is resumed."""
+        """Queue a job that only its directory remembers (`read_job` reads it); one that is known here is resumed."""
         for known in self._jobs.values():
             if known.directory == record.directory:
                 return self.resume(known.job, now)
@@ -194,7 +195,7 @@ class CoordinatorRole:
 
     def nodes(self, now: float) -> list[dict[str, Any]]:
         """The processes of the cluster, by role and name."""
-        return [_node(process, now) for process in self.members]
+        return [node_document(process, now) for process in self.members]
 
     def events(self, job: str, offset: int, limit: int = EVENTS_AT_ONCE) -> tuple[JobEvent, ...]:
         """At most ``limit`` events of a job from ``offset`` on; ``NotFoundError`` when there is no such job."""
@@ -286,7 +287,8 @@ class CoordinatorRole:
         if now - self._lacking_since[1] <= spec.timeouts.start:
             return []
         self._lacking_since = None
-        message = f"{shortage.reason}, and no more came within {spec.timeouts.start:g} s: start them, or ask for fewer in cluster:"
+        limit = spec.timeouts.start
+        message = f"{shortage.reason}, and no more came within {limit:g} s: start them, or ask for fewer in cluster:"
         self._close(record, JobState.FAILED, message, "error", now)
         return self._schedule(now)
 
@@ -323,7 +325,8 @@ class CoordinatorRole:
             self._left_over.setdefault(one.process, set()).add(record.job)
         durable = record.durable_cut
         where = f"from version {durable.version} " if durable is not None else ""
-        message = f"the coordinator was started again while the job was {record.state}; go on {where}with `layerwise resume {record.job}`"
+        remedy = f"go on {where}with `layerwise resume {record.job}`"
+        message = f"the coordinator was started again while the job was {record.state}; {remedy}"
         self._close(replace(record, placement=()), JobState.FAILED, message, "error", now)
 
     def _close(self, record: JobRecord, state: JobState, message: str, level: str, now: float) -> None:
@@ -374,28 +377,3 @@ class CoordinatorRole:
         if position:
             reason = f"{position} {'job is' if position == 1 else 'jobs are'} before it"
         return job_document(record, run, queue_position=position, waiting_for=reason)
-
-
-def _node(process: Process, now: float) -> dict[str, Any]:
-    hello, vitals = process.hello, process.vitals
-    state = "leaving" if process.leaving else "free" if process.free else "working"
-    return {
-        "name": process.name,
-        "role": str(process.role),
-        "state": state,
-        "job": process.job,
-        "host": hello.host,
-        "pid": hello.pid,
-        "device": hello.device,
-        "address": hello.address,
-        "version": hello.version,
-        "incarnation": process.incarnation,
-        "allowed_imports": list(hello.allowed_imports),
-        "metrics_address": hello.metrics_address,
-        "joined": process.joined,
-        "heartbeat_age": max(now - process.seen, 0.0),
-        "resident_bytes": vitals.resident_bytes,
-        "cpu_seconds": vitals.cpu_seconds,
-        "sent_bytes": vitals.sent_bytes,
-        "received_bytes": vitals.received_bytes,
-    }

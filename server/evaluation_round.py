@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
 
 from layerwise.ids import Microbatch
 from layerwise.messages import Evaluated, Metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The result of one evaluation: means over all validation samples, and how long training paused for it."""
+
+    version: int
+    seconds: float
+    means: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as in the job document."""
+        return {"version": self.version, "seconds": self.seconds, **self.means}
 
 
 class EvaluationRound:

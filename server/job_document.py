@@ -1,6 +1,7 @@
 """A job as one JSON object: what ``status``, ``result`` and ``--output json`` show.
 
-Every key is always there; what is not known yet is None, zero or empty. Staleness is in updates, times are unix seconds, durations seconds.
+Every key is always there; what is not known yet is None, zero or empty. Staleness is in updates, times are unix
+seconds, durations seconds.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from layerwise.messages import Role
 from layerwise.server.job_record import JobRecord
 from layerwise.server.run import Run
 from layerwise.server.staleness_view import staleness_document, summarize
@@ -82,8 +84,8 @@ def _from_record(record: JobRecord) -> dict[str, Any]:
 def _from_run(run: Run) -> dict[str, Any]:
     document: dict[str, Any] = {
         "blocks": _blocks(run),
-        "forward_workers": [name for name, one in run.workers.items() if one.block < 0],
-        "backward_workers": [name for name, one in run.workers.items() if one.block >= 0],
+        "forward_workers": list(run.workers.of_role(Role.FORWARD)),
+        "backward_workers": list(run.workers.of_role(Role.BACKWARD)),
     }
     if run.prepared is not None:
         settings = run.prepared.settings

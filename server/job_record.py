@@ -11,7 +11,7 @@ from layerwise.messages import Role
 
 
 class JobState(StrEnum):
-    """``queued → preparing → running → stopping → done | cancelled | failed``; any of the first four may fail or be cancelled."""
+    """``queued → preparing → running → stopping → done | cancelled | failed``; the first four may fail at any time."""
 
     QUEUED = "queued"
     PREPARING = "preparing"
@@ -49,7 +49,7 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutRecord:
-    """A durable cut: all layers at ``version``, on disk below the job's directory. ``ledger`` is what was closed by then, in short."""
+    """A durable cut: all layers at ``version``, on disk in the job's directory. ``ledger``: what was closed by then."""
 
     version: int
     time: float
@@ -75,10 +75,10 @@ class PlacementRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """A job as the store keeps it. Times are unix seconds. ``number`` orders the queue and changes when the job is resumed.
+    """A job as the store keeps it. Times are unix seconds. ``number`` orders the queue; a resumed job gets a new one.
 
-    ``settings_json``, ``profile_json`` and ``blocks`` are empty until the job was prepared once; a resume uses them again. ``next_life`` is
-    the next life that a placed block gets. ``document`` is the last job document.
+    ``settings_json``, ``profile_json`` and ``blocks`` are empty until the job was prepared once; a resume uses them
+    again. ``next_life`` is the next life that a placed block gets. ``document`` is the last job document.
     """
 
     job: str

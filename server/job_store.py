@@ -25,9 +25,9 @@ MIGRATIONS = (
     """
     CREATE TABLE jobs (
         job TEXT PRIMARY KEY, number INTEGER NOT NULL, name TEXT NOT NULL, state TEXT NOT NULL, message TEXT NOT NULL,
-        warnings TEXT NOT NULL, created REAL NOT NULL, started REAL, finished REAL, directory TEXT NOT NULL, spec TEXT NOT NULL,
-        settings TEXT NOT NULL, profile TEXT NOT NULL, blocks TEXT NOT NULL, next_life INTEGER NOT NULL,
-        resume_count INTEGER NOT NULL, evaluations TEXT NOT NULL, document TEXT NOT NULL
+        warnings TEXT NOT NULL, created REAL NOT NULL, started REAL, finished REAL, directory TEXT NOT NULL,
+        spec TEXT NOT NULL, settings TEXT NOT NULL, profile TEXT NOT NULL, blocks TEXT NOT NULL,
+        next_life INTEGER NOT NULL, resume_count INTEGER NOT NULL, evaluations TEXT NOT NULL, document TEXT NOT NULL
     ) STRICT;
     CREATE TABLE events (
         job TEXT NOT NULL REFERENCES jobs (job) ON DELETE CASCADE, sequence INTEGER NOT NULL, time REAL NOT NULL,
@@ -38,8 +38,9 @@ MIGRATIONS = (
         num_bytes INTEGER NOT NULL, ledger TEXT NOT NULL, PRIMARY KEY (job, version)
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE placement (
-        job TEXT NOT NULL REFERENCES jobs (job) ON DELETE CASCADE, process TEXT NOT NULL, role TEXT NOT NULL, block INTEGER NOT NULL,
-        start INTEGER NOT NULL, stop INTEGER NOT NULL, life INTEGER NOT NULL, PRIMARY KEY (job, process)
+        job TEXT NOT NULL REFERENCES jobs (job) ON DELETE CASCADE, process TEXT NOT NULL, role TEXT NOT NULL,
+        block INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, life INTEGER NOT NULL,
+        PRIMARY KEY (job, process)
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE lives (
         job TEXT NOT NULL REFERENCES jobs (job) ON DELETE CASCADE, life INTEGER NOT NULL, process TEXT NOT NULL,
@@ -53,7 +54,7 @@ Write = Callable[[sqlite3.Connection], None]
 
 
 class SqliteJobStore:
-    """A `JobStore` in ``folder``. `put` and `add_event` return at once; a thread writes what has gathered in one transaction.
+    """A `JobStore` in ``folder``. Writes return at once; a thread takes what has gathered to disk in one transaction.
 
     Any thread may call it. After `flush` everything before it is on disk.
 
@@ -93,7 +94,7 @@ class SqliteJobStore:
             if connection.execute("SELECT 1 FROM jobs WHERE job = ?", (job,)).fetchone() is None:
                 raise NotFoundError(f"no job {job!r} here")
             rows = connection.execute(
-                "SELECT sequence, time, level, message, fields FROM events WHERE job = ? AND sequence >= ? ORDER BY sequence LIMIT ?",
+                "SELECT * FROM events WHERE job = ? AND sequence >= ? ORDER BY sequence LIMIT ?",
                 (job, offset, limit),
             ).fetchall()
         return tuple(
@@ -190,8 +191,8 @@ class SqliteJobStore:
         schema = connection.execute("PRAGMA user_version").fetchone()[0]
         if schema > len(MIGRATIONS):
             raise ConfigError(
-                f"{self._path} has schema {schema}, and this layerwise knows up to {len(MIGRATIONS)}: a newer one wrote it; "
-                "use that one, or another --state folder"
+                f"{self._path} has schema {schema}, and this layerwise knows up to {len(MIGRATIONS)}: "
+                "a newer one wrote it; use that one, or another --state folder"
             )
         for number in range(schema, len(MIGRATIONS)):
             connection.executescript(f"BEGIN; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")

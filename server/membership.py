@@ -48,7 +48,7 @@ class Process:
 
 
 class Membership:
-    """The processes of a cluster. A process is lost with its link, or when no message came for ``heartbeat_timeout`` seconds.
+    """The processes of a cluster. One is lost with its link, or when it was silent for ``heartbeat_timeout`` seconds.
 
     The time limit of the job that a process works for comes before the cluster's. Not thread-safe.
     """
@@ -75,7 +75,7 @@ class Membership:
         return [one for one in self if one.role is role]
 
     def join(self, hello: Hello, now: float) -> Process:
-        """A process presented itself; one of the same name must have been `lose`\\ d before."""
+        """A process presented itself; `lose` the one of the same name before."""
         if hello.name in self._processes:
             raise ValueError(f"{hello.name} is already there")
         self._incarnations[hello.name] += 1

@@ -9,7 +9,7 @@ from layerwise.server.job_record import JobEvent, JobRecord
 
 
 class JobStore(Protocol):
-    """Keeps jobs and their events. Writes take effect in order; a crash may lose the newest of them, never some between."""
+    """Keeps jobs and their events. Writes take effect in order: a crash may lose the newest, never some between."""
 
     def load(self) -> tuple[JobRecord, ...]:
         """All jobs, oldest first."""

@@ -1,6 +1,7 @@
 """The job-wide view in Prometheus's words, read from the coordinator's role when somebody scrapes.
 
-Labels are bounded: a job only while processes work for it, its layers and shards, roles, states. Processes that come and go have none.
+Labels are bounded: a job only while processes work for it, its layers and shards, roles, states. Processes that come
+and go have none.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def missing_imports(process: Process, spec: JobSpec) -> tuple[str, ...]:
 
 
 def place(spec: JobSpec, members: Membership) -> Places | Shortage:
-    """Choose free processes in the order of their names; on several hosts or devices the shards are spread over them first."""
+    """Choose free processes in the order of their names; shards are spread over devices first."""
     chosen: dict[Role, list[Process]] = {}
     reasons, lacking = [], False
     for role, count in needed(spec).items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from layerwise.applied import AppliedSet
 from layerwise.errors import LayerwiseError
@@ -42,20 +41,20 @@ from layerwise.messages import (
 )
 from layerwise.profile import Profile
 from layerwise.roles import Effect, Send
+from layerwise.server.cut_manifest import manifest_json
 from layerwise.server.job_record import JobEvent, JobRecord, JobState, PlacementRecord
 from layerwise.server.membership import Process
 from layerwise.server.placement import Places
 from layerwise.server.preparation import Prepared, prepare, prepared_before
 from layerwise.server.training import Training
-
-MANIFEST_FORMAT = "layerwise-cut"
+from layerwise.server.worker_places import WorkerPlaces
 
 
 class Run:
     """Drives one job on the processes of ``places``. Messages of other processes, or of other runs, do not come here.
 
-    ``record`` is the job as it now should be stored; ``events`` what was written to its log since it was last emptied. The run is over
-    when ``record.state`` is final. Not thread-safe.
+    ``record`` is the job as it now should be stored; ``events`` what was written to its log since it was last emptied.
+    The run is over when ``record.state`` is final. Not thread-safe.
     """
 
     def __init__(
@@ -67,11 +66,7 @@ class Run:
         self.prepared: Prepared | None = prepared_before(record)
         self.training: Training | None = None
         self.shards = places.shards
-        self.workers: dict[str, PlacementRecord] = {
-            name: PlacementRecord(process=name, role=Role.FORWARD, block=-1) for name in places.forward
-        }
-        for name, block in places.backward:
-            self.workers[name] = PlacementRecord(process=name, role=Role.BACKWARD, block=block)
+        self.workers = WorkerPlaces(spec, places)
         self._addresses = {name: processes[name].hello.address for name in places.shards}
         self._devices = {name: processes[name].hello.device for name in places.shards}
         self._cut = record.durable_cut.version if record.durable_cut is not None else 0
@@ -98,7 +93,7 @@ class Run:
     @property
     def names(self) -> tuple[str, ...]:
         """Every process that works for the run."""
-        return (*self.shards, *self.workers)
+        return (*self.shards, *self.workers.names)
 
     @property
     def route(self) -> tuple[BlockPlace, ...]:
@@ -111,16 +106,7 @@ class Run:
 
     def vacancies(self) -> list[tuple[Role, int]]:
         """Workers that were lost and not replaced, with the block they are for (-1: all)."""
-        if self.over:
-            return []
-        forward = sum(one.role is Role.FORWARD for one in self.workers.values())
-        vacant = [(Role.FORWARD, -1)] * (self.spec.cluster.forward - forward)
-        num_backward = self.spec.cluster.num_detached
-        wanted = [place % self.spec.cluster.shards for place in range(num_backward)]
-        for one in self.workers.values():
-            if one.role is Role.BACKWARD:
-                wanted.remove(one.block)
-        return vacant + [(Role.BACKWARD, block) for block in wanted]
+        return [] if self.over else self.workers.vacancies()
 
     # From outside ----------------------------------------------------------------------------------------------------
 
@@ -149,8 +135,7 @@ class Run:
     def join(self, process: Process, role: Role, block: int, now: float) -> list[Effect]:
         """A free process takes the place of a lost worker."""
         self._now = now
-        place = PlacementRecord(process=process.name, role=role, block=block)
-        self.workers[process.name] = place
+        self.workers.fill(process.name, role, block)
         self._place()
         self._note("info", f"{role} worker {process.name} takes a free place", worker=process.name)
         return [Send(process.name, self._assignment(block))] if self._route else []
@@ -163,7 +148,7 @@ class Run:
         if name in self.shards:
             block = self.shards.index(name)
             return self.fail(f"shard {name} (block {block}) was lost ({why})", now)
-        place = self.workers.pop(name)
+        place = self.workers.empty(name)
         self._ready.pop(name, None)
         self._room.pop(name, None)
         self._place()
@@ -182,7 +167,8 @@ class Run:
         if self.training is not None:
             sentence += f" at version {self.training.version}"
         if durable is not None:
-            sentence += f"; the newest durable cut is version {durable.version}: go on from it with `layerwise resume {self.job}`"
+            remedy = f"go on from it with `layerwise resume {self.job}`"
+            sentence += f"; the newest durable cut is version {durable.version}: {remedy}"
         elif self.training is not None:
             sentence += f"; no cut was durable yet: begin again with `layerwise resume {self.job}`"
         return self._end(JobState.FAILED, sentence)
@@ -211,7 +197,7 @@ class Run:
             return self._start_if_ready()
         if self._cancelled and now - self.training.progressed > limits.drain:
             return self._end_undrained(limits.drain)
-        starved = "" if self._cancelled else self._starved()
+        starved = "" if self._cancelled else self.workers.missing()
         self._starved_since = (self._starved_since or now) if starved else None
         if self._starved_since is not None and now - self._starved_since > limits.start:
             return self.fail(f"{starved}, and none came within {limits.start:g} s", now)
@@ -293,7 +279,7 @@ class Run:
         self._place()
         self._note("info", f"assigning {len(self.names)} processes", version=self._cut)
         effects: list[Effect] = [Send(place.shard, self._assignment(block)) for block, place in enumerate(self._route)]
-        return effects + [Send(name, self._assignment(one.block)) for name, one in self.workers.items()]
+        return effects + [Send(one.process, self._assignment(one.block)) for one in self.workers.records]
 
     def _assignment(self, block: int) -> Assignment:
         return Assignment(
@@ -314,13 +300,12 @@ class Run:
             )
             for block, one in enumerate(self._route)
         )
-        self.record = replace(self.record, placement=(*shards, *self.workers.values()))
+        self.record = replace(self.record, placement=(*shards, *self.workers.records))
 
     def _start_if_ready(self) -> list[Effect]:
         if self.training is not None or self.over or not self._route:
             return []
-        forward = [name for name, one in self.workers.items() if one.role is Role.FORWARD]
-        if not forward or any(name not in self._ready for name in self.names):
+        if not self.workers.of_role(Role.FORWARD) or any(name not in self._ready for name in self.names):
             return []
         assert self.prepared is not None
         sets = [
@@ -387,19 +372,16 @@ class Run:
         if not training.finished:
             return []
         if training.final < training.plan.num_updates:
-            return self._end(JobState.CANCELLED, f"cancelled at version {training.final}; {self._resumable()}")
+            return self._end(
+                JobState.CANCELLED, f"cancelled at version {training.final}; go on with `layerwise resume {self.job}`"
+            )
         return self._end(JobState.DONE, f"done: {training.final} updates of every layer")
 
     def _end_undrained(self, limit: float) -> list[Effect]:
         durable = self.record.durable_cut
         stands = f"the cut at version {durable.version} stands" if durable is not None else "no cut was durable yet"
-        return self._end(
-            JobState.CANCELLED,
-            f"cancelled; what was open did not drain within {limit:g} s, so {stands}; {self._resumable()}",
-        )
-
-    def _resumable(self) -> str:
-        return f"go on with `layerwise resume {self.job}`"
+        reason = f"what was open did not drain within {limit:g} s, so {stands}"
+        return self._end(JobState.CANCELLED, f"cancelled; {reason}; go on with `layerwise resume {self.job}`")
 
     def _end(self, state: JobState, message: str) -> list[Effect]:
         if self.training is not None:
@@ -409,44 +391,9 @@ class Run:
         self.record = replace(self.record, state=state, message=message, finished=self._now, placement=())
         return [Send(name, Unassign(job=self.job)) for name in self.names]
 
-    def _starved(self) -> str:
-        """Which kind of worker is missing altogether, as the beginning of a sentence; empty when none is."""
-        roles = [one.role for one in self.workers.values()]
-        if Role.FORWARD not in roles:
-            return "no forward worker is left"
-        if not self.spec.cluster.attached:
-            served = {one.block for one in self.workers.values() if one.role is Role.BACKWARD}
-            alone = [block for block in range(len(self.shards)) if block not in served]
-            if alone:
-                return f"no backward worker is left for block {alone[0]}"
-        return ""
-
     def _manifest(self, version: int, files: tuple[LayerFile, ...]) -> str:
-        """What a cut's folder says about itself, enough to go on from it with nothing else left."""
-        assert self.training is not None
-        assert self.prepared is not None
-        manifest: dict[str, Any] = {
-            "format": MANIFEST_FORMAT,
-            "format_version": 1,
-            "job": self.job,
-            "name": self.record.name,
-            "version": version,
-            "spec": json.loads(self.record.spec_json),
-            "settings": json.loads(self.record.settings_json),
-            "profile": json.loads(self.record.profile_json),
-            "blocks": [{"start": one.start, "stop": one.stop, "life": one.life} for one in self._route],
-            "next_life": self.record.next_life,
-            "resume_count": self.record.resume_count,
-            "created": self.record.created,
-            "started": self.record.started,
-            "ledger": self.training.ledger_summary(),
-            "evaluations": [dict(one) for one in self.record.evaluations],
-            "files": [
-                {"layer": one.layer, "life": one.life, "name": one.name, "bytes": one.num_bytes, "digest": one.digest}
-                for one in files
-            ],
-        }
-        return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+        assert self.training is not None, "only a run that trains has cuts"
+        return manifest_json(self.record, self._route, version, files, self.training.ledger_summary())
 
     def _note(self, level: str, message: str, **fields: object) -> None:
         sequence = self.record.num_events

@@ -16,7 +16,7 @@ ALREADY_APPLIED, STILL_OPEN, STOPPING, OUT_OF_ORDER = "applied", "open", "stoppi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DroppedMicrobatch:
-    """A microbatch whose gradient is missing: on every layer, or (``missing_from``) on that layer and those below it."""
+    """A microbatch whose gradient is missing: on every layer, or on layer ``missing_from`` and those below it."""
 
     microbatch: Microbatch
     reason: str
@@ -46,7 +46,7 @@ class _Open:
 
 @dataclass(slots=True)
 class _Worker:
-    """What one forward worker holds, void leases included: those whose microbatch has since been closed or leased again."""
+    """What one forward worker holds, also what is void because it was since closed or leased again."""
 
     held: set[tuple[int, int]] = field(default_factory=set)
 
@@ -61,8 +61,8 @@ class SampleLedger:
            └─ aborted, lost, ───┴──────────────────────────────────────────┘ aborted
               expired, given back      (the next lease has attempt + 1)
 
-    ``done`` holds what every layer has already (after a restore); ``partial`` what some layers have and others lack: those are
-    leased before anything else, so that a stop can complete them on all layers. Not thread-safe.
+    ``done`` holds what every layer has already (after a restore); ``partial`` what some layers have and others lack:
+    those are leased before anything else, so that a stop can complete them on all layers. Not thread-safe.
     """
 
     def __init__(self, plan: TrainingPlan, *, done: AppliedSet | None = None, partial: Iterable[int] = ()) -> None:
@@ -139,7 +139,7 @@ class SampleLedger:
         self._target = min(self._target, self.plan.gradients_before(version))
 
     def lease(self, worker: str, capacity: int, now: float, *, paused: bool = False) -> tuple[Attempt, ...]:
-        """Fill ``worker`` up to ``capacity`` leases. While ``paused``, only with what an already open microbatch may be waiting for."""
+        """Fill ``worker`` up to ``capacity`` leases; while ``paused``, only with what an open one may wait for."""
         state = self._workers.setdefault(worker, _Worker())
         granted = []
         while len(state.held) < capacity:
@@ -158,8 +158,8 @@ class SampleLedger:
     def close(self, attempt: Attempt, outcome: Outcome, *, reason: str = "", missing_from: int | None = None) -> bool:
         """A number was closed; True when this is what closed the microbatch.
 
-        Any attempt's "applied" or "dropped" closes the microbatch, once. "aborted" frees it for the next attempt, unless a newer
-        attempt is already under way. ``ValueError`` when the microbatch is not of this plan.
+        Any attempt's "applied" or "dropped" closes the microbatch, once. "aborted" frees it for the next attempt,
+        unless a newer attempt is already under way. ``ValueError`` when the microbatch is not of this plan.
         """
         index = self.plan.index(attempt.microbatch)
         for worker in self._workers.values():
@@ -194,9 +194,10 @@ class SampleLedger:
     def give_back(self, worker: str, attempt: Attempt, reason: str) -> None:
         """``worker`` no longer works on ``attempt``.
 
-        "applied" and "open" mean that an older attempt has closed or goes on by itself, so its close is awaited; "stopping" that
-        the stop version does not need it, as long as what it needs is not lost; "order" that an earlier one must come first. Any other
-        reason frees the microbatch at once. What is not a microbatch of the plan, or not leased to ``worker``, changes nothing.
+        "applied" and "open" mean that an older attempt has closed or goes on, so its close is awaited; "stopping" that
+        the stop version does not need it, as long as what it needs is not lost; "order" that an earlier one must come
+        first. Any other reason frees the microbatch at once. What is not a microbatch of the plan, or not leased to
+        ``worker``, changes nothing.
         """
         try:
             index = self.plan.index(attempt.microbatch)
@@ -238,7 +239,7 @@ class SampleLedger:
             self._release(index)
 
     def expire(self, before: float) -> int:
-        """Free what was leased before that time and is still not closed; its holder may yet finish it. Gives how many."""
+        """Free what was leased before that time and is not closed; its holder may yet finish it. Gives how many."""
         late = [index for index, current in self._open.items() if current.holder is not None and current.since < before]
         for index in late:
             self._release(index)

@@ -12,7 +12,8 @@ from layerwise.messages import LayerReport
 def summarize(histogram: Mapping[int, int]) -> dict[str, Any]:
     """Mean, median, 99th percentile and maximum in updates; None where nothing was counted.
 
-    ``histogram[t]`` counts gradients whose staleness was ``t``. A percentile is the smallest value that so many are at or below.
+    ``histogram[t]`` counts gradients whose staleness was ``t``. A percentile is the smallest value that so many are at
+    or below.
     """
     total = sum(histogram.values())
     if not total:

@@ -6,14 +6,13 @@
        ▲                                                                    │ no microbatch is open
        └──────────── every validation range is answered ◄── evaluating ◄────┘       (a pause, not counted as training)
 
-After the last microbatch the same steps end the run: it is finished when the last cut is durable, its evaluation is in, and every
-block has reported the last version.
+After the last microbatch the same steps end the run: it is finished when the last cut is durable, its evaluation is in,
+and every block has reported the last version.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from layerwise.applied import AppliedSet
@@ -37,7 +36,7 @@ from layerwise.messages import (
 )
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_ledger import CutLedger
-from layerwise.server.evaluation_round import EvaluationRound
+from layerwise.server.evaluation_round import Evaluation, EvaluationRound
 from layerwise.server.job_record import CutRecord
 from layerwise.server.membership import natural_order
 from layerwise.server.preparation import Prepared
@@ -55,21 +54,8 @@ class Journal(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """The result of one evaluation: means over all validation samples, and how long training paused for it."""
-
-    version: int
-    seconds: float
-    means: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as in the job document."""
-        return {"version": self.version, "seconds": self.seconds, **self.means}
-
-
 class Training:
-    """Decides for one run, from `StartTraining` on. ``restored`` is the version that all layers began at. Not thread-safe.
+    """Decides for one run, from `StartTraining` on. All layers began at version ``restored``. Not thread-safe.
 
     ``failure`` holds the sentence once the run can't go on; ``finished`` says that nothing is left to do.
     """

@@ -1,4 +1,4 @@
-"""The training loss as a number to show: a running average while training, a plain mean over the last stretch at the end."""
+"""The training loss as a number to show: a running average, and a plain mean over the last stretch."""
 
 from __future__ import annotations
 

@@ -172,14 +172,14 @@ def test_the_metrics_page_has_the_job_wide_view_while_a_job_runs(socket_folder: 
 
 
 def test_a_taken_metrics_port_is_a_mistake_of_the_flag() -> None:
-    server = MetricsServer("127.0.0.1:0", lambda: [])
+    server = MetricsServer("127.0.0.1:0", list)
     with pytest.raises(ConfigError, match="metrics can't be served at"):
-        MetricsServer(server.address, lambda: [])
+        MetricsServer(server.address, list)
     server.close()
     with pytest.raises(NotAllowedError):
-        MetricsServer("0.0.0.0:0", lambda: [])
+        MetricsServer("0.0.0.0:0", list)
     with pytest.raises(ConfigError, match="host:port"):
-        MetricsServer("unix:/tmp/metrics.sock", lambda: [])
+        MetricsServer("unix:/tmp/metrics.sock", list)
 
 
 def scrape(address: str) -> str:

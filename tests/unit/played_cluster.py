@@ -1,4 +1,4 @@
-"""A cluster for tests of the coordinator's role: it plays the processes by the book, without layers, network or clock."""
+"""A cluster for tests of the coordinator's role: processes that play by the book, without layers, network or clock."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ class PlayedJob:
 class PlayedCluster:
     """Carries out the role's effects at once and in order.
 
-    ``hold`` keeps back leases that it says yes to; `play_held` lets them go on. ``refuse_save`` names the error of a block's cut.
+    ``hold`` keeps back leases that it says yes to; `play_held` lets them go on. ``refuse_save`` names the error of a
+    block's cut.
     """
 
     def __init__(self, store: JobStore | None = None) -> None:
@@ -247,7 +248,6 @@ class PlayedCluster:
         self._answer(name, Ready(job=message.job, block=message.block, applied_json=applied, version=message.cut))
 
     def _on_lease(self, worker: str, lease: Lease) -> None:
-        job = self.jobs[lease.job]
         if lease.kind is LeaseKind.EVALUATE:
             for one in lease.ranges:
                 metrics = (Metric(name="accuracy", total=one.num_samples / 2, count=one.num_samples),)

@@ -210,8 +210,8 @@ def test_a_lost_shard_ends_the_job_with_one_sentence_that_says_how_to_resume() -
     document = played.role.job(job)
     assert document["state"] == "failed"
     assert document["message"] == (
-        "shard shard-1 (block 1) was lost (its link broke and did not come back) at version 4; the newest durable cut is version 4: "
-        "go on from it with `layerwise resume toy-1`"
+        "shard shard-1 (block 1) was lost (its link broke and did not come back) at version 4; "
+        "the newest durable cut is version 4: go on from it with `layerwise resume toy-1`"
     )
     assert [peer for peer, _ in sent(played, Unassign)] == ["shard-0", "forward-0"]
 
@@ -293,7 +293,8 @@ def test_a_cut_that_cannot_be_saved_is_a_warning_and_the_older_one_stands() -> N
     assert (document["state"], [cut["version"] for cut in document["cuts"]]) == ("done", [4, 10])
     warnings = [event.message for event in played.role.events(job, 0) if event.level == "warning"]
     assert warnings == [
-        "the cut at version 8 is given up: shard-1 could not save its block: the disk is full; the cut at version 4 stands"
+        "the cut at version 8 is given up: shard-1 could not save its block: the disk is full; "
+        "the cut at version 4 stands"
     ]
     assert [one.version for _, one in sent(played, CutDurable)] == [4, 8, 10]
 

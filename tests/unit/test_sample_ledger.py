@@ -144,7 +144,7 @@ def test_returning_what_is_no_microbatch_of_the_plan_changes_nothing() -> None:
 
 
 class LedgerBesideFirstShard(RuleBasedStateMachine):
-    """Workers, links with delay, and a first shard that keeps the rules of admission; whatever the order, nothing is lost or counted twice."""
+    """Workers, links with delay, and a first shard that keeps the rules of admission, in any order."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,45 @@
+"""What a cut's folder says about itself: enough to go on from it with nothing else left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from layerwise.messages import BlockPlace, LayerFile
+from layerwise.server.job_record import JobRecord
+
+FORMAT = "layerwise-cut"
+FORMAT_VERSION = 1
+
+
+def manifest_json(
+    record: JobRecord,
+    route: Sequence[BlockPlace],
+    version: int,
+    files: Sequence[LayerFile],
+    ledger: Mapping[str, Any],
+) -> str:
+    """The manifest of the cut at ``version``; `layerwise.server.adopted_job` makes a job of it again."""
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "job": record.job,
+        "name": record.name,
+        "version": version,
+        "spec": json.loads(record.spec_json),
+        "settings": json.loads(record.settings_json),
+        "profile": json.loads(record.profile_json),
+        "blocks": [{"start": one.start, "stop": one.stop, "life": one.life} for one in route],
+        "next_life": record.next_life,
+        "resume_count": record.resume_count,
+        "created": record.created,
+        "started": record.started,
+        "ledger": dict(ledger),
+        "evaluations": [dict(one) for one in record.evaluations],
+        "files": [
+            {"layer": one.layer, "life": one.life, "name": one.name, "bytes": one.num_bytes, "digest": one.digest}
+            for one in files
+        ],
+    }
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,65 @@
+"""The places for workers that a run has, and who fills them."""
+
+from __future__ import annotations
+
+from layerwise.job import JobSpec
+from layerwise.messages import Role
+from layerwise.server.job_record import PlacementRecord
+from layerwise.server.placement import Places
+
+
+class WorkerPlaces:
+    """Forward workers, and backward workers each for one block. A lost one leaves a vacancy. Not thread-safe."""
+
+    def __init__(self, spec: JobSpec, places: Places) -> None:
+        self._num_forward = spec.cluster.forward
+        self._num_blocks = spec.cluster.shards
+        self._num_backward = spec.cluster.num_detached
+        self._attached = spec.cluster.attached
+        self._filled: dict[str, PlacementRecord] = {}
+        for name in places.forward:
+            self.fill(name, Role.FORWARD, -1)
+        for name, block in places.backward:
+            self.fill(name, Role.BACKWARD, block)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._filled
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who fills a place."""
+        return tuple(self._filled)
+
+    @property
+    def records(self) -> tuple[PlacementRecord, ...]:
+        """The filled places."""
+        return tuple(self._filled.values())
+
+    def of_role(self, role: Role) -> tuple[str, ...]:
+        """The workers of one role."""
+        return tuple(name for name, one in self._filled.items() if one.role is role)
+
+    def fill(self, name: str, role: Role, block: int) -> None:
+        """A process takes a place."""
+        self._filled[name] = PlacementRecord(process=name, role=role, block=block)
+
+    def empty(self, name: str) -> PlacementRecord:
+        """A process is gone; gives the place that it leaves."""
+        return self._filled.pop(name)
+
+    def vacancies(self) -> list[tuple[Role, int]]:
+        """Places that nobody fills, with the block they are for (-1: all)."""
+        vacant = [(Role.FORWARD, -1)] * (self._num_forward - len(self.of_role(Role.FORWARD)))
+        blocks = [place % self._num_blocks for place in range(self._num_backward)]
+        for one in self._filled.values():
+            if one.role is Role.BACKWARD:
+                blocks.remove(one.block)
+        return vacant + [(Role.BACKWARD, block) for block in blocks]
+
+    def missing(self) -> str:
+        """Which kind of worker is missing altogether, as the beginning of a sentence; empty when none is."""
+        if not self.of_role(Role.FORWARD):
+            return "no forward worker is left"
+        served = {one.block for one in self._filled.values() if one.role is Role.BACKWARD}
+        alone = [] if self._attached else [block for block in range(self._num_blocks) if block not in served]
+        return f"no backward worker is left for block {alone[0]}" if alone else ""
