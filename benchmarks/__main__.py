@@ -1,0 +1,26 @@
+"""``python -m benchmarks [NAME [arguments] | NAME ...]``: run benchmarks and write their sections of ``benchmarks/RESULTS.md``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+NAMES = ("startup", "hop", "cpu", "digits", "throughput", "convergence")
+
+
+def main(words: list[str]) -> None:
+    """Run those named (all without a name); words after a name that are none go to it."""
+    runs: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word in NAMES:
+            runs.append((word, []))
+        elif runs:
+            runs[-1][1].append(word)
+        else:
+            raise SystemExit(f"no benchmark is called {word!r}; there are {', '.join(NAMES)}")
+    for name, arguments in runs or [(name, []) for name in NAMES]:
+        import_module(f"benchmarks.{name}").main(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
