@@ -1,0 +1,43 @@
+"""One standing cluster for all tests that do not break it: real processes, unix sockets, a directory for each job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerwise.cluster import LocalCluster
+from tests.integration.jobs import OWN_CODE, write_images
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def start(**arguments: object) -> LocalCluster:
+    """A cluster of processes with one thread of arithmetic each, which may run the code in `tests.integration.own_code`."""
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings: dict[str, object] = {"threads": 1, "allow_imports": (OWN_CODE,), "environment": {"PYTHONPATH": path}}
+    return LocalCluster(**{**settings, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """What is compared bit for bit with a process of one thread is computed with one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Four shards, two forward workers, two detached backward workers. Whoever kills one of them starts it again."""
+    with start(shards=4, forward=2, backward=2, directory=tmp_path_factory.mktemp("standing")) as running:
+        running.wait_for_nodes()
+        yield running
+        assert running.problems == (), "a process ended that no test has killed"
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """44 images of 4 classes to train on, and 20 to validate on: three updates of 16 samples an epoch, the last one short."""
+    return write_images(tmp_path_factory.mktemp("data"))
