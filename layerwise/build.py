@@ -57,7 +57,7 @@ class BuiltBlock:
 def build_block(
     assignment: Assignment, *, device: torch.device, cut_events: CutEvents, allowed_imports: Sequence[str] = ()
 ) -> BuiltBlock:
-    """Carry out a shard's assignment: build the model from its seed, keep the block's layers, restore the cut, begin the log.
+    """Carry out a shard's assignment: build the model, keep the block's layers, restore the cut, begin the log.
 
     Raises:
         ConfigError, NotAllowedError: the job's model, data or initial weights can't be used here.
@@ -127,7 +127,7 @@ def build_detached(
     Raises:
         ConfigError, NotAllowedError: the job's model or data can't be used here.
     """
-    spec, settings, profile = _documents(assignment)
+    spec, _, profile = _documents(assignment)
     place = assignment.route[assignment.block]
     modules = build_modules(spec, _data_info(spec, profile, allowed_imports), allowed_imports)
     _check_profile(modules, profile)

@@ -1,11 +1,11 @@
-"""Cuts on disk: what the folders look like, and when a cut counts. No torch here; the tensors are `layerwise.layer_file`'s.
+"""Cuts on disk: what the folders look like, and when a cut counts. No torch here: see `layerwise.layer_file`.
 
 ::
 
-    <job directory>/cuts/00000100/layer-000.life-1.safetensors     written aside, synced, renamed: by each layer's shard
+    <job directory>/cuts/00000100/layer-000.life-1.safetensors   written aside, synced, renamed: by each layer's shard
                                   layer-001.life-1.safetensors
                                   ...
-                                  manifest.json                    written last, the same way: from now on the cut is durable
+                                  manifest.json                  written last, the same way: now the cut is durable
 
 A folder without a manifest is no cut. The manifest names its files with sizes and hashes, and holds a hash of itself.
 """

@@ -49,7 +49,10 @@ _LOOKUPS = frozenset(["Embedding", "EmbeddingBag", "Gather", "Index", "IndexSele
 
 
 def derives_weights(outputs: Iterable[torch.Tensor | None], inputs: Iterable[torch.Tensor | None]) -> bool:
-    """Whether the graph from ``inputs`` (leaves that require a gradient where they can) to ``outputs`` holds derived weights."""
+    """Whether the graph from ``inputs`` to ``outputs`` holds derived weights.
+
+    ``inputs`` are leaves that require a gradient where they can have one.
+    """
     leaves = {id(one) for one in inputs if one is not None}
     from_input: dict[Any, bool] = {}
     from_parameters: dict[Any, bool] = {}

@@ -68,7 +68,10 @@ class PulledStates:
 
 
 class DetachedBlock:
-    """A block's layers as a detached worker holds them: the newest state pulled of each, and no optimizer. One thread at a time."""
+    """A block's layers as a detached worker holds them: the newest state pulled of each, and no optimizer.
+
+    One thread at a time.
+    """
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class DetachedBlock:
         return self._states.have
 
     def run(self, task: DetachedTask) -> Iterator[PushGradient | TaskFinished]:
-        """Take the states that came with ``task``, then give each lacking layer's gradient as soon as it exists, and the end.
+        """Take the states that came with ``task``; give each lacking layer's gradient as soon as it exists, and the end.
 
         Raises:
             RejectedError: the task is not for these layers, or a layer's state never came.

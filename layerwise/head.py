@@ -28,7 +28,10 @@ class Head(Protocol):
 def run_head(
     head: Head, outputs: Tensors, targets: Tensors, precision: Precision, *, graph: bool
 ) -> tuple[torch.Tensor, Tensors]:
-    """The loss, and the outputs cut off from the last layer's graph; with ``graph`` the one can be differentiated for the other."""
+    """The loss, and the outputs cut off from the last layer's graph.
+
+    With ``graph`` the one can be differentiated for the other.
+    """
     leaves: dict[int, torch.Tensor | None] = {}
     for one in outputs.items:
         leaf = None if one is None else one.detach()

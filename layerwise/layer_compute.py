@@ -73,7 +73,7 @@ class LayerPass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerGradients:
-    """``inputs`` go to the layer below, ``parameters`` to the pass's destinations; ``read`` is the backward's version."""
+    """``inputs`` go to the layer below, ``parameters`` to their destinations; ``read`` is the backward's version."""
 
     inputs: tuple[torch.Tensor | None, ...]
     parameters: tuple[torch.Tensor | None, ...]

@@ -78,8 +78,8 @@ def load_layer(directory: str | Path, version: int, file: LayerFile) -> LayerCop
         raise CorruptError(f"{path} is not a layer's file that this version reads: {error}") from error
     if (copy.layer, copy.life, copy.state.version) != (file.layer, file.life, version):
         raise CorruptError(
-            f"{path} holds layer {copy.layer} of life {copy.life} at version {copy.state.version}, not layer {file.layer} of "
-            f"life {file.life} at version {version}"
+            f"{path} holds layer {copy.layer} of life {copy.life} at version {copy.state.version}, not layer "
+            f"{file.layer} of life {file.life} at version {version}"
         )
     return copy
 

@@ -120,7 +120,7 @@ class LayerModule:
         if isinstance(output, tuple | list) and all(one is None or isinstance(one, torch.Tensor) for one in output):
             return Tensors(tuple(None if one is None else self._own(one) for one in output), single=False)
         raise ConfigError(
-            f"layer {self.index} ({self.name}) returned {_describe(output)}; a layer returns a tensor or a tuple of them"
+            f"layer {self.index} ({self.name}) returned {_describe(output)}, expected a tensor or a tuple of tensors"
         )
 
     def _own(self, output: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,8 @@ def partition(profile: Profile, num_blocks: int, *, recompute: bool = False) -> 
             {index for layer in layers if layer.shares_with for index in (layer.index, *layer.shares_with)}
         )
         raise ConfigError(
-            f"cluster.shards is {num_blocks}, but layers {', '.join(map(str, sharing))} share parameters and must stay in "
-            f"one block, which leaves at most {len(places) - 1} blocks; use fewer shards or do not share parameters"
+            f"cluster.shards is {num_blocks}, but layers {', '.join(map(str, sharing))} share parameters and must stay "
+            f"in one block, which leaves at most {len(places) - 1} blocks; use fewer shards or do not share parameters"
         )
     costs = layer_costs(layers, recompute=recompute)
     before = [0.0, *accumulate(costs)]
@@ -45,8 +45,8 @@ def layer_cost(layer: LayerProfile, *, recompute: bool = False) -> float:
 def layer_costs(layers: Sequence[LayerProfile], *, recompute: bool = False) -> list[float]:
     """The cost of each layer in seconds, where layers that do the same work cost the same.
 
-    A measurement can only be too long (something else had the processor), so the shortest of each kind stands. Two layers
-    are of one kind when their class, parameters, kept bytes, inputs and outputs are alike.
+    A measurement can only be too long (something else had the processor), so the shortest of each kind stands. Two
+    layers are of one kind when their class, parameters, kept bytes, inputs and outputs are alike.
     """
     shortest: dict[tuple[object, ...], float] = {}
     kinds = []

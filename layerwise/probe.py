@@ -1,4 +1,4 @@
-"""Runs a job's model once on real samples: what each layer costs, needs and does; and whether the layers fit together at all."""
+"""Runs a job's model on real samples: what each layer costs, needs and does, and whether the layers fit together."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ class _Runner:
             raise
         except Exception as error:  # whatever a loss of the user's own raises
             raise ConfigError(
-                f"loss: it does not take what the last layer, {last} ({self._names[last]}), puts out, {_shapes(values)}, with "
-                f"targets {_shapes(self._targets)}: {_first_line(error)}"
+                f"loss: it does not take what the last layer, {last} ({self._names[last]}), puts out, {_shapes(values)}, "
+                f"with targets {_shapes(self._targets)}: {_first_line(error)}"
             ) from error
         if not bool(torch.isfinite(loss.detach()).all()):
             raise ConfigError(
@@ -224,8 +224,8 @@ class _Explained:
             what = f"model: layer 0 ({names[0]}) does not take the data's samples, {_shapes(self._values)}"
         else:
             what = (
-                f"model: layers {index - 1} ({names[index - 1]}) and {index} ({names[index]}) do not fit together: layer "
-                f"{index - 1} puts out {_shapes(self._values)}, and layer {index} fails on it"
+                f"model: layers {index - 1} ({names[index - 1]}) and {index} ({names[index]}) do not fit together: "
+                f"layer {index - 1} puts out {_shapes(self._values)}, and layer {index} fails on it"
             )
         raise ConfigError(f"{what}: {_first_line(error)}") from error
 
@@ -265,8 +265,8 @@ def _refuse_lazy(modules: Sequence[nn.Module], names: Sequence[str]) -> None:
     for index, module in enumerate(modules):
         if any(nn.parameter.is_lazy(one) for one in (*module.parameters(), *module.buffers())):
             raise ConfigError(
-                f"model: layer {index} ({names[index]}) has lazy parameters, whose shapes every process would have to find out; "
-                f"give the layer its sizes"
+                f"model: layer {index} ({names[index]}) has lazy parameters, whose shapes every process would have to find "
+                f"out; give the layer its sizes"
             )
 
 
@@ -313,8 +313,8 @@ def _notes(layers: Sequence[LayerProfile]) -> tuple[str, ...]:
     derived = [layer.index for layer in layers if layer.derived_weights]
     if derived:
         notes.append(
-            f"layers {', '.join(map(str, derived))} compute with weights derived from their parameters: with backward weights "
-            f"`latest` their forward pass is run again"
+            f"layers {', '.join(map(str, derived))} compute with weights derived from their parameters: with backward "
+            f"weights `latest` their forward pass is run again"
         )
     writing = [layer.index for layer in layers if layer.clones_input]
     if writing:

@@ -1,13 +1,14 @@
 """The plain PyTorch loop: one graph over all layers, one optimizer over all parameters, nothing asynchronous.
 
-What a run at window 1 and in synchronous mode must equal bit for bit, and what asynchronous runs are compared with. It
-shares with them what defines the job (model, data, sampling, loss, optimizer, schedule, seeds) and none of the machinery
-that is to be checked.
+What a run at window 1 and in synchronous mode must equal bit for bit, and what asynchronous runs are compared with.
+It shares with them what defines the job (model, data, sampling, loss, optimizer, schedule, seeds) and none of the
+machinery that is to be checked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,9 +32,9 @@ Batches = Callable[[Microbatch], Batch]
 class PlainLoop:
     """Trains ``modules``, one update a `step`, in one thread.
 
-    Gradients of an update's microbatches are summed in position order, each times its samples, and divided by the samples; a
-    single one is used as it is. They are clipped layer by layer. The learning rate follows the samples before the update. A
-    layer's randomness is seeded from the microbatch and the layer.
+    Gradients of an update's microbatches are summed in position order, each times its samples, and divided by the
+    samples; a single one is used as it is. They are clipped layer by layer. The learning rate follows the samples
+    before the update. A layer's randomness is seeded from the microbatch and the layer.
     """
 
     def __init__(self, modules: Sequence[nn.Module], training: Training, head: Head, batches: Batches) -> None:
@@ -132,7 +133,7 @@ class PlainLoop:
         return {name: total / counts[name] for name, total in totals.items() if counts[name]}
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Parameters, buffers and moments, not copied, as ``parameter:<layer>.<name>``, ``buffer:...``, ``moment:...``."""
+        """Tensors, not copied, as ``parameter:<layer>.<name>``, ``buffer:...``, ``moment:...``."""
         model = nn.Sequential(*self.modules)
         found: dict[str, torch.Tensor] = {f"parameter:{name}": one.detach() for name, one in model.named_parameters()}
         found.update({f"buffer:{name}": one for name, one in model.named_buffers()})
@@ -140,7 +141,7 @@ class PlainLoop:
             found.update({f"moment:{name}": one for name, one in optimizer_state(self.optimizer).items()})
         return found
 
-    def _load(self, tensors: Sequence[torch.Tensor]) -> object:
+    def _load(self, tensors: Sequence[torch.Tensor]) -> Any:
         moved = tuple(one.to(self._device) for one in tensors)
         return moved[0] if len(moved) == 1 else moved
 
@@ -176,5 +177,5 @@ def train_reference(
     return loop
 
 
-def _tensors(value: object) -> Tensors:
-    return Tensors((value,)) if isinstance(value, torch.Tensor) else Tensors(tuple(value), single=False)  # type: ignore[call-overload]
+def _tensors(value: Any) -> Tensors:
+    return Tensors((value,)) if isinstance(value, torch.Tensor) else Tensors(tuple(value), single=False)

@@ -18,7 +18,10 @@ from layerwise.settings import ResolvedSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Where two states differ first. ``kind`` is "parameter", "buffer" or "moment"; ``largest`` the largest absolute difference."""
+    """Where two states differ first: ``kind`` is "parameter", "buffer" or "moment".
+
+    ``largest`` is the largest absolute difference.
+    """
 
     kind: str
     name: str
@@ -65,7 +68,8 @@ def verify(
     """
     if settings.mode == "asynchronous" and settings.window > 1:
         raise ConfigError(
-            f"async.window: got {settings.window}, expected 1 (or mode: synchronous): only then a run equals a plain PyTorch loop"
+            f"async.window: got {settings.window}, expected 1 (or mode: synchronous): only then a run equals a plain "
+            f"PyTorch loop"
         )
     saved = cut_state(directory, version)
     loop = train_reference(
@@ -91,7 +95,7 @@ def cut_state(directory: str | Path, version: int) -> dict[str, torch.Tensor]:
 
 
 def first_difference(saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> Difference | None:
-    """The first tensor, in the order of ``saved``, whose bits differ from those expected, or that only one side has."""
+    """The first tensor, in the order of ``saved``, whose bits differ, or that only one side has."""
     for full, tensor in saved.items():
         kind, _, name = full.partition(":")
         other = expected.get(full)

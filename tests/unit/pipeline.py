@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -119,7 +120,7 @@ class Pipeline:
         self.noted = Noted()
         self.blocks: list[Block] = []
         bounds = [0, *splits, len(self.modules)]
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in pairwise(bounds):
             layers = assemble(
                 self.modules[start:stop],
                 [str(index) for index in range(start, stop)],

@@ -33,7 +33,7 @@ def normalised_model() -> list[nn.Module]:
     ]
 
 
-# Window 1 is plain training ---------------------------------------------------------------------------------------------
+# Window 1 is plain training -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -99,7 +99,7 @@ def test_synchronous_sums_do_not_depend_on_the_order_of_arrival() -> None:
     assert_same(pipeline.state(), plain_loop(pipeline, modules)[0])
 
 
-# Which weights a backward pass reads -------------------------------------------------------------------------------------
+# Which weights a backward pass reads --------------------------------------------------------------------------------
 
 
 def two_linear(mode: WeightMode, depth: int = 2) -> Pipeline:
@@ -205,7 +205,7 @@ def test_a_layer_with_derived_weights_recomputes_under_latest_and_the_log_says_s
     assert modes == [(1, WeightMode.LATEST), (0, WeightMode.RECOMPUTE)] * 2
 
 
-# Buffers ------------------------------------------------------------------------------------------------------------------
+# Buffers ------------------------------------------------------------------------------------------------------------
 
 
 class Counting(nn.Module):
@@ -266,7 +266,7 @@ def test_a_recomputed_pass_reads_the_buffers_that_its_forward_pass_read() -> Non
     assert_same(again.state(), latest.state())
 
 
-# Shapes of models ---------------------------------------------------------------------------------------------------------
+# Shapes of models ---------------------------------------------------------------------------------------------------
 
 
 class Fork(nn.Module):
@@ -336,7 +336,7 @@ def test_a_parameter_shared_by_two_layers_of_a_block_equals_the_plain_loop(mode:
     assert_same(pipeline.state(), plain_loop(pipeline, modules)[0])
 
 
-# What a shard's messages ask of it ------------------------------------------------------------------------------------------
+# What a shard's messages ask of it ----------------------------------------------------------------------------------
 
 
 def test_layers_that_have_a_microbatch_only_pass_the_gradient_on() -> None:
@@ -473,7 +473,7 @@ def test_a_block_given_infinite_inputs_says_so() -> None:
     assert [block.first_not_finite(pipeline.attempt(0)) for block in pipeline.blocks] == [-1, -1]
 
 
-# Cuts and evaluation --------------------------------------------------------------------------------------------------------
+# Cuts and evaluation ------------------------------------------------------------------------------------------------
 
 
 def test_a_cut_is_all_layers_at_one_version_while_training_goes_on() -> None:

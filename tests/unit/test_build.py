@@ -1,10 +1,11 @@
-"""Blocks built from assignments, trained through their public methods, saved, verified and resumed: no processes, real files."""
+"""Blocks built from assignments, trained, saved, verified and resumed: no processes, real files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Run:
         bounds = [0, half, len(self.profile.layers)] if num_blocks == 2 else [0, len(self.profile.layers)]
         self.route = tuple(
             BlockPlace(start=start, stop=stop, shard=f"shard-{start}", address="", life=life)
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+            for start, stop in pairwise(bounds)
         )
         self.noted = [Noted() for _ in self.route]
         self.cut = cut
@@ -195,8 +196,8 @@ def test_stopped_in_mid_epoch_and_resumed_a_run_verifies(tmp_path: Path, accumul
     assert found.equal, str(found.difference)
     lives = [LogReader(folder).header.life for folder in find_logs(second.directory)]
     assert lives == [1, 1, 2, 2]
-    records = [one.event for one in LogReader(find_logs(second.directory)[-1]).records()]
-    assert [one.version for one in records if isinstance(one, RestoreEvent)][0] == 3
+    records = [one.event for one in LogReader(find_logs(second.directory)[-1]).records]
+    assert next(one.version for one in records if isinstance(one, RestoreEvent)) == 3
     assert [one.version for one in records if isinstance(one, CutEvent)][-1] == 6
 
 
@@ -220,7 +221,7 @@ def test_verify_reports_the_first_difference(tmp_path: Path) -> None:
 
 def test_verify_refuses_a_window_above_one(tmp_path: Path) -> None:
     spec = parse_job({"name": "built", "model": MODELS["mlp"], "data": {"name": "digits", "batch": 8}})
-    with pytest.raises(ConfigError, match="async.window: got 2, expected 1"):
+    with pytest.raises(ConfigError, match=r"async\.window: got 2, expected 1"):
         verify(spec, resolve(spec, 100, 2), tmp_path, 1)
 
 
@@ -279,7 +280,7 @@ def test_a_damaged_cut_is_not_restored(tmp_path: Path) -> None:
     path = cut_folder(run.directory, 6) / "layer-001.life-1.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     again = Run(run.spec, run.directory, life=2, cut=6)
-    with pytest.raises(CorruptError, match="layer-001.life-1.safetensors has"), again.blocks():
+    with pytest.raises(CorruptError, match=r"layer-001\.life-1\.safetensors has"), again.blocks():
         pass
 
 

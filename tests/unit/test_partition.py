@@ -64,12 +64,12 @@ def test_layers_that_share_parameters_stay_together() -> None:
 
 
 def test_a_split_that_sharing_forbids_is_refused_with_the_layers() -> None:
-    with pytest.raises(ConfigError, match="layers 0, 2 share parameters .* at most 2 blocks"):
+    with pytest.raises(ConfigError, match=r"layers 0, 2 share parameters .* at most 2 blocks"):
         partition(profile([1, 1, 1, 1], {0: (2,), 2: (0,)}), 3)
 
 
 def test_more_shards_than_layers_are_refused() -> None:
-    with pytest.raises(ConfigError, match="cluster.shards is 3, but the model has only 2 layers"):
+    with pytest.raises(ConfigError, match=r"cluster\.shards is 3, but the model has only 2 layers"):
         partition(profile([1, 1]), 3)
 
 

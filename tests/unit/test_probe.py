@@ -82,7 +82,7 @@ def test_a_layer_that_returns_no_tensor_is_named() -> None:
 
 
 def test_lazy_layers_are_refused() -> None:
-    with pytest.raises(ConfigError, match="layer 0 .* has lazy parameters"):
+    with pytest.raises(ConfigError, match=r"layer 0 .* has lazy parameters"):
         imported("lazy")
 
 
