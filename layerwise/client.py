@@ -74,6 +74,7 @@ class CoordinatorClient:
     def __init__(self, address: str, *, call_seconds: float = CALL_SECONDS) -> None:
         self.address = address
         self.call_seconds = call_seconds
+        self._closed = False
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
     def __enter__(self) -> Self:
@@ -86,6 +87,7 @@ class CoordinatorClient:
 
     def close(self) -> None:
         """End the connection; streams that are followed end with it."""
+        self._closed = True
         self._channel.close()
 
     @contextmanager
@@ -181,10 +183,13 @@ class CoordinatorClient:
                 if self._ended(job):
                     return
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                # A coordinator that ends in good order cancels its streams.
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                     raise self._translate(error, None) from error
             finally:
                 stream.cancel()
+            if self._closed:
+                return
             lost_at = lost_at if lost_at is not None else time.monotonic()
             try:
                 self.wait_until_ready(max(0.0, lost_at + reconnect_seconds - time.monotonic()))
