@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import grpc
 import grpc.aio
 
 from layerwise.address import Address, TcpAddress, UnixAddress
-from layerwise.errors import ConfigError
+from layerwise.errors import ConfigError, RetryableError
 from layerwise.proto.frames import MAX_FRAME_BYTES
 
 SERVICE = "layerwise.v1.Peer"
@@ -24,7 +25,8 @@ _SIZES: Options = (
 # On TCP a larger read-ahead helps chunks of a megabyte; elsewhere the defaults are as good.
 _TCP: Options = (("grpc.http2.lookahead_bytes", 16 << 20),)
 
-TERMINAL_CODES = frozenset(
+# Answers that another attempt would get again.
+_TERMINAL_CODES = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.FAILED_PRECONDITION,
@@ -34,21 +36,28 @@ TERMINAL_CODES = frozenset(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
-"""Answers that another attempt would get again."""
+
+
+class BrokenStreamError(RetryableError):
+    """The stream ended other than by agreement; ``refused``: the other side said no, and would say so again."""
+
+    def __init__(self, reason: str, *, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
 
 
 class Stream(Protocol):
-    """Frames in both directions, in order, until it breaks (``grpc.RpcError``)."""
+    """Frames in both directions, in order, until it breaks (`BrokenStreamError`)."""
 
-    def read(self) -> Awaitable[bytes | None]:
+    async def read(self) -> bytes | None:
         """The next frame; ``None`` at the end."""
         ...
 
-    def write(self, data: bytes, /) -> Awaitable[None]:
-        """Hand a frame over; done when there is room for the next."""
+    async def write(self, data: bytes) -> None:
+        """Hand a frame over; returns when there is room for the next."""
         ...
 
-    def finish(self) -> Awaitable[None]:
+    async def finish(self) -> None:
         """No frame follows."""
         ...
 
@@ -57,23 +66,33 @@ class DialedStream:
     """The stream that this process opened."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        call: Any = channel.stream_stream(f"/{SERVICE}/{_METHOD}")()
-        self.cancel: Callable[[], bool] = call.cancel
-        self._call = call
-        self._read: Callable[[], Awaitable[Any]] = call.read
-
-    def write(self, data: bytes, /) -> Awaitable[None]:
-        """Hand a frame over; done when there is room for the next."""
-        return cast(Awaitable[None], self._call.write(data))
-
-    def finish(self) -> Awaitable[None]:
-        """No frame follows."""
-        return cast(Awaitable[None], self._call.done_writing())
+        self._call: Any = channel.stream_stream(f"/{SERVICE}/{_METHOD}")()
 
     async def read(self) -> bytes | None:
         """The next frame; ``None`` at the end."""
-        data = await self._read()
+        try:
+            data = await self._call.read()
+        except _FAULTS as error:
+            _fail(error)
         return None if data is grpc.aio.EOF else data
+
+    async def write(self, data: bytes) -> None:
+        """Hand a frame over; returns when there is room for the next."""
+        try:
+            await self._call.write(data)
+        except _FAULTS as error:
+            _fail(error)
+
+    async def finish(self) -> None:
+        """No frame follows."""
+        try:
+            await self._call.done_writing()
+        except _FAULTS as error:
+            _fail(error)
+
+    def cancel(self) -> None:
+        """End the stream now."""
+        self._call.cancel()
 
 
 class AcceptedStream:
@@ -81,19 +100,41 @@ class AcceptedStream:
 
     def __init__(self, context: Any) -> None:
         self._context = context
-        self._read: Callable[[], Awaitable[Any]] = context.read
-
-    def write(self, data: bytes, /) -> Awaitable[None]:
-        """Hand a frame over; done when there is room for the next."""
-        return cast(Awaitable[None], self._context.write(data))
 
     async def read(self) -> bytes | None:
         """The next frame; ``None`` at the end."""
-        data = await self._read()
+        try:
+            data = await self._context.read()
+        except _FAULTS as error:
+            _fail(error)
         return None if data is grpc.aio.EOF else data
+
+    async def write(self, data: bytes) -> None:
+        """Hand a frame over; returns when there is room for the next."""
+        try:
+            await self._context.write(data)
+        except _FAULTS as error:
+            _fail(error)
 
     async def finish(self) -> None:
         """The end of the handler ends the stream."""
+
+
+# What gRPC raises when a stream is gone: a status, a call on an ended stream, an operation given up, a cancellation.
+_FAULTS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError, asyncio.CancelledError)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Raise what a fault of gRPC means; the cancellation of our own task stays what it is."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise error
+        raise BrokenStreamError("the stream was cancelled") from error
+    if isinstance(error, grpc.aio.AioRpcError):
+        refused = error.code() in _TERMINAL_CODES
+        raise BrokenStreamError(error.details() or error.code().name, refused=refused) from error
+    raise BrokenStreamError(str(error) or type(error).__name__) from error
 
 
 def open_channel(address: Address) -> grpc.aio.Channel:

@@ -37,8 +37,8 @@ from layerwise.proto.frames import (
 )
 from layerwise.streams import (
     SERVICE,
-    TERMINAL_CODES,
     AcceptedStream,
+    BrokenStreamError,
     DialedStream,
     Stream,
     bind,
@@ -69,6 +69,8 @@ class _Carrier:
         """Received since the last frame that left."""
         self.farewell: FrameHeader | None = None
         """The last frame, once the link is closed here."""
+        self.ended = False
+        """Nothing is to be written any more."""
 
 
 class _Peer:
@@ -230,7 +232,7 @@ class Transport:
             self.disconnect(peer)
         if self._closings:
             await asyncio.wait(list(self._closings), timeout=2 * self._grace_seconds)
-        await asyncio.gather(*(server.stop(0) for server in self._servers))
+        await asyncio.gather(*(server.stop(self._grace_seconds) for server in self._servers))
         for task in list(self._closings):
             task.cancel()
         await asyncio.gather(*self._closings, return_exceptions=True)
@@ -327,10 +329,10 @@ class Transport:
         self._attach(state, carrier)
         try:
             await self._carry(state, carrier)
-        except grpc.RpcError as error:
-            state.reason = _status_text(error)
-            if isinstance(error, grpc.aio.AioRpcError) and error.code() in TERMINAL_CODES:
-                self._lose(state, f"{state.name} at {address} refused the link: {state.reason}")
+        except BrokenStreamError as error:
+            state.reason = str(error)
+            if error.refused:
+                self._lose(state, f"{state.name} at {address} refused the link: {error}")
         except RejectedError as error:
             self._lose(state, f"{state.name} at {address} can't be understood: {error}")
         finally:
@@ -354,10 +356,12 @@ class Transport:
             try:
                 self._take(state, carrier, frame, len(data))
                 await self._carry(state, carrier)
-            except grpc.RpcError as error:
-                state.reason = _status_text(error)
+            except BrokenStreamError as error:
+                state.reason = str(error)
             finally:
                 self._detach(state, carrier)
+        except BrokenStreamError:
+            return  # gone before it said who it was
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was said on this stream")
         except WireVersionError as error:
@@ -397,7 +401,7 @@ class Transport:
         """Move frames both ways until the stream ends or the link leaves it.
 
         Raises:
-            grpc.RpcError: the stream broke.
+            BrokenStreamError: the stream broke, or was refused.
             RejectedError: the peer sent what can't be understood.
         """
         self._track()
@@ -405,15 +409,18 @@ class Transport:
         writing = self._loop.create_task(self._write(state, carrier), name=f"layerwise write {state.name}")
         try:
             await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
-            if writing.done() and not reading.done() and writing.exception() is None:
-                await asyncio.wait(
-                    (reading,), timeout=self._grace_seconds
-                )  # the peer has still to read our last frames
+            if not reading.done():
+                # Writing ended first: the peer has yet to read our last frames, or reading tells why the stream broke.
+                await asyncio.wait((reading,), timeout=self._grace_seconds)
             for task in (reading, writing):
                 if task.done():
                     task.result()
         finally:
+            carrier.ended = True
+            carrier.wake.set()
             reading.cancel()
+            # gRPC can't take back a write that it has begun, and refuses to end the stream meanwhile.
+            await asyncio.wait((writing,), timeout=self._grace_seconds)
             writing.cancel()
             await asyncio.gather(reading, writing, return_exceptions=True)
 
@@ -424,7 +431,7 @@ class Transport:
 
     async def _write(self, state: _Peer, carrier: _Carrier) -> None:
         writer = carrier.writer
-        while True:
+        while not carrier.ended:
             if state.carrier is not carrier and (writer.empty or carrier.farewell is None):
                 break  # closed and all said, or another stream carries the link now
             if writer.empty and not carrier.bare:
@@ -445,6 +452,8 @@ class Transport:
             carrier.named, carrier.bare, carrier.unacknowledged_bytes = True, False, 0
             self.sent_bytes += len(data)
             await carrier.stream.write(data)
+        if carrier.ended:
+            return
         if carrier.farewell is not None and carrier.named:
             await carrier.stream.write(writer.next_frame(carrier.farewell))
         await carrier.stream.finish()
@@ -534,9 +543,3 @@ class Transport:
 
 _NOTHING: list[tuple[int, Any]] = [(0, None)]
 """A frame without messages still acknowledges."""
-
-
-def _status_text(error: grpc.RpcError) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.details() or error.code().name
-    return str(error)
