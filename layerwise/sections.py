@@ -376,7 +376,9 @@ class Asynchrony(Section):
 class Checkpoint(Section):
     """Cuts that are kept on disk."""
 
-    every: Count | None = Field(default=None, description="updates between cuts; default: one at the end")
+    every: AutoCount | None = Field(
+        default="auto", description="updates between cuts; auto: ten a run and at least one in 1000; null: at the end only"
+    )
     keep: Count = 3
     path: str | None = Field(default=None, min_length=1, description="default: runs/ and the job's name")
 

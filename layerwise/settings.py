@@ -14,6 +14,10 @@ from layerwise.sections import Muon, Sgd
 if TYPE_CHECKING:
     from layerwise.job import JobSpec
 
+AUTO_CUTS = 10
+"""Cuts in a run, where the job does not say."""
+LARGEST_AUTO_INTERVAL = 1000
+"""Updates between cuts at most, where the job does not say."""
 CHEAP_HOP = 0.05
 """A hop below this part of a block's forward time does not need a longer window."""
 LARGEST_NU_BELOW_WINDOW = 0.4
@@ -23,7 +27,7 @@ LARGEST_NU_BELOW_WINDOW = 0.4
 class ResolvedSettings:
     """A job's settings without any ``auto`` left. Fixed before the first lease, and used again when the job is resumed.
 
-    ``max_staleness`` is the promise that the audit checks; ``expected_staleness`` is the largest value with in-order
+    ``cut_intervals`` are in updates. ``max_staleness`` is the promise that the audit checks; ``expected_staleness`` is the largest value with in-order
     arrival. Both are in updates, and 0 in synchronous mode.
     """
 
@@ -37,6 +41,7 @@ class ResolvedSettings:
     steps: int
     epochs: int
     plan: TrainingPlan
+    cut_intervals: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -49,6 +54,7 @@ class ResolvedSettings:
         try:
             values = json.loads(text)
             values["plan"] = TrainingPlan(**values["plan"])
+            values["cut_intervals"] = tuple(values["cut_intervals"])
             values["warnings"] = tuple(values["warnings"])
             return cls(**values)
         except (ValueError, TypeError, KeyError) as error:
@@ -102,6 +108,7 @@ def resolve(
         steps=steps,
         epochs=plan.num_epochs,
         plan=plan,
+        cut_intervals=_cut_intervals(spec, steps),
         warnings=() if synchronous else tuple(_warnings(spec, window, accumulation, expected, num_blocks)),
     )
 
@@ -126,6 +133,14 @@ def _accumulation(spec: JobSpec, window: int) -> int:
         if enough:
             return enough[0]
     return spec.data.batch
+
+
+def _cut_intervals(spec: JobSpec, steps: int) -> tuple[int, ...]:
+    """Cuts are at the multiples of each, and at the end: those that are kept, and those that are evaluated."""
+    every = spec.checkpoint.every
+    if every == "auto":
+        every = min(max(steps // AUTO_CUTS, 1), LARGEST_AUTO_INTERVAL)
+    return tuple(sorted({one for one in (every, spec.train.evaluate_every) if one is not None}))
 
 
 def _bounded(spec: JobSpec, window: int, plan: TrainingPlan) -> int:

@@ -48,7 +48,6 @@ class HostedBlock:
         self.queue = TaskQueue(
             window=settings.window, num_layers=len(self.block.layers), attached=spec.cluster.attached
         )
-        intervals = [every for every in (spec.checkpoint.every, spec.train.evaluate_every) if every is not None]
         self.role = ShardRole(
             job=assignment.job,
             block=assignment.block,
@@ -58,7 +57,7 @@ class HostedBlock:
             synchronous=settings.mode == "synchronous",
             compute=self.block,
             queue=self.queue,
-            schedule=CutSchedule(final=plan.num_updates, intervals=intervals),
+            schedule=CutSchedule(final=plan.num_updates, intervals=settings.cut_intervals),
             version=assignment.cut,
             layer_names=[layer.name for layer in self._built.profile.layers],
             task_seconds=spec.timeouts.task,

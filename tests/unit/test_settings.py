@@ -126,3 +126,15 @@ def test_settings_survive_json() -> None:
     assert ResolvedSettings.from_json(found.to_json()) == found
     with pytest.raises(MalformedMessageError):
         ResolvedSettings.from_json("{}")
+
+
+def test_cuts_come_ten_times_a_run_where_the_job_does_not_say() -> None:
+    def intervals(steps: int, **sections: Any) -> tuple[int, ...]:
+        train = {"steps": steps, **sections.pop("train", {})}
+        return settings(train=train, **sections).cut_intervals
+
+    assert intervals(200) == (20,)
+    assert intervals(5) == (1,)
+    assert intervals(10**6) == (1000,)
+    assert intervals(200, checkpoint={"every": None}) == ()
+    assert intervals(200, train={"evaluate_every": 30}, checkpoint={"every": 50}) == (30, 50)
