@@ -15,7 +15,7 @@ from layerwise.server.job_record import JobEvent, JobRecord, JobState
 from layerwise.server.membership import Membership
 from layerwise.server.memory_store import JobStore
 from layerwise.server.node_document import node_document
-from layerwise.server.placement import Places, Shortage, place, replacement
+from layerwise.server.placement import Places, Shortage, check_can_be_placed, place, replacement
 from layerwise.server.run import Run
 
 HEARTBEAT_SECONDS = 1.0
@@ -111,6 +111,7 @@ class CoordinatorRole:
             ConfigError: the job can't be meant.
         """
         spec = parse_job(spec_json)
+        check_can_be_placed(spec)
         number = self._next_number
         self._next_number += 1
         record = JobRecord(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from layerwise.applied import AppliedSet
 from layerwise.job import JobSpec, parse_job
 from layerwise.partition import partition
 from layerwise.profile import Profile
@@ -50,3 +52,14 @@ def prepared_before(record: JobRecord) -> Prepared | None:
         profile=Profile.from_json(record.profile_json),
         blocks=record.blocks,
     )
+
+
+def restored_sets(layers: Sequence[AppliedSet]) -> tuple[AppliedSet, AppliedSet]:
+    """From each layer's set after a restore: what all of them hold, and what at least one holds."""
+    done = AppliedSet.intersection(layers)
+    held = done.copy()
+    top = max(max(one.above, default=one.watermark - 1) for one in layers) + 1
+    for index in done.missing(top):
+        if any(index in one for one in layers):
+            held.add(index)
+    return done, held

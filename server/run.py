@@ -45,7 +45,7 @@ from layerwise.server.cut_manifest import manifest_json
 from layerwise.server.job_record import JobEvent, JobRecord, JobState, PlacementRecord
 from layerwise.server.membership import Process
 from layerwise.server.placement import Places
-from layerwise.server.preparation import Prepared, prepare, prepared_before
+from layerwise.server.preparation import Prepared, prepare, prepared_before, restored_sets
 from layerwise.server.training import Training
 from layerwise.server.worker_places import WorkerPlaces
 
@@ -316,12 +316,7 @@ class Run:
             return self.fail(
                 f"the shards restored version {versions}, and version {self._cut} was asked for", self._now
             )
-        done = AppliedSet.intersection(sets)
-        top = max(max(one.above, default=one.watermark - 1) for one in sets) + 1
-        held = done.copy()
-        partial = [index for index in done.missing(top) if any(index in one for one in sets)]
-        for index in partial:
-            held.add(index)
+        done, held = restored_sets(sets)
         self.training = Training(
             job=self.job,
             prepared=self.prepared,
@@ -329,7 +324,7 @@ class Run:
             restored=self._cut,
             durable=self.record.cuts,
             done=done,
-            partial=partial,
+            held=held,
             journal=self._note,
             manifest=self._manifest,
             now=self._now,
@@ -375,7 +370,11 @@ class Run:
             return self._end(
                 JobState.CANCELLED, f"cancelled at version {training.final}; go on with `layerwise resume {self.job}`"
             )
-        return self._end(JobState.DONE, f"done: {training.final} updates of every layer")
+        message = f"done: {training.final} updates of every layer"
+        if training.wants_evaluation and all(one["version"] != training.final for one in self.record.evaluations):
+            # It was resumed at its very end, where the shards have no copy to evaluate.
+            message += "; the last cut was not evaluated: `layerwise evaluate` does it"
+        return self._end(JobState.DONE, message)
 
     def _end_undrained(self, limit: float) -> list[Effect]:
         durable = self.record.durable_cut

@@ -12,7 +12,7 @@ and every block has reported the last version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from layerwise.applied import AppliedSet
@@ -55,8 +55,10 @@ class Journal(Protocol):
 
 
 class Training:
-    """Decides for one run, from `StartTraining` on. All layers began at version ``restored``. Not thread-safe.
+    """Decides for one run, from `StartTraining` on. Not thread-safe.
 
+    All layers began at version ``restored``; the microbatches in ``done`` are on all of them, those in ``held`` on at
+    least one.
     ``failure`` holds the sentence once the run can't go on; ``finished`` says that nothing is left to do.
     """
 
@@ -69,12 +71,14 @@ class Training:
         restored: int,
         durable: tuple[CutRecord, ...],
         done: AppliedSet,
-        partial: Iterable[int],
+        held: AppliedSet,
         journal: Journal,
         manifest: Callable[[int, tuple[LayerFile, ...]], str],
         now: float,
     ) -> None:
         self.plan = prepared.settings.plan
+        top = max(held.above, default=held.watermark - 1) + 1
+        partial = [index for index in done.missing(top) if index in held]
         self.ledger = SampleLedger(self.plan, done=done, partial=partial)
         self.cuts = CutLedger(
             len(shards), keep=prepared.spec.checkpoint.keep, durable=tuple(cut.version for cut in durable)
@@ -153,6 +157,11 @@ class Training:
             and self.round is None
             and (self.final == self.restored or self._all_reported())
         )
+
+    @property
+    def wants_evaluation(self) -> bool:
+        """The job has validation samples."""
+        return self._num_validation > 0
 
     # Workers ---------------------------------------------------------------------------------------------------------
 

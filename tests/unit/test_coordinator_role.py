@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from layerwise.applied import AppliedSet
-from layerwise.errors import NotAllowedError, NotFoundError
+from layerwise.errors import ConfigError, NotAllowedError, NotFoundError
 from layerwise.ids import Microbatch
 from layerwise.messages import (
     Assignment,
@@ -23,6 +23,7 @@ from layerwise.messages import (
     ReleaseCut,
     Role,
     StartTraining,
+    Stop,
     Unassign,
 )
 from layerwise.server.memory_store import MemoryJobStore
@@ -237,6 +238,30 @@ def test_resume_restores_the_newest_durable_cut_in_new_lives_and_leases_only_the
     assert len(played.leases) - leased_before == 40 - 16
 
 
+def test_a_job_resumed_at_its_last_cut_is_done_and_says_that_this_was_not_evaluated() -> None:
+    played = cluster()
+    played.hold = lambda worker, lease: lease.kind is LeaseKind.EVALUATE
+    job = played.submit()
+    played.kill("shard-1")
+    played.add(Role.SHARD, "shard-1")
+    assert played.role.job(job)["cuts"][-1]["version"] == 10
+    played.resume(job)
+    document = played.role.job(job)
+    assert (document["state"], document["ledger"]["samples_applied"]) == ("done", 80)
+    assert "`layerwise evaluate` does it" in document["message"]
+
+
+def test_a_worker_lost_while_the_job_stops_is_replaced_so_that_it_can_stop() -> None:
+    played = cluster(forward=2)
+    job = run_until(played, 9)
+    played.role.runs[job].cancel(played.now)
+    played.hold = lambda worker, lease: False
+    played.kill("forward-0")
+    played._play("shard-0", Stop(job=job))
+    played.run()
+    assert played.state(job) == "cancelled"
+
+
 def test_cancel_stops_at_the_next_update_with_a_durable_cut_and_an_exact_ledger() -> None:
     played = cluster()
     job = run_until(played, 9)
@@ -411,6 +436,11 @@ def test_detached_workers_are_given_blocks_in_turn() -> None:
     played.submit(spec(cluster={"backward": {"attached": False, "detached": 3}}))
     blocks = {peer: one.block for peer, one in sent(played, Assignment)}
     assert [blocks[f"backward-{index}"] for index in range(3)] == [0, 1, 0]
+
+
+def test_a_block_without_a_backward_worker_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="got 1, expected at least 2, the number of shards"):
+        PlayedCluster().submit(spec(cluster={"backward": {"attached": False, "detached": 1}}))
 
 
 # The coordinator ------------------------------------------------------------------------------------------------------

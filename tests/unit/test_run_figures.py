@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerwise.applied import AppliedSet
 from layerwise.messages import LayerReport
 from layerwise.plan import TrainingPlan
 from layerwise.server.metrics import staleness_histogram
+from layerwise.server.preparation import restored_sets
 from layerwise.server.staleness_view import staleness_document, summarize
 from layerwise.server.training_loss import TrainingLoss
 
@@ -64,3 +66,11 @@ def test_histogram_buckets_are_cumulative_and_end_with_the_count(counts: list[in
     for top, number in buckets:
         assert number == sum(count for value, count in enumerate(counts) if value <= float(top))
     assert total == sum(value * count for value, count in enumerate(counts))
+
+
+def test_after_a_restore_what_all_layers_hold_and_what_any_holds_are_told_apart() -> None:
+    layers = [AppliedSet(2, {4}), AppliedSet(3, {5}), AppliedSet(2, {3, 4})]
+    done, held = restored_sets(layers)
+    assert [index for index in range(8) if index in done] == [0, 1]
+    assert [index for index in range(8) if index in held] == [0, 1, 2, 3, 4, 5]
+    assert restored_sets([AppliedSet(), AppliedSet()]) == (AppliedSet(), AppliedSet())
