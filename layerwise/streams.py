@@ -23,6 +23,8 @@ _SIZES: Options = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
 )
 # On TCP a larger read-ahead helps chunks of a megabyte; elsewhere the defaults are as good.
+_PINGS = ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000)
+"""Clients that follow a quiet job ping every 20 s; without this a server takes that for an attack after a while."""
 _TCP: Options = (("grpc.http2.lookahead_bytes", 16 << 20),)
 
 # Answers that another attempt would get again.
@@ -153,7 +155,7 @@ def open_channel(address: Address) -> grpc.aio.Channel:
 
 def make_server(handle: Callable[[Any, Any], Awaitable[None]]) -> grpc.aio.Server:
     """A server (not started) whose links are served by ``handle(request_iterator, context)``."""
-    server = grpc.aio.server(options=[*_SIZES, *_TCP, ("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=[*_SIZES, *_TCP, _PINGS, ("grpc.so_reuseport", 0)])
     method: Any = grpc.stream_stream_rpc_method_handler(cast(Any, handle))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {_METHOD: method}),))
     return server
