@@ -22,7 +22,7 @@ from layerwise.gradient_sum import Gradients
 from layerwise.head import Head, loss_gradients, run_head
 from layerwise.ids import Attempt, Microbatch
 from layerwise.kept_pass import ActivationStore, KeptPass, tensor_bytes
-from layerwise.layer import TrainedLayer
+from layerwise.layer import LayerCopy, TrainedLayer
 from layerwise.layer_compute import LayerPass, Precision
 from layerwise.messages import DetachedTask, LayerReport, LayerRevision, Metric, NamedTensors, Tensors
 from layerwise.plan import TrainingPlan
@@ -269,8 +269,10 @@ class Block:
         """The task, made whole for a worker that holds ``have``; what was kept stays until `release`."""
         kept = self._store.get(task.attempt)
         held = {one.layer: one.revision for one in have if one.life == life}
-        states = [layer.pull(held.get(layer.index)) for layer in self.layers]
         host = self._transfers
+        with host.computing():
+            states = [layer.pull(held.get(layer.index)) for layer in self.layers]
+            host.finish()
         return DetachedTask(
             job=job,
             attempt=task.attempt,
@@ -341,7 +343,8 @@ class Block:
     def drop(self, attempt: Attempt, reason: str) -> int | None:
         """Put tombstones in every layer that still lacks the microbatch; gives the lowest such layer."""
         self.release(attempt)
-        dropped = [layer.index for layer in self.layers if layer.drop(attempt, reason)]
+        with self._transfers.computing():
+            dropped = [layer.index for layer in self.layers if layer.drop(attempt, reason)]
         return min(dropped, default=None)
 
     # --- evaluation and cuts ------------------------------------------------------------------------------------------
@@ -385,8 +388,13 @@ class Block:
         if version in self._cuts:
             return
         self._cuts.add(version)
-        for layer in self.layers:
-            layer.cut_at(version, self.shelf.put)
+        with self._transfers.computing():
+            for layer in self.layers:
+                layer.cut_at(version, self._shelve)
+
+    def _shelve(self, copy: LayerCopy) -> None:
+        self._transfers.finish()  # the writer's thread reads the copy from another stream
+        self.shelf.put(copy)
 
     def hold_cut(self, version: int) -> None:
         """Keep the copy of ``version`` in memory after it is saved."""
@@ -409,19 +417,19 @@ class Block:
         with the weights that are there now.
         """
         kept = self._store.get(attempt)
-        if not _finite(kept.inputs):
-            return -1
         made = {one.index: one.outputs for one in kept.passes if one.outputs is not None}
         values = kept.inputs
-        for layer, buffers in zip(self.layers, kept.buffers, strict=True):
-            found = made.get(layer.index)
-            if found is None:
-                compute = layer.compute
-                with self._transfers.computing(), compute.guard(exchanges=layer.module.may_write_buffers):
-                    found = compute.run(values, attempt.microbatch, graph=False, buffers=buffers)
-            if not _finite(found):
-                return layer.index
-            values = found
+        with self._transfers.computing():
+            if not _finite(values):
+                return -1
+            for layer, buffers in zip(self.layers, kept.buffers, strict=True):
+                found = made.get(layer.index)
+                if found is None:
+                    with layer.compute.guard(exchanges=layer.module.may_write_buffers):
+                        found = layer.compute.run(values, attempt.microbatch, graph=False, buffers=buffers)
+                if not _finite(found):
+                    return layer.index
+                values = found
         return None
 
     def _layer(self, index: int) -> TrainedLayer:

@@ -96,6 +96,8 @@ def build_block(
     except BaseException:
         events.close()
         raise
+    moves = transfers(device)
+    moves.finish()
     writer = CutWriter(assignment.directory, assignment.job)
     block = Block(
         layers,
@@ -104,7 +106,7 @@ def build_block(
         mode=WeightMode(settings.backward_weights),
         head=job_head(spec, allowed_imports) if last else None,
         trainable_below=trainable_below,
-        transfers=transfers(device),
+        transfers=moves,
         precision=training.precision,
     )
     return BuiltBlock(
@@ -151,11 +153,13 @@ def build_detached(
                 lower=[layers[owner - place.start] for owner in sorted({owner for _, (owner, _) in foreign})],
             )
         )
+    moves = transfers(device)
+    moves.finish()
     return DetachedBlock(
         layers,
         states,
         head=job_head(spec, allowed_imports) if last else None,
-        transfers=transfers(device),
+        transfers=moves,
         precision=precision,
     )
 

@@ -100,7 +100,8 @@ class DetachedBlock:
         Raises:
             RejectedError: the task is not for these layers, or a layer's state never came.
         """
-        self._place(task)
+        with self._transfers.computing():
+            self._place(task)
         passes, outputs = self._forward(task)
         with self._transfers.computing():
             gradients = self._output_gradients(task, outputs)

@@ -49,6 +49,9 @@ class HostTransfers:
         """``tensors`` in host memory, complete."""
         return tensors
 
+    def finish(self) -> None:
+        """Wait until everything begun on the device is done, so that other threads and streams may read it."""
+
     def computing(self) -> AbstractContextManager[object]:
         """The context that a pass runs in."""
         return _NOTHING
@@ -91,6 +94,10 @@ class CudaTransfers(HostTransfers):
             moved = tuple(None if one is None else to_host(one) for one in tensors.items)
         self._copy.synchronize()
         return Tensors(moved, tensors.single)
+
+    def finish(self) -> None:
+        """Wait until everything begun on the device is done."""
+        torch.cuda.synchronize(self.device)
 
     def computing(self) -> AbstractContextManager[object]:
         """Work of this thread goes to the block's compute stream."""

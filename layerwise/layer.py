@@ -234,6 +234,8 @@ class TrainedLayer:
 
     def abort(self, attempt: Attempt) -> bool:
         """Close the attempt's ticket; False when it is not open."""
+        if self.ledger.staleness.get(self._plan.index(attempt.microbatch)) is None:
+            return False
         with self.compute.lock.exclusive():
             return self.ledger.abort(attempt)
 
@@ -294,11 +296,14 @@ class TrainedLayer:
 
         ``taker`` runs under the layer's lock: it must only note the copy.
         """
+        # Noted before looking at the version, so that an update in between finds it; no lock unless a copy is due now.
+        self._cuts[version] = taker
+        if self.ledger.version < version:
+            return
         with self.compute.lock.exclusive():
-            if self.ledger.version < version:
-                self._cuts[version] = taker
-            elif self.ledger.version == version and self.ledger.accumulated == 0:
-                taker(self._copy())
+            waiting = self._cuts.pop(version, None)
+            if waiting is not None and self.ledger.version == version and self.ledger.accumulated == 0:
+                waiting(self._copy())
 
     def _copy(self) -> LayerCopy:
         return LayerCopy(
@@ -357,18 +362,17 @@ class TrainedLayer:
             )
 
     def report(self) -> LayerReport:
-        """Totals since the restore."""
-        with self.compute.lock.shared(), self._mutex:
-            ledger = self.ledger
-            return LayerReport(
-                layer=self.index,
-                life=ledger.life,
-                version=ledger.version,
-                revision=ledger.revision,
-                staleness=ledger.staleness.staleness,
-                misalignment=ledger.staleness.misalignment,
-                learning_rate=ledger.learning_rate or 0.0,
-            )
+        """Totals since the restore. Takes no lock: a report never waits for a pass, and may miss what happens now."""
+        ledger = self.ledger
+        return LayerReport(
+            layer=self.index,
+            life=ledger.life,
+            version=ledger.version,
+            revision=ledger.revision,
+            staleness=ledger.staleness.staleness,
+            misalignment=ledger.staleness.misalignment,
+            learning_rate=ledger.learning_rate or 0.0,
+        )
 
 
 def _laid_out(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
