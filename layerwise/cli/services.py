@@ -178,7 +178,12 @@ def forward_command(
     from layerwise.worker.forward import run_forward
 
     run_forward(
-        coordinator=address, name=name, metrics=metrics, allow_imports=allow_imports, exit_with_parent=exit_with_parent
+        coordinator=address,
+        name=name,
+        metrics=metrics,
+        allow_imports=allow_imports,
+        insecure=insecure,
+        exit_with_parent=exit_with_parent,
     )
     return exit_codes.DONE
 
@@ -223,6 +228,7 @@ def backward_command(
         name=name,
         metrics=metrics,
         allow_imports=allow_imports,
+        insecure=insecure,
         exit_with_parent=exit_with_parent,
     )
     return exit_codes.DONE
