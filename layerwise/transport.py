@@ -23,6 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from layerwise.address import Address, check_may_listen, parse_address
 from layerwise.buffers import BufferPool
+from layerwise.carrier import Carrier
 from layerwise.errors import MalformedMessageError, RejectedError
 from layerwise.link import Link, LinkLost, LinkTable, Packet
 from layerwise.messages import Message
@@ -52,27 +53,6 @@ _MAX_PEERS = 4096
 _MAX_REASONS = 256
 
 
-class _Carrier:
-    """One stream that carries a peer's link."""
-
-    def __init__(self, stream: Stream, reader: FrameReader) -> None:
-        self.stream = stream
-        self.dialed = isinstance(stream, DialedStream)
-        self.reader = reader
-        self.writer = FrameWriter()
-        self.wake = asyncio.Event()
-        self.bare = False
-        """A frame is due even if it carries no message."""
-        self.named = False
-        """Our name has been said on this stream."""
-        self.unacknowledged_bytes = 0
-        """Received since the last frame that left."""
-        self.farewell: FrameHeader | None = None
-        """The last frame, once the link is closed here."""
-        self.ended = False
-        """Nothing is to be written any more."""
-
-
 class _Peer:
     """A link and what carries it now."""
 
@@ -80,7 +60,7 @@ class _Peer:
         self.name = name
         self.link = link
         self.address: Address | None = None
-        self.carrier: _Carrier | None = None
+        self.carrier: Carrier | None = None
         self.dialing: asyncio.Task[None] | None = None
         self.down = asyncio.Event()
         self.heard = False
@@ -185,6 +165,7 @@ class Transport:
         if state.dialing is None and state.carrier is None:
             state.address = parse_address(address)
             state.dialing = self._loop.create_task(self._dial(state), name=f"layerwise dial {peer}")
+            state.dialing.add_done_callback(self._on_dialing_ended)
 
     def send(self, peer: str, message: Message) -> None:
         """Put ``message`` on the link to ``peer``. Never blocks; without a link the message is gone.
@@ -283,24 +264,19 @@ class Transport:
         carrier, state.carrier = state.carrier, None
         state.down.set()
         if carrier is not None:
-            packet = state.link.farewell(farewell)
-            carrier.farewell = FrameHeader(
-                sender=packet.sender, receiver=packet.receiver, acknowledged=packet.acknowledged, lost=farewell
-            )
-            carrier.wake.set()
+            carrier.release(state.link.farewell(farewell))
         if state.dialing is not None and not (carrier is not None and carrier.dialed):
             state.dialing.cancel()
 
-    def _attach(self, state: _Peer, carrier: _Carrier) -> None:
+    def _attach(self, state: _Peer, carrier: Carrier) -> None:
         """Let ``carrier`` carry the link from now on: all that is unacknowledged goes again."""
         older, state.carrier = state.carrier, carrier
         if older is not None:
-            older.farewell = None
-            older.wake.set()
+            older.release()
         state.down.clear()
         self._push(state, state.link.reconnect(self._loop.time()))
 
-    def _detach(self, state: _Peer, carrier: _Carrier) -> None:
+    def _detach(self, state: _Peer, carrier: Carrier) -> None:
         if state.carrier is carrier:
             state.carrier = None
             state.down.set()
@@ -325,10 +301,10 @@ class Transport:
     async def _dial_once(self, state: _Peer, address: Address) -> None:
         channel = open_channel(address)
         stream = DialedStream(channel)
-        carrier = self._carrier(stream)
+        carrier = self._carrier(state.link, stream, self._reader())
         self._attach(state, carrier)
         try:
-            await self._carry(state, carrier)
+            await carrier.run(lambda frame, num_bytes: self._take(state, carrier, frame, num_bytes))
         except BrokenStreamError as error:
             state.reason = str(error)
             if error.refused:
@@ -342,20 +318,21 @@ class Transport:
 
     async def _serve(self, request_iterator: Any, context: Any) -> None:
         """Handle one stream that a peer opened."""
-        stream = AcceptedStream(context)
-        carrier = self._carrier(stream)
+        self._track()
+        stream, reader = AcceptedStream(context), self._reader()
         try:
             data = await asyncio.wait_for(stream.read(), self._connect_seconds)
             if data is None:
                 return
-            frame = carrier.reader.read(data)
+            frame = reader.read(data)
             state = await self._admit(frame, stream, context)
             if state is None:
                 return
+            carrier = self._carrier(state.link, stream, reader)
             self._attach(state, carrier)
             try:
                 self._take(state, carrier, frame, len(data))
-                await self._carry(state, carrier)
+                await carrier.run(lambda frame, num_bytes: self._take(state, carrier, frame, num_bytes))
             except BrokenStreamError as error:
                 state.reason = str(error)
             finally:
@@ -394,76 +371,39 @@ class Transport:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self.name} has closed this link")
         return self._peers.get(header.name) or self._add_peer(header.name, admission.link)
 
-    def _carrier(self, stream: Stream) -> _Carrier:
-        return _Carrier(stream, FrameReader(self._pool, max_message_bytes=self._max_message_bytes))
+    def _reader(self) -> FrameReader:
+        return FrameReader(self._pool, max_message_bytes=self._max_message_bytes)
 
-    async def _carry(self, state: _Peer, carrier: _Carrier) -> None:
-        """Move frames both ways until the stream ends or the link leaves it.
+    def _carrier(self, link: Link, stream: Stream, reader: FrameReader) -> Carrier:
+        return Carrier(
+            self.name,
+            link,
+            stream,
+            reader,
+            linger_seconds=self._grace_seconds,
+            before_write=self._flush,
+            on_written=self._count_written,
+        )
 
-        Raises:
-            BrokenStreamError: the stream broke, or was refused.
-            RejectedError: the peer sent what can't be understood.
-        """
-        self._track()
-        reading = self._loop.create_task(self._read(state, carrier), name=f"layerwise read {state.name}")
-        writing = self._loop.create_task(self._write(state, carrier), name=f"layerwise write {state.name}")
-        try:
-            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                # Writing ended first: the peer has yet to read our last frames, or reading tells why the stream broke.
-                await asyncio.wait((reading,), timeout=self._grace_seconds)
-            for task in (reading, writing):
-                if task.done():
-                    task.result()
-        finally:
-            carrier.ended = True
-            carrier.wake.set()
-            reading.cancel()
-            # gRPC can't take back a write that it has begun, and refuses to end the stream meanwhile.
-            await asyncio.wait((writing,), timeout=self._grace_seconds)
-            writing.cancel()
-            await asyncio.gather(reading, writing, return_exceptions=True)
-
-    async def _read(self, state: _Peer, carrier: _Carrier) -> None:
-        while (data := await carrier.stream.read()) is not None:
-            if state.carrier is carrier:
-                self._take(state, carrier, carrier.reader.read(data), len(data))
-
-    async def _write(self, state: _Peer, carrier: _Carrier) -> None:
-        writer = carrier.writer
-        while not carrier.ended:
-            if state.carrier is not carrier and (writer.empty or carrier.farewell is None):
-                break  # closed and all said, or another stream carries the link now
-            if writer.empty and not carrier.bare:
-                carrier.wake.clear()
-                await carrier.wake.wait()
-                continue
-            if self._flush_due:
-                self._flush_due = False
-                self._before_send()
-            link = state.link
-            header = FrameHeader(
-                sender=link.incarnation,
-                receiver=link.peer_incarnation,
-                acknowledged=link.acknowledged,
-                name="" if carrier.named else self.name,
-            )
-            data = writer.next_frame(header)
-            carrier.named, carrier.bare, carrier.unacknowledged_bytes = True, False, 0
-            self.sent_bytes += len(data)
-            await carrier.stream.write(data)
-        if carrier.ended:
+    def _flush(self) -> None:
+        """Let the process write down what its messages are the effects of; without that nothing may leave."""
+        if not self._flush_due:
             return
-        if carrier.farewell is not None and carrier.named:
-            await carrier.stream.write(writer.next_frame(carrier.farewell))
-        await carrier.stream.finish()
+        try:
+            self._before_send()
+        except Exception as error:
+            self._on_error(error)
+            raise BrokenStreamError(f"{self.name} can't write its records: {error}") from error
+        self._flush_due = False
+
+    def _count_written(self, num_bytes: int) -> None:
+        self.sent_bytes += num_bytes
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
-    def _take(self, state: _Peer, carrier: _Carrier, frame: Frame, num_bytes: int) -> None:
+    def _take(self, state: _Peer, carrier: Carrier, frame: Frame, num_bytes: int) -> None:
         """Hand the messages of a frame on, each once."""
         self.received_bytes += num_bytes
-        carrier.unacknowledged_bytes += num_bytes
         header, link, now = frame.header, state.link, self._loop.time()
         try:
             if header.lost:
@@ -488,7 +428,7 @@ class Transport:
         except LinkLost as error:
             self._lose(state, f"{state.name} gave the link up: {error}")
             return
-        if carrier.unacknowledged_bytes >= self._credit_bytes // 4:
+        if carrier.received_bytes >= self._credit_bytes // 4:
             link.acknowledge_now(now)
         self._tick(state)
 
@@ -511,15 +451,8 @@ class Transport:
         self._tick(state)
 
     def _push(self, state: _Peer, packets: list[Packet]) -> None:
-        carrier = state.carrier
-        if carrier is None or not packets:
-            return  # without a stream nothing is lost: `Link.reconnect` gives it again
-        for packet in packets:
-            if packet.sequence:
-                carrier.writer.add(packet.sequence, packet.message)
-            else:
-                carrier.bare = True
-        carrier.wake.set()
+        if packets and state.carrier is not None:  # without a stream nothing is lost: `Link.reconnect` gives it again
+            state.carrier.push(packets)
 
     # --- callbacks ----------------------------------------------------------------------------------------------------
 
@@ -531,6 +464,10 @@ class Transport:
 
     def _report(self, error: Exception) -> None:
         self._loop.call_exception_handler({"message": f"a callback of {self.name} failed: {error}", "exception": error})
+
+    def _on_dialing_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_error(error if isinstance(error, Exception) else RuntimeError(str(error)))
 
     def _track(self) -> None:
         """Let `close` wait for the current task."""
