@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from layerwise.address import Address, TcpAddress, UnixAddress
 from layerwise.errors import ConfigError, RetryableError
@@ -153,11 +154,15 @@ def open_channel(address: Address) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(str(address), options=[*options, *_TCP])
 
 
-def make_server(handle: Callable[[Any, Any], Awaitable[None]]) -> grpc.aio.Server:
-    """A server (not started) whose links are served by ``handle(request_iterator, context)``."""
+async def make_server(handle: Callable[[Any, Any], Awaitable[None]]) -> grpc.aio.Server:
+    """A server (not started) with the health service, whose links are served by ``handle(request_iterator, context)``."""
     server = grpc.aio.server(options=[*_SIZES, *_TCP, _PINGS, ("grpc.so_reuseport", 0)])
     method: Any = grpc.stream_stream_rpc_method_handler(cast(Any, handle))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {_METHOD: method}),))
+    servicer: Any = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    for service in ("", SERVICE):
+        await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
     return server
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from layerwise.address import Address, check_may_listen, parse_address
 from layerwise.buffers import BufferPool
@@ -27,6 +26,7 @@ from layerwise.carrier import Carrier
 from layerwise.errors import MalformedMessageError, RejectedError
 from layerwise.link import Link, LinkLost, LinkTable, Packet
 from layerwise.messages import Message
+from layerwise.peer import Peer
 from layerwise.proto.frames import (
     MAX_MESSAGE_BYTES,
     Frame,
@@ -37,7 +37,6 @@ from layerwise.proto.frames import (
     encode_message,
 )
 from layerwise.streams import (
-    SERVICE,
     AcceptedStream,
     BrokenStreamError,
     DialedStream,
@@ -51,22 +50,6 @@ _ACKNOWLEDGE_SECONDS = 0.05
 _BACKOFF_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2)
 _MAX_PEERS = 4096
 _MAX_REASONS = 256
-
-
-class _Peer:
-    """A link and what carries it now."""
-
-    def __init__(self, name: str, link: Link) -> None:
-        self.name = name
-        self.link = link
-        self.address: Address | None = None
-        self.carrier: Carrier | None = None
-        self.dialing: asyncio.Task[None] | None = None
-        self.down = asyncio.Event()
-        self.heard = False
-        self.reason = "nobody answered"
-        self.loss_timer: asyncio.TimerHandle | None = None
-        self.tick_timer: asyncio.TimerHandle | None = None
 
 
 class Transport:
@@ -113,7 +96,7 @@ class Transport:
         self._max_message_bytes = max_message_bytes
         self._pool = pool or BufferPool()
         self._table = LinkTable(self._new_link)
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, Peer] = {}
         self._reasons: OrderedDict[str, str] = OrderedDict()
         self._servers: list[grpc.aio.Server] = []
         self._hooks: list[Callable[[grpc.aio.Server], None]] = []
@@ -136,11 +119,7 @@ class Transport:
         """
         parsed = parse_address(address)
         check_may_listen(parsed, insecure=insecure)
-        server = make_server(self._serve)
-        servicer: Any = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-        for service in ("", SERVICE):
-            await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+        server = await make_server(self._serve)
         for hook in self._hooks:
             hook(server)
         bound = bind(server, parsed)
@@ -161,7 +140,7 @@ class Transport:
         state = self._peers.get(peer)
         if state is None:
             state = self._add_peer(peer, self._table.open(peer))
-            self._arm(state, self._connect_seconds)
+            state.expect(self._connect_seconds, self._expire)
         if state.dialing is None and state.carrier is None:
             state.address = parse_address(address)
             state.dialing = self._loop.create_task(self._dial(state), name=f"layerwise dial {peer}")
@@ -180,7 +159,7 @@ class Transport:
         encoded = encode_message(message)
         packets = state.link.send(encoded, self._loop.time(), encoded.size)
         self._flush_due = True
-        self._push(state, packets)
+        state.push(packets)
         if state.link.outbox_size > self._max_outbox_bytes:
             waiting = state.link.outbox_size
             reason = f"{peer} does not read: {waiting} bytes wait for it, the limit is {self._max_outbox_bytes}"
@@ -229,22 +208,17 @@ class Transport:
             max_size=self._credit_bytes,
         )
 
-    def _add_peer(self, name: str, link: Link) -> _Peer:
-        state = self._peers[name] = _Peer(name, link)
+    def _add_peer(self, name: str, link: Link) -> Peer:
+        state = self._peers[name] = Peer(name, link, self._loop)
         self._reasons.pop(name, None)
         return state
 
-    def _arm(self, state: _Peer, seconds: float) -> None:
-        """Give the peer up after ``seconds``, unless it is heard before."""
-        if state.loss_timer is None:
-            state.loss_timer = self._loop.call_later(seconds, self._expire, state)
-
-    def _expire(self, state: _Peer) -> None:
+    def _expire(self, state: Peer) -> None:
         self._lose(
             state, f"no answer from {state.name}{f' at {state.address}' if state.address else ''}: {state.reason}"
         )
 
-    def _lose(self, state: _Peer, reason: str) -> None:
+    def _lose(self, state: Peer, reason: str) -> None:
         """End a link that can't go on, and say so once."""
         if self._peers.get(state.name) is not state:
             return
@@ -254,38 +228,19 @@ class Transport:
             self._reasons.popitem(last=False)
         self._call(self._on_lost, state.name)
 
-    def _remove(self, state: _Peer, farewell: str) -> None:
+    def _remove(self, state: Peer, farewell: str) -> None:
         del self._peers[state.name]
         if self._table.get(state.name) is state.link:
             self._table.drop(state.name)
-        for timer in (state.loss_timer, state.tick_timer):
-            if timer is not None:
-                timer.cancel()
-        carrier, state.carrier = state.carrier, None
-        state.down.set()
-        if carrier is not None:
-            carrier.release(state.link.farewell(farewell))
-        if state.dialing is not None and not (carrier is not None and carrier.dialed):
-            state.dialing.cancel()
+        state.close(farewell)
 
-    def _attach(self, state: _Peer, carrier: Carrier) -> None:
-        """Let ``carrier`` carry the link from now on: all that is unacknowledged goes again."""
-        older, state.carrier = state.carrier, carrier
-        if older is not None:
-            older.release()
-        state.down.clear()
-        self._push(state, state.link.reconnect(self._loop.time()))
-
-    def _detach(self, state: _Peer, carrier: Carrier) -> None:
-        if state.carrier is carrier:
-            state.carrier = None
-            state.down.set()
-            if state.heard:
-                self._arm(state, self._grace_seconds)
+    def _detach(self, state: Peer, carrier: Carrier) -> None:
+        if state.detach(carrier) and state.heard:
+            state.expect(self._grace_seconds, self._expire)
 
     # --- streams ------------------------------------------------------------------------------------------------------
 
-    async def _dial(self, state: _Peer) -> None:
+    async def _dial(self, state: Peer) -> None:
         """Keep a stream to the peer's address as long as the link lives."""
         self._track()
         assert state.address is not None
@@ -298,11 +253,11 @@ class Transport:
                 await state.down.wait()
             await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
 
-    async def _dial_once(self, state: _Peer, address: Address) -> None:
+    async def _dial_once(self, state: Peer, address: Address) -> None:
         channel = open_channel(address)
         stream = DialedStream(channel)
         carrier = self._carrier(state.link, stream, self._reader())
-        self._attach(state, carrier)
+        state.attach(carrier)
         try:
             await carrier.run(lambda frame, num_bytes: self._take(state, carrier, frame, num_bytes))
         except BrokenStreamError as error:
@@ -329,7 +284,7 @@ class Transport:
             if state is None:
                 return
             carrier = self._carrier(state.link, stream, reader)
-            self._attach(state, carrier)
+            state.attach(carrier)
             try:
                 self._take(state, carrier, frame, len(data))
                 await carrier.run(lambda frame, num_bytes: self._take(state, carrier, frame, num_bytes))
@@ -346,7 +301,7 @@ class Transport:
         except MalformedMessageError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    async def _admit(self, frame: Frame, stream: AcceptedStream, context: Any) -> _Peer | None:
+    async def _admit(self, frame: Frame, stream: AcceptedStream, context: Any) -> Peer | None:
         """The peer to whose link the stream's first frame belongs; ``None``: the stream was answered."""
         header = frame.header
         if not header.name or header.lost:
@@ -401,7 +356,7 @@ class Transport:
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
-    def _take(self, state: _Peer, carrier: Carrier, frame: Frame, num_bytes: int) -> None:
+    def _take(self, state: Peer, carrier: Carrier, frame: Frame, num_bytes: int) -> None:
         """Hand the messages of a frame on, each once."""
         self.received_bytes += num_bytes
         header, link, now = frame.header, state.link, self._loop.time()
@@ -411,8 +366,7 @@ class Transport:
                     Packet(sender=header.sender, receiver=header.receiver, acknowledged=0, lost=header.lost), now
                 )
                 return
-            if not state.heard or state.loss_timer is not None:
-                self._on_heard(state)
+            state.hear()
             for sequence, message in frame.messages or _NOTHING:
                 packet = Packet(
                     sender=header.sender,
@@ -430,29 +384,7 @@ class Transport:
             return
         if carrier.received_bytes >= self._credit_bytes // 4:
             link.acknowledge_now(now)
-        self._tick(state)
-
-    def _on_heard(self, state: _Peer) -> None:
-        state.heard = True
-        if state.loss_timer is not None:
-            state.loss_timer.cancel()
-            state.loss_timer = None
-
-    def _tick(self, state: _Peer) -> None:
-        """Send what an acknowledgement has made room for, and our own acknowledgement when it is due."""
-        now = self._loop.time()
-        self._push(state, state.link.tick(now))
-        due = state.link.due
-        if state.tick_timer is None and due != float("inf"):
-            state.tick_timer = self._loop.call_at(due, self._on_tick_timer, state)
-
-    def _on_tick_timer(self, state: _Peer) -> None:
-        state.tick_timer = None
-        self._tick(state)
-
-    def _push(self, state: _Peer, packets: list[Packet]) -> None:
-        if packets and state.carrier is not None:  # without a stream nothing is lost: `Link.reconnect` gives it again
-            state.carrier.push(packets)
+        state.tick()
 
     # --- callbacks ----------------------------------------------------------------------------------------------------
 

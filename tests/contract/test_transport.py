@@ -600,7 +600,7 @@ def test_a_client_of_another_wire_version_is_refused_with_both_versions(tcp: Cal
 
 
 async def foreign_server(handle: Callable[[Any, Any], Awaitable[None]]) -> tuple[grpc.aio.Server, str]:
-    server = make_server(handle)
+    server = await make_server(handle)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     return server, f"127.0.0.1:{port}"

@@ -1,0 +1,87 @@
+"""One peer of a transport: its link, what carries it, and when to give it up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from layerwise.address import Address
+from layerwise.carrier import Carrier
+from layerwise.link import Link, Packet
+
+
+class Peer:
+    """The link to process ``name`` and its state on this side. Event loop's thread only."""
+
+    def __init__(self, name: str, link: Link, loop: asyncio.AbstractEventLoop) -> None:
+        self.name = name
+        self.link = link
+        self.address: Address | None = None
+        """Where it is dialed; ``None``: only it dials."""
+        self.carrier: Carrier | None = None
+        self.dialing: asyncio.Task[None] | None = None
+        self.down = asyncio.Event()
+        """Set while nothing carries the link."""
+        self.heard = False
+        """A frame of this link has arrived."""
+        self.reason = "nobody answered"
+        """Why the last stream ended."""
+        self._loop = loop
+        self._loss_timer: asyncio.TimerHandle | None = None
+        self._tick_timer: asyncio.TimerHandle | None = None
+
+    def attach(self, carrier: Carrier) -> None:
+        """Let ``carrier`` carry the link from now on: all that is unacknowledged goes again."""
+        older, self.carrier = self.carrier, carrier
+        if older is not None:
+            older.release()
+        self.down.clear()
+        self.push(self.link.reconnect(self._loop.time()))
+
+    def detach(self, carrier: Carrier) -> bool:
+        """The stream has ended; whether it was the one that carried the link."""
+        if self.carrier is not carrier:
+            return False
+        self.carrier = None
+        self.down.set()
+        return True
+
+    def push(self, packets: list[Packet]) -> None:
+        """Hand packets to the carrier. Without one nothing is lost: `Link.reconnect` gives them again."""
+        if packets and self.carrier is not None:
+            self.carrier.push(packets)
+
+    def tick(self) -> None:
+        """Send what an acknowledgement has made room for, and our own acknowledgement when it is due."""
+        self.push(self.link.tick(self._loop.time()))
+        due = self.link.due
+        if self._tick_timer is None and due != float("inf"):
+            self._tick_timer = self._loop.call_at(due, self._on_tick_timer)
+
+    def _on_tick_timer(self) -> None:
+        self._tick_timer = None
+        self.tick()
+
+    def expect(self, seconds: float, expire: Callable[[Peer], None]) -> None:
+        """Call ``expire`` after ``seconds``, unless the peer is heard before."""
+        if self._loss_timer is None:
+            self._loss_timer = self._loop.call_later(seconds, expire, self)
+
+    def hear(self) -> None:
+        """A frame has arrived."""
+        self.heard = True
+        if self._loss_timer is not None:
+            self._loss_timer.cancel()
+            self._loss_timer = None
+
+    def close(self, farewell: str) -> None:
+        """Leave the link: what is queued still goes, then the other side is told ``farewell``."""
+        for timer in (self._loss_timer, self._tick_timer):
+            if timer is not None:
+                timer.cancel()
+        carrier, self.carrier = self.carrier, None
+        self.down.set()
+        if carrier is not None:
+            carrier.release(self.link.farewell(farewell))
+        if self.dialing is not None and not (carrier is not None and carrier.dialed):
+            self.dialing.cancel()  # otherwise dialing ends by itself, after the farewell
