@@ -1,18 +1,25 @@
-"""Validation loss of ``examples/stdlib-lm.yaml``, asynchronous beside synchronous: same samples, same optimizer, one grid of learning rates.
+"""Validation loss of ``examples/stdlib-lm.yaml``, asynchronous beside synchronous: same samples, optimizer and grid of rates.
 
-    python -m benchmarks convergence [--rates 0.01 0.02 0.04] [--seeds 1 2 3] [--steps N]
+    python -m benchmarks convergence [--rates 0.01 0.02 0.04] [--seeds 1 2 3] [--only synchronous|asynchronous]
 
-The best rate of each side is chosen with the first seed; the other seeds run at it. Synchronous is the plain PyTorch loop.
+The best rate of each side is chosen with the first seed; the other seeds run at it. Synchronous is the plain PyTorch loop,
+two runs at a time with one thread each. Finished runs are remembered in ``build/convergence.json`` (delete it to measure
+anew), so a measurement that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from benchmarks.report import table, write_section
-from benchmarks.runs import STDLIB_LM, synchronous, train
+from benchmarks.runs import ROOT, STDLIB_LM, synchronous, train
+
+MEMORY = ROOT / "build" / "convergence.json"
+Runs = dict[tuple[float, int], float]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,52 +27,78 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks convergence")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.02, 0.04])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--only", choices=["synchronous", "asynchronous"])
     options = parser.parse_args(arguments)
-    steps = [] if options.steps is None else [f"train.steps={options.steps}"]
+    found: dict[str, Runs] = {}
+    best: dict[str, float] = {}
+    for side, measure in (("synchronous", _plain), ("asynchronous", _layerwise)):
+        if options.only not in (None, side):
+            continue
+        runs = _remembered(side, measure, [(rate, options.seeds[0]) for rate in options.rates])
+        best[side] = min(options.rates, key=lambda rate: runs[rate, options.seeds[0]])
+        found[side] = runs | _remembered(side, measure, [(best[side], seed) for seed in options.seeds[1:]])
+    if options.only is None:
+        _write(found, best, options.seeds, arguments)
 
-    def overrides(rate: float, seed: int) -> list[str]:
-        return [f"train.optimizer.lr={rate}", f"train.seed={seed}", "checkpoint.every=100000", *steps]
 
-    first, *others = options.seeds
-    plain = [(rate, first) for rate in options.rates]
-    sync = dict(zip(plain, _plain([overrides(*one) for one in plain]), strict=True))
-    asynchronous = {(rate, first): _layerwise(overrides(rate, first)) for rate in options.rates}
-    best_sync = min(options.rates, key=lambda rate: sync[rate, first])
-    best_async = min(options.rates, key=lambda rate: asynchronous[rate, first])
-    rest = [(best_sync, seed) for seed in others]
-    sync.update(zip(rest, _plain([overrides(*one) for one in rest]), strict=True))
-    asynchronous.update({(best_async, seed): _layerwise(overrides(best_async, seed)) for seed in others})
+def _write(found: dict[str, Runs], best: dict[str, float], seeds: Sequence[int], arguments: Sequence[str]) -> None:
+    wanted = sorted(found["synchronous"].keys() | found["asynchronous"].keys())
     rows = [
         [
             f"{rate:g}",
             str(seed),
-            *(f"{found[rate, seed]:.4f}" if (rate, seed) in found else "" for found in (sync, asynchronous)),
+            *(f"{runs[rate, seed]:.4f}" if (rate, seed) in runs else "" for runs in found.values()),
         ]
-        for rate, seed in sorted(sync.keys() | asynchronous.keys())
+        for rate, seed in wanted
     ]
-    means = [
-        statistics.mean(found[rate, seed] for seed in options.seeds)
-        for found, rate in ((sync, best_sync), (asynchronous, best_async))
-    ]
-    gap = means[1] - means[0]
-    text = table(["learning rate", "seed", "synchronous", "asynchronous"], rows)
-    text += (
-        f"\n\nMean of {len(options.seeds)} seeds at each side's best rate: synchronous {means[0]:.4f} (rate {best_sync:g}), asynchronous "
-        f"{means[1]:.4f} (rate {best_async:g}); the gap is {gap:+.4f} nat, {100 * gap / means[0]:+.2f} %."
+    values = {side: [runs[best[side], seed] for seed in seeds] for side, runs in found.items()}
+    means = {side: statistics.mean(one) for side, one in values.items()}
+    gap = means["asynchronous"] - means["synchronous"]
+    sides = "; ".join(
+        f"{side} {means[side]:.4f} at rate {best[side]:g} (seeds from {min(one):.4f} to {max(one):.4f})"
+        for side, one in values.items()
     )
-    command = f"python -m benchmarks convergence {' '.join(arguments)}".strip()
-    write_section("Validation loss of stdlib-lm", command, text)
+    text = table(["learning rate", "seed", *found], rows)
+    text += f"\n\nMean of {len(seeds)} seeds at each side's best rate: {sides}. "
+    text += f"The gap is {gap:+.4f} nat, {100 * gap / means['synchronous']:+.2f} %."
+    write_section(
+        "Validation loss of stdlib-lm", f"python -m benchmarks convergence {' '.join(arguments)}".strip(), text
+    )
+
+
+def _remembered(
+    side: str, measure: Callable[[Sequence[Sequence[str]]], list[float]], wanted: Sequence[tuple[float, int]]
+) -> Runs:
+    """The losses of ``wanted`` (rate, seed), two runs at a time where they are not known yet."""
+    results: Runs = {}
+    missing = []
+    known = _load(MEMORY)
+    for rate, seed in wanted:
+        key = f"{side} {rate:g} {seed}"
+        if key in known:
+            results[rate, seed] = known[key]
+        else:
+            missing.append((rate, seed))
+    for start in range(0, len(missing), 2):
+        part = missing[start : start + 2]
+        losses = measure(
+            [[f"train.optimizer.lr={rate}", f"train.seed={seed}", "checkpoint.every=null"] for rate, seed in part]
+        )
+        for (rate, seed), loss in zip(part, losses, strict=True):
+            results[rate, seed] = loss
+            MEMORY.parent.mkdir(exist_ok=True)
+            MEMORY.write_text(json.dumps(_load(MEMORY) | {f"{side} {rate:g} {seed}": loss}, indent=2))
+    return results
+
+
+def _load(path: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def _plain(runs: Sequence[Sequence[str]]) -> list[float]:
-    """Two at a time, one thread each."""
-    losses: list[float] = []
-    for start in range(0, len(runs), 2):
-        found = synchronous([(STDLIB_LM, one) for one in runs[start : start + 2]])
-        losses += [float(one["validation"]["loss"]) for one in found]
-    return losses
+    return [float(one["validation"]["loss"]) for one in synchronous([(STDLIB_LM, overrides) for overrides in runs])]
 
 
-def _layerwise(overrides: Sequence[str]) -> float:
-    return float(train(STDLIB_LM, *overrides)["validation"]["loss"])
+def _layerwise(runs: Sequence[Sequence[str]]) -> list[float]:
+    return [float(train(STDLIB_LM, *overrides)["validation"]["loss"]) for overrides in runs]
