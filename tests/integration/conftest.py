@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from layerwise.cluster import LocalCluster
-from tests.integration.jobs import OWN_CODE, write_images
+from tests.integration.jobs import OWN_CODE, Gate, write_images
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -41,3 +41,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """44 images of 4 classes to train on, and 20 to validate on: three updates of 16 samples an epoch, the last one short."""
     return write_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    """A gate that is opened after the test."""
+    made = Gate(tmp_path / "gate")
+    yield made
+    made.open()

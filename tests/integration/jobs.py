@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,29 @@ def job(directory: Path, data: Mapping[str, Any], model: Mapping[str, Any], **se
     }
 
 
-def submit(cluster: LocalCluster, values: Mapping[str, Any]) -> tuple[Connection, Job]:
-    """Queue a job; close the connection."""
-    connection = Connection(cluster.coordinator_address)
-    return connection, connection.submit(values)
+class Gate:
+    """Keeps jobs from their end: each worker of a job with `data` gets so many samples and waits for the next ones until `open`."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path = path
+        # Open for both, so that neither side waits for the other: readers wait for data, or for our end.
+        self._file = os.open(path, os.O_RDWR)
+
+    def data(self, *, samples: int, free: int, batch: int = 16) -> dict[str, Any]:
+        """A ``data`` section of ``samples``, of which each process gets ``free`` before the gate."""
+        target = f"{OWN_CODE}:gated"
+        return {"import": target, "batch": batch, "samples": samples, "validation_samples": 12} | {
+            "gate": str(self.path),
+            "free": free,
+        }
+
+    def open(self) -> None:
+        """Let everybody through, for ever."""
+        if self._file >= 0:
+            self.path.unlink()
+            os.close(self._file)
+            self._file = -1
 
 
 def finish(cluster: LocalCluster, values: Mapping[str, Any]) -> JobResult:
@@ -144,3 +164,11 @@ def check_equal_to_plain_loop(result: JobResult) -> None:
     found = verify(spec, settings, result.directory, result.steps, allowed_imports=(OWN_CODE,))
     assert found.equal, found.difference
     assert found.num_tensors > 0
+
+
+def wait_for_cut(running: Job, version: int) -> None:
+    """Return when the cut at ``version`` is durable."""
+    for event in running.logs(follow=True):
+        if event.fields.get("version") == version and "durable" in event.message:
+            return
+    pytest.fail(f"{running.id} ended before version {version}: {running.status().message}")

@@ -1,0 +1,127 @@
+"""Processes that are killed in mid-job: workers cost nothing, a shard ends the job cleanly and it can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerwise.api import Connection
+from layerwise.cluster import LocalCluster
+from tests.integration.conftest import start
+from tests.integration.jobs import OPTIMIZERS, Gate, check_audit, check_done, job, wait, wait_for_cut
+
+STEPS = 60
+FREE = 30 * 16
+"""Samples that every forward worker gets before the gate: together they can't end a job of `STEPS` updates of 16."""
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A cluster whose processes are killed: two of each role."""
+    with start(shards=2, forward=2, backward=2, directory=tmp_path_factory.mktemp("fragile")) as running:
+        running.wait_for_nodes()
+        yield running
+
+
+@pytest.fixture
+def connection(fragile: LocalCluster) -> Iterator[Connection]:
+    with Connection(fragile.coordinator_address) as made:
+        yield made
+
+
+def long_job(directory: Path, gate: Gate, free: int = FREE, **sections: Any) -> dict[str, Any]:
+    """A job that trains up to the gate and then waits there."""
+    return job(
+        directory,
+        gate.data(samples=100, free=free),
+        {"name": "mlp", "hidden": [16, 16, 16], "batchnorm": True, "outputs": 4},
+        checkpoint={"path": str(directory), "every": 5},
+        **{
+            "train": {"steps": STEPS, "seed": 3, "optimizer": OPTIMIZERS["muon"]},
+            "cluster": {"shards": 2, "forward": 2},
+            "async": {"window": 6, "accumulation": 4},
+            **sections,
+        },
+    )
+
+
+def lost(result_log: list[str]) -> list[str]:
+    return [line for line in result_log if "was lost" in line]
+
+
+@pytest.mark.parametrize("free", [FREE, 100], ids=["in flight", "with leases that it can't load"])
+def test_a_killed_forward_worker_costs_nothing(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate, free: int
+) -> None:
+    running = connection.submit(long_job(tmp_path / "run", gate, free))
+    wait_for_cut(running, 5)
+    fragile.kill("forward-1")
+    gate.open()
+    result = wait(running)
+    fragile.start("forward-1")
+    check_done(result)
+    assert any("forward worker forward-1 was lost" in event.message for event in running.logs())
+
+
+def test_the_only_forward_worker_is_replaced_by_a_free_one(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    running = connection.submit(long_job(tmp_path / "run", gate, cluster={"shards": 2, "forward": 1}))
+    wait_for_cut(running, 5)
+    name = running.status().document["forward_workers"][0]
+    fragile.kill(name)
+    gate.open()
+    result = wait(running)
+    fragile.start(name)
+    check_done(result)
+    assert name not in result.document["forward_workers"]
+
+
+def test_a_killed_backward_worker_beside_attached_ones_costs_nothing(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    cluster = {"shards": 2, "forward": 1, "backward": {"attached": True, "detached": 2}}
+    running = connection.submit(long_job(tmp_path / "run", gate, cluster=cluster))
+    wait_for_cut(running, 5)
+    fragile.kill("backward-0")
+    gate.open()
+    result = wait(running)
+    fragile.start("backward-0")
+    check_done(result)
+
+
+def test_a_killed_backward_worker_is_replaced_where_all_are_detached(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    cluster = {"shards": 2, "forward": 1, "backward": {"attached": False, "detached": 2}}
+    running = connection.submit(long_job(tmp_path / "run", gate, cluster=cluster))
+    wait_for_cut(running, 5)
+    fragile.kill("backward-1")
+    fragile.start("backward-1")
+    gate.open()
+    check_done(wait(running))
+
+
+@pytest.mark.parametrize("name", ["shard-0", "shard-1"])
+def test_a_killed_shard_ends_the_job_with_the_way_to_resume_it(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate, name: str
+) -> None:
+    running = connection.submit(long_job(tmp_path / "run", gate))
+    wait_for_cut(running, 5)
+    fragile.kill(name)
+    failed = wait(running)
+    gate.open()
+    fragile.start(name)
+    assert failed.state == "failed"
+    assert f"shard {name}" in failed.message
+    assert f"layerwise resume {failed.job}" in failed.message
+    assert "Traceback" not in failed.message
+    assert "\n" not in failed.message
+    check_audit(failed)
+
+    resumed = wait(connection.resume(failed.job))
+    check_done(resumed)
+    assert resumed.document["resume_count"] == 1
