@@ -145,7 +145,7 @@ def test_no_gradient_is_not_a_zero_gradient() -> None:
 
 
 def test_nan_losses_travel() -> None:
-    loss = carried(Closed(job="j", attempt=ATTEMPT, outcome=Outcome.APPLIED, loss=math.nan)).loss
+    loss = carried(Closed(job="j", attempt=ATTEMPT, life=1, outcome=Outcome.APPLIED, loss=math.nan)).loss
     assert loss is not None
     assert math.isnan(loss)
 

@@ -191,6 +191,26 @@ def test_before_send_runs_once_for_messages_sent_together(tcp: Callable[[Body], 
     tcp(body)
 
 
+def test_nothing_leaves_while_records_can_not_be_written(tcp: Callable[[Body], None]) -> None:
+    async def body(network: Network) -> None:
+        errors: list[str] = []
+
+        def write_records() -> None:
+            if len(errors) < 2:
+                raise OSError("disk full")
+
+        one = await network.start(
+            "one", before_send=write_records, on_error=lambda error: errors.append(str(error)), connect_seconds=30.0
+        )
+        two = await network.start("two")
+        one.transport.connect("two", two.address)
+        one.transport.send("two", Stop(job="j"))
+        assert await two.next() == Stop(job="j")
+        assert errors == ["disk full", "disk full"]
+
+    tcp(body)
+
+
 def test_both_may_connect_to_each_other(network: Callable[[Body], None]) -> None:
     async def body(network: Network) -> None:
         one, two = await network.start("one"), await network.start("two")
