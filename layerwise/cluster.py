@@ -78,6 +78,7 @@ class LocalCluster:
         self._started_at: dict[str, float] = {}
         self._gone = threading.Event()
         self._problems: list[str] = []
+        self._killed: set[str] = set()
         self._stopping = False
         self._folder: Path | None = None
         self._directory_lock: DirectoryLock | None = None
@@ -113,6 +114,7 @@ class LocalCluster:
         for group in (workers, [child for child in children if child.name == "coordinator"]):
             for child in group:
                 child.signal(signal.SIGTERM)
+                child.signal(signal.SIGCONT)  # a paused one could not hear it
             for child in group:
                 child.wait(max(0.0, deadline - time.monotonic()))
         for child in children:
@@ -174,16 +176,15 @@ class LocalCluster:
         return CoordinatorClient(self.coordinator_address)
 
     def wait_for_nodes(self, seconds: float | None = None) -> None:
-        """Return when every process of the cluster has presented itself to the coordinator.
+        """Return when every process of the cluster, except for those killed, has presented itself to the coordinator.
 
         Raises:
             DeadlineError: after ``seconds`` (default: ``start_seconds``), naming those that are missing.
             UnreachableError: one of them ended for good.
         """
         deadline = time.monotonic() + (seconds or self.start_seconds)
-        wanted = set(self.names) - {"coordinator"}
         with self.client() as client:
-            while missing := wanted - {node["name"] for node in client.list_nodes()}:
+            while missing := self._wanted_nodes() - {node["name"] for node in client.list_nodes()}:
                 if self._gone.wait(0.05):
                     raise UnreachableError(self.problems[-1])
                 if time.monotonic() > deadline:
@@ -195,8 +196,10 @@ class LocalCluster:
     # ---- faults ----
 
     def kill(self, name: str) -> None:
-        """End process ``name`` by SIGKILL and wait until it is gone."""
+        """End process ``name`` by SIGKILL and wait until it is gone. That is no problem; with ``restart`` it comes again."""
         child = self._child(name)
+        with self._lock:
+            self._killed.add(name)
         child.signal(signal.SIGKILL)
         child.wait()
 
@@ -219,6 +222,10 @@ class LocalCluster:
 
     # ---- inside ----
 
+    def _wanted_nodes(self) -> set[str]:
+        with self._lock:
+            return set(self.names) - {"coordinator"} - self._killed
+
     def _child(self, name: str) -> ChildProcess:
         with self._lock:
             if name not in self._children:
@@ -232,6 +239,7 @@ class LocalCluster:
             old = self._children.pop(name, None)
             if old is not None:
                 self._ended_children.append(old)
+            self._killed.discard(name)
             self._started_at[name] = time.monotonic()
             self._children[name] = ChildProcess(
                 name,
@@ -267,6 +275,10 @@ class LocalCluster:
     def _on_exit(self, child: ChildProcess, status: int) -> None:
         with self._lock:
             if self._stopping or self._children.get(child.name) is not child:
+                return
+            if child.name in self._killed:
+                if self._restart:
+                    self._start(child.name)
                 return
             quick = time.monotonic() - self._started_at[child.name] < QUICK_DEATH_SECONDS
             self._quick_deaths[child.name] = self._quick_deaths.get(child.name, 0) + 1 if quick else 0

@@ -12,6 +12,7 @@ from layerwise.client import CoordinatorClient, JobEvent
 from layerwise.cluster import LocalCluster
 from layerwise.errors import JobFailedError
 from layerwise.follow import JobFollower
+from layerwise.imports import check_allowed
 from layerwise.job import JobSpec
 from layerwise.progress import ProgressView
 from layerwise.run_directory import save_result, save_spec
@@ -45,6 +46,7 @@ class EmbeddedRun:
         self.interrupts = 0
         self._view = view
         self._resume = resume
+        self._allow_imports = tuple(allow_imports)
         self._follower: JobFollower | None = None
         self._job = ""
         self._over = False
@@ -65,9 +67,12 @@ class EmbeddedRun:
         """Return the job's document at its end: done, failed or cancelled.
 
         Raises:
+            NotAllowedError: the job imports code that ``allow_imports`` does not cover; nothing was started.
             LayerwiseError: a process of the cluster can't be started, or the job is refused.
             KeyboardInterrupt: interrupted twice, or before the job was submitted.
         """
+        for target in self.spec.imports:
+            check_allowed(target, self._allow_imports)
         if not self._resume:
             save_spec(self.directory, self.spec)
         try:

@@ -12,6 +12,17 @@ from typing import Any
 from layerwise.errors import ConfigError, NotAllowedError
 
 
+def check_allowed(target: str, allowed: Sequence[str], *, key: str = "import") -> None:
+    """Raise `NotAllowedError` unless an entry of ``allowed`` covers the module of ``target``."""
+    module_name = target.partition(":")[0]
+    if not any(module_name == prefix or module_name.startswith(prefix + ".") for prefix in allowed):
+        given = ", ".join(allowed) or "nothing"
+        raise NotAllowedError(
+            f"{key}: {target} is code from outside layerwise and was not run: allowed is {given}; "
+            f"say --allow-import {module_name} on every command that loads it"
+        )
+
+
 def load_import(target: str, allowed: Sequence[str], *, key: str = "import") -> Callable[..., Any]:
     """The function that ``target`` (``package.module:function``) names.
 
@@ -25,12 +36,7 @@ def load_import(target: str, allowed: Sequence[str], *, key: str = "import") -> 
     module_name, _, path = target.partition(":")
     if not module_name or not path:
         raise ConfigError(f"{key}: got {target!r}, expected package.module:function")
-    if not any(module_name == prefix or module_name.startswith(prefix + ".") for prefix in allowed):
-        given = ", ".join(allowed) or "nothing"
-        raise NotAllowedError(
-            f"{key}: {target} is code from outside layerwise and was not run: allowed is {given}; "
-            f"say --allow-import {module_name} on every command that loads it"
-        )
+    check_allowed(target, allowed, key=key)
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from layerwise.client import JobEvent
 
-LINE_SECONDS = 5.0
+LONGEST_SILENCE_SECONDS = 10.0
+SHORTEST_SILENCE_SECONDS = 1.0
 LINE_FRACTION = 0.1
 
 
@@ -43,7 +44,7 @@ def progress_view(stream: TextIO, *, quiet: bool = False) -> ProgressView:
 
 
 class ProgressLines:
-    """One line for each event, and one for each tenth of the job or every few seconds, whichever comes later."""
+    """A line for each event, for the first update, for each tenth of the job, and after some seconds without a line."""
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
         self._stream = stream
@@ -61,16 +62,14 @@ class ProgressLines:
     def on_document(self, document: dict[str, Any]) -> None:
         """Print the figures when enough has happened since the last time."""
         steps, total = document.get("steps") or 0, document.get("total_steps") or 0
-        now = time.monotonic()
-        due = steps - self._shown_steps >= max(1.0, total * LINE_FRACTION) or steps == total
-        if (
-            self._quiet
-            or steps <= self._shown_steps
-            or not due
-            or (now - self._shown_at < LINE_SECONDS and steps < total)
-        ):
+        if self._quiet or steps <= self._shown_steps:
             return
-        self._shown_steps, self._shown_at = steps, now
+        silence = time.monotonic() - self._shown_at
+        tenth = steps - self._shown_steps >= max(1.0, total * LINE_FRACTION)
+        due = not self._shown_steps or silence >= LONGEST_SILENCE_SECONDS or steps == total
+        if not due and not (tenth and silence >= SHORTEST_SILENCE_SECONDS):
+            return
+        self._shown_steps, self._shown_at = steps, time.monotonic()
         self._print(describe(document))
 
     def say(self, text: str) -> None:

@@ -56,7 +56,7 @@ def test_the_job_is_checked_after_the_overrides() -> None:
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(ConfigError, match="no job file at /nowhere/job.yaml"):
+    with pytest.raises(ConfigError, match=r"no job file at /nowhere/job\.yaml"):
         read_job("/nowhere/job.yaml")
 
 

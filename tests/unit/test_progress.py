@@ -55,7 +55,7 @@ def test_time_left_is_never_negative() -> None:
 def test_lines_come_at_tenths_and_not_for_every_document() -> None:
     stream = io.StringIO()
     lines = ProgressLines(stream)
-    for steps in range(0, 101):
+    for steps in range(101):
         lines.on_document(document(steps=steps))
     shown = stream.getvalue().splitlines()
     assert shown[-1].startswith("step 100/100")

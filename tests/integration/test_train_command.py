@@ -1,0 +1,200 @@
+"""``layerwise train`` and ``resume DIRECTORY``: a cluster that lives as long as the job."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+import layerwise
+from layerwise.cli.main import run
+from layerwise.cuts import newest_cut
+from tests.integration.command import Command, write_job
+
+ENDLESS = {"steps": 1_000_000, "optimizer": "adamw"}
+RESULT_KEYS = {
+    "job",
+    "state",
+    "steps",
+    "epochs",
+    "samples",
+    "seconds",
+    "samples_per_second",
+    "train_loss",
+    "validation",
+    "staleness",
+    "ledger",
+    "window",
+    "accumulation",
+    "backward_weights",
+}
+
+
+def test_train_ends_with_one_object_that_has_every_fact(tmp_path: Path) -> None:
+    with Command("train", write_job(tmp_path), "--output", "json", folder=tmp_path) as command:
+        assert command.finish() == 0, command.errors
+        document = command.document
+        assert len(command.output.splitlines()) == 1
+    assert set(document) >= RESULT_KEYS
+    assert (document["state"], document["steps"]) == ("done", 6)
+    assert document["ledger"]["samples_leased"] == document["ledger"]["samples_applied"] == 6 * 32
+    assert set(document["validation"]) >= {"loss", "accuracy"}
+    assert set(document["staleness"]) >= {"mean", "p50", "p99", "max", "layers"}
+    assert all(layer["name"] for layer in document["staleness"]["layers"])
+    assert Path(document["directory"]) == tmp_path / "runs" / "tiny"
+    assert "step 6/6" in command.errors
+    assert "Traceback" not in command.errors
+
+
+def test_a_finished_run_can_be_evaluated_exported_and_audited_with_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = layerwise.train(write_job(tmp_path), overrides=["train.steps=4"])
+    assert (result.state, result.steps, result.directory) == ("done", 4, tmp_path / "runs" / "tiny")
+    assert result.validation is not None
+
+    assert run(["evaluate", "runs/tiny"]) == 0
+    shown = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert float(shown["loss"]) == pytest.approx(result.validation["loss"], rel=1e-3)
+
+    assert run(["export", "runs/tiny", "model"]) == 0
+    from safetensors.torch import load_file
+
+    assert sum(tensor.numel() for tensor in load_file(tmp_path / "model" / "model.safetensors").values()) > 0
+
+    assert run(["audit", "runs/tiny"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+    again = layerwise.train(write_job(tmp_path), overrides=["train.steps=2"])
+    assert again.directory == tmp_path / "runs" / "tiny-2"
+    assert newest_cut(tmp_path / "runs" / "tiny") == 4
+    assert run(["resume", "runs/tiny", "--quiet"]) == 5
+    assert "done" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_with_a_cut_and_resume_goes_on_from_it(tmp_path: Path) -> None:
+    with Command("train", write_job(tmp_path, train=ENDLESS), "-o", "json", folder=tmp_path) as command:
+        command.wait_for("step ")
+        command.interrupt()
+        assert command.finish() == 130, command.errors
+        first = command.document
+    assert first["state"] == "cancelled"
+    assert first["steps"] == newest_cut(tmp_path / "runs" / "tiny")
+    assert "go on with it: layerwise resume runs/tiny" in command.errors
+
+    with Command("resume", "runs/tiny", "-o", "json", folder=tmp_path) as command:
+        command.wait_for(f"training begins at version {first['steps']}")
+        command.wait_for("step ")
+        command.interrupt()
+        assert command.finish() == 130, command.errors
+        second = command.document
+    assert second["steps"] > first["steps"]
+    assert second["resume_count"] == 1
+    assert second["ledger"]["samples_leased"] == second["ledger"]["samples_applied"]
+    assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path) -> None:
+    # A job that waits for what never comes has no update to stop at; so the first Ctrl-C does not end it, whatever the machine's speed.
+    with Command("train", write_job(tmp_path, train=ENDLESS), folder=tmp_path) as command:
+        command.wait_for("training begins")
+        shard = command.child("shard-1")
+        children = psutil.Process(command.process.pid).children()
+        shard.suspend()
+        command.interrupt()
+        command.wait_for("interrupt again to end at once")
+        command.interrupt()
+        assert command.finish() == 130, command.errors
+        assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert "layerwise resume runs/tiny" in command.errors
+
+
+def test_a_cluster_does_not_outlive_a_command_that_is_killed(tmp_path: Path) -> None:
+    with Command("train", write_job(tmp_path, train=ENDLESS), folder=tmp_path) as command:
+        command.wait_for("training begins")
+        children = psutil.Process(command.process.pid).children()
+        command.process.kill()
+        assert len(children) == 4
+        assert psutil.wait_procs(children, timeout=30)[1] == []
+
+
+def test_a_killed_forward_worker_costs_nothing(tmp_path: Path) -> None:
+    checkpoint = {"path": "runs/tiny"}
+    with Command(
+        "train", write_job(tmp_path, train=ENDLESS, checkpoint=checkpoint), "-o", "json", folder=tmp_path
+    ) as command:
+        command.wait_for("training begins")
+        command.child("forward-0").send_signal(signal.SIGKILL)
+        command.wait_for("takes a free place")
+        command.wait_for("step ")
+        command.interrupt()
+        assert command.finish() == 130, command.errors
+        ledger = command.document["ledger"]
+    assert ledger["samples_leased"] == ledger["samples_applied"]
+    assert ledger["samples_dropped"] == 0
+    assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
+
+
+def test_a_killed_shard_ends_the_job_with_the_way_to_resume(tmp_path: Path) -> None:
+    job = write_job(tmp_path, train=ENDLESS, checkpoint={"every": 5})
+    with Command("train", job, "-o", "json", folder=tmp_path) as command:
+        command.wait_for("is durable")
+        command.child("shard-0").send_signal(signal.SIGKILL)
+        assert command.finish() == 1, command.errors
+        document = command.document
+    assert document["state"] == "failed"
+    assert "shard-0" in document["message"]
+    assert "layerwise resume runs/tiny" in document["message"]
+    assert "Traceback" not in command.errors
+    with Command("resume", "runs/tiny", "-o", "json", folder=tmp_path) as command:
+        command.wait_for("training begins at version ")
+        command.wait_for("step ")
+        command.interrupt()
+        assert command.finish() == 130, command.errors
+    assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
+
+
+def test_a_job_that_fails_ends_with_status_1_and_one_sentence(tmp_path: Path) -> None:
+    job = write_job(tmp_path, data={"name": "arrays", "path": "missing.safetensors", "batch": 4})
+    with Command("train", job, folder=tmp_path) as command:
+        assert command.finish() == 1, command.errors
+    assert "missing.safetensors" in command.errors
+    assert "Traceback" not in command.errors
+
+
+def test_code_of_ones_own_is_not_run_unless_it_is_allowed(tmp_path: Path) -> None:
+    job = write_job(tmp_path, model={"import": "own_model:build"})
+    with Command("train", job, folder=tmp_path) as command:
+        assert command.finish() == 5
+    assert command.errors.startswith("layerwise: ")
+    assert "--allow-import own_model" in command.errors
+    assert not (tmp_path / "runs").exists()
+
+    code = "from torch import nn\n\n\ndef build(width):\n    return [nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10)]\n"
+    (tmp_path / "own_model.py").write_text(code, encoding="utf-8")
+    job = write_job(tmp_path, model={"import": "own_model:build", "width": 4})
+    with Command("train", job, "--allow-import", "own_model", "-o", "json", folder=tmp_path) as command:
+        assert command.finish() == 0, command.errors
+        assert command.document["steps"] == 6
+
+
+def test_verify_finds_no_different_bit(tmp_path: Path) -> None:
+    with Command("verify", write_job(tmp_path), "--steps", "3", folder=tmp_path) as command:
+        assert command.finish() == 0, command.errors
+        assert command.output.startswith("equal bit for bit after 3 updates")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plan_shows_each_blocks_part(tmp_path: Path) -> None:
+    with Command("plan", write_job(tmp_path), "-o", "json", folder=tmp_path) as command:
+        assert command.finish() == 0, command.errors
+        document = command.document
+    blocks = document["blocks"]
+    assert [block["start"] for block in blocks] == [0, blocks[0]["stop"]]
+    assert sum(block["parameters"] for block in blocks) == 64 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
+    assert sum(block["cost_share"] for block in blocks) == pytest.approx(1.0)
+    assert blocks[0]["expected_staleness"] > blocks[-1]["expected_staleness"] == 0.0
+    assert document["settings"]["max_staleness"] >= document["settings"]["expected_staleness"]
