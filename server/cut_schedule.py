@@ -28,9 +28,10 @@ class CutSchedule:
     def following(self, version: int, count: int) -> tuple[int, ...]:
         """The next ``count`` cuts above ``version``, fewer at the end."""
         versions: list[int] = []
-        after: int | None = version
-        while len(versions) < count and (after := self.next_after(after)) is not None:
-            versions.append(after)
+        found = self.next_after(version)
+        while found is not None and len(versions) < count:
+            versions.append(found)
+            found = self.next_after(found)
         return tuple(versions)
 
     def stop_at(self, version: int) -> None:

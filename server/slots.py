@@ -78,6 +78,7 @@ class Slots:
             case BackwardTask():
                 return (yield from self._block.backward(task))
             case ApplyTask():
-                return (yield from self._block.apply(task))
+                yield from self._block.apply(task)
+                return None
             case EvaluateTask():
                 return (yield from self._block.evaluate(task))
