@@ -143,7 +143,8 @@ class Block:
                 compute = layer.compute
                 leaves = compute.prepare(values, gradient=flowing and not again, flows=flows)
                 wanted = bool(compute.differentiated(tickets)[0])
-                graph = (wanted or flowing) and not again and not layer.recomputes
+                derived = layer.recomputes and self.mode is WeightMode.LATEST
+                graph = (wanted or flowing) and not again and not derived
                 one = layer.forward(leaves, attempt, kept.number, tickets=tickets, graph=graph, stash=stash)
                 assert one.outputs is not None
                 kept.buffers.append(one.buffers)
@@ -151,7 +152,7 @@ class Block:
                     kept.stashed.append(one)
                 values = one.outputs
                 flowing = flowing or wanted
-                if layer.recomputes and not again:
+                if derived:
                     flows = None
                     one.outputs = None
                 elif not again:
@@ -207,7 +208,10 @@ class Block:
 
             def sink(forward: LayerPass, found: Gradients, read: int) -> None:
                 layer = layers[forward.index - start]
-                used = WeightMode.RECOMPUTE if layer.recomputes and mode is WeightMode.LATEST else mode
+                if mode is WeightMode.STASHED:
+                    layer.take(attempt, found, read=forward.read, mode=mode)  # without parameters nothing was stashed
+                    return
+                used = WeightMode.RECOMPUTE if layer.recomputes else mode
                 layer.take(attempt, found, read=read, mode=used)
 
             walk = walk_backward(kept.passes, gradients, sink)

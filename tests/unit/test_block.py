@@ -205,6 +205,18 @@ def test_a_layer_with_derived_weights_recomputes_under_latest_and_the_log_says_s
     assert modes == [(1, WeightMode.LATEST), (0, WeightMode.RECOMPUTE)] * 2
 
 
+def test_stashed_weights_need_no_recomputation_of_derived_ones() -> None:
+    modules = [nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), nn.ReLU(), nn.Linear(WIDTH, 5)]
+    flags = {0: {"derived_weights": True}}
+    pipeline = Pipeline(modules, *samples(), flags=flags, num_updates=2, mode=WeightMode.STASHED)
+    pipeline.forward(0)
+    pipeline.forward(1)
+    pipeline.backward(0)
+    pipeline.backward(1)
+    taken = [one.event for one in pipeline.events.records if isinstance(one.event, AccumulateEvent)]
+    assert [(one.mode, one.base, one.read) for one in taken] == [(WeightMode.STASHED, 0, 0)] * 6
+
+
 # Buffers ------------------------------------------------------------------------------------------------------------
 
 
