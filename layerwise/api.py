@@ -160,6 +160,9 @@ class Job:
 class _Quiet(Silent):
     """A progress view for programs: shows nothing."""
 
+    def note(self, text: str) -> None:
+        """Nothing."""
+
     def say(self, text: str) -> None:
         """Nothing."""
 

@@ -76,7 +76,9 @@ class EmbeddedRun:
         if not self._resume:
             save_spec(self.directory, self.spec)
         try:
+            self._view.note(self._starting())
             with self._cluster as cluster, cluster.client() as client:
+                cluster.wait_for_nodes(self.spec.timeouts.start)
                 save_result(self.directory, None)
                 self._job = str(self._begin(client)["job"])
                 watcher = _OwnWords(self._view, self._job, self.directory)
@@ -107,6 +109,15 @@ class EmbeddedRun:
     def how_to_resume(self) -> str:
         """The command that goes on with this run."""
         return _resume_command(self.directory)
+
+    def _starting(self) -> str:
+        counts = {
+            "shard": self.spec.cluster.shards,
+            "forward worker": self.spec.cluster.forward,
+            "backward worker": self.spec.cluster.num_detached,
+        }
+        parts = [f"{count} {role}{'s' if count > 1 else ''}" for role, count in counts.items() if count]
+        return f"starting a coordinator, {', '.join(parts)}"
 
     def _begin(self, client: CoordinatorClient) -> dict[str, Any]:
         if not self._resume:

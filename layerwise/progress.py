@@ -27,8 +27,12 @@ class ProgressView(Protocol):
         """The job as it is now."""
         ...
 
+    def note(self, text: str) -> None:
+        """A line of the command's own, about what is as it should be."""
+        ...
+
     def say(self, text: str) -> None:
-        """A line of the command's own."""
+        """A line of the command's own that must be seen."""
         ...
 
     def close(self) -> None:
@@ -71,6 +75,11 @@ class ProgressLines:
             return
         self._shown_steps, self._shown_at = steps, time.monotonic()
         self._print(describe(document))
+
+    def note(self, text: str) -> None:
+        """Print it, unless quiet."""
+        if not self._quiet:
+            self._print(text)
 
     def say(self, text: str) -> None:
         """Print it."""
@@ -117,6 +126,10 @@ class ProgressBar:
             total=document.get("total_steps"),
             figures="  ".join(_figures(document)),
         )
+
+    def note(self, text: str) -> None:
+        """Print it above the bar."""
+        self._print(text, "dim")
 
     def say(self, text: str) -> None:
         """Print it above the bar."""

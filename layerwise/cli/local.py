@@ -101,8 +101,8 @@ def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: s
     from layerwise.embedded import EmbeddedRun
 
     with shown_progress(quiet=quiet) as view:
-        if note and not quiet:
-            view.say(note)
+        if note:
+            view.note(note)
         run = EmbeddedRun(view=view, **arguments)
         again = f"go on with it: {run.how_to_resume}"
         with signals_call(run.interrupt):

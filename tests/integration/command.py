@@ -20,7 +20,7 @@ class Command:
     """``layerwise <arguments>`` in ``folder``; standard error is read as it comes, standard output at the end."""
 
     def __init__(self, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None) -> None:
-        self._output: IO[bytes] = tempfile.TemporaryFile()
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed on exit)
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "layerwise", *arguments],
