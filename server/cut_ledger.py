@@ -75,7 +75,10 @@ class CutLedger:
         return True
 
     def next_commit(self) -> tuple[int, tuple[LayerFile, ...], tuple[int, ...]] | None:
-        """The cut to commit now, with its files and the versions to keep; one at a time, oldest first."""
+        """The cut to commit now, with its files and the versions to keep; one at a time, oldest first.
+
+        The newest durable one is always kept: if the first shard dies before its answer is here, that is the one to go on from.
+        """
         if self._committing is not None:
             return None
         for version in sorted(self._cuts):
@@ -85,7 +88,7 @@ class CutLedger:
                 files = sorted(
                     (one for part in cut.files.values() for one in part), key=lambda one: (one.layer, one.name)
                 )
-                return version, tuple(files), self._kept_with(version)
+                return version, tuple(files), tuple(sorted({*self._durable[-1:], *self._kept_with(version)}))
         return None
 
     def commit(self, version: int) -> bool:

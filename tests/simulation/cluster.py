@@ -89,9 +89,12 @@ class SimulatedCluster:
             resumes += 1
             assert resumes <= MOST_RESUMES, f"still not done after {MOST_RESUMES} resumes: {document['message']}"
             self._perform(lambda: self.coordinator.role.resume(self.job, world.now))
+            if resumes == 1 and scenario.stop_after_resume is not None:
+                world.at(scenario.stop_after_resume, self._cancel)
         self._run_until(lambda: all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now)))
         self._check_resting()
         self._check_end(self.coordinator.role.job(self.job))
+        self._check_pace()
 
     # What happens ----------------------------------------------------------------------------------------------------
 
@@ -116,6 +119,7 @@ class SimulatedCluster:
                     profile_json=self._profile.to_json(),
                     slots=scenario.slots,
                     step_seconds=scenario.step_seconds,
+                    hiccups=scenario.hiccups,
                     frozen_below=scenario.frozen_below,
                 )
                 self.works.append(shard.history)
@@ -180,6 +184,13 @@ class SimulatedCluster:
         return self.scenario.fatal or (self.scenario.disk_failure > 0 and "simulated disk" in message)
 
     # Checking --------------------------------------------------------------------------------------------------------
+
+    def _check_pace(self) -> None:
+        """Only a process that is silent for long may hold the run up for long."""
+        if any(fault.seconds > 3 for fault in self.scenario.faults):
+            return
+        for event in self.coordinator.role.events(self.job, 0):
+            assert "nothing has moved" not in event.message, f"{event.message} at {event.time:.1f}"
 
     def _all_works(self) -> list[Work]:
         return [work for history in self.works for work in history]

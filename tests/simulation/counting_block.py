@@ -116,13 +116,17 @@ class CountingBlock:
         frozen_below: int,
         restored: dict[int, LayerCopy],
         on_cut: Callable[[int, dict[int, LayerCopy]], None],
+        in_order: bool = False,
     ) -> None:
+        """``in_order``: forward passes must come in position order on every layer."""
         self._start, self._stop = start, stop
         self._num_layers = num_layers
         self._life = life
         self._plan = plan
         self._frozen_below = frozen_below
         self._on_cut = on_cut
+        self._in_order = in_order
+        self._newest = dict.fromkeys(range(start, stop), -1)
         self._layers: dict[int, _Layer] = {}
         for layer in range(start, stop):
             copy = restored.get(layer)
@@ -177,6 +181,8 @@ class CountingBlock:
         for number in range(self._start, self._stop):
             if number in lacking:
                 self._layers[number].ledger.open(task.attempt, task.number)
+                assert not self._in_order or index > self._newest[number], f"{task.attempt} is out of order"
+                self._newest[number] = index
             yield
         if self._stop < self._num_layers:
             return ForwardResult(outputs=activation(index, self._stop - 1))

@@ -68,6 +68,7 @@ class SimulatedShard(Process):
     profile_json: str = field(kw_only=True)
     slots: int = 1
     step_seconds: float = 0.001
+    hiccups: float = 0.0
     frozen_below: int = 0
     not_finite: tuple[int, int] | None = None
     history: list[Work] = field(default_factory=list)
@@ -171,11 +172,11 @@ class SimulatedShard(Process):
             position_order=header.position_order,
             frozen_below=self.frozen_below,
             restored=restored,
+            in_order=self.slots == 1 and (header.position_order or settings.window == 1) and not message.cut,
             on_cut=lambda version, copies: self.after(0.0005, lambda: self._on_cut(work, version, copies)),
         )
         block.not_finite = self.not_finite
         queue = TaskQueue(window=settings.window, num_layers=place.stop - place.start, attached=spec.cluster.attached)
-        intervals = [every for every in (spec.checkpoint.every, spec.train.evaluate_every) if every is not None]
         role = ShardRole(
             job=message.job,
             block=message.block,
@@ -185,7 +186,7 @@ class SimulatedShard(Process):
             synchronous=settings.mode == "synchronous",
             compute=block,
             queue=queue,
-            schedule=CutSchedule(final=plan.num_updates, intervals=intervals),
+            schedule=CutSchedule(final=plan.num_updates, intervals=settings.cut_intervals),
             version=message.cut,
             layer_names=[f"layer-{layer}" for layer in range(num_layers)],
             task_seconds=spec.timeouts.task,
@@ -238,7 +239,9 @@ class SimulatedShard(Process):
             work.busy -= 1
             self._act(work, lambda: work.role.on_task_failed(task, failed, now))
             return
-        self.after(self.step_seconds * self.world.random.uniform(0.5, 1.5), lambda: self._run(work, task, steps))
+        slow = 10 if self.hiccups and self.world.random.random() < self.hiccups else 1
+        seconds = slow * self.step_seconds * self.world.random.uniform(0.5, 1.5)
+        self.after(seconds, lambda: self._run(work, task, steps))
 
     def _on_cut(self, work: Work, version: int, copies: dict[int, LayerCopy]) -> None:
         self._act(work, lambda: work.role.on_cut_taken(version, self.world.now))
@@ -281,6 +284,7 @@ class SimulatedForward(Process):
     load_seconds: float = 0.001
     role: ForwardRole = field(default_factory=lambda: ForwardRole(prefetch=3))
     _plans: dict[str, Any] = field(default_factory=dict)
+    _room: int = 0
 
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         return self._with_requests(self.role.on_message(peer, message, self.world.now))
@@ -295,12 +299,15 @@ class SimulatedForward(Process):
         return self.role.describe()
 
     def _with_requests(self, effects: list[Effect]) -> list[Effect]:
+        # Closed numbers may be told to the coordinator before they are told to the worker, whose room is then leased again.
+        assert self.role.num_leases <= 2 * self._room, f"{self.role.num_leases} leases are held, {self._room} were asked for"
         for request in self.role.take_requests():
             delay = self.load_seconds * self.world.random.uniform(0.2, 3.0)
             match request:
                 case Prepare(assignment=assignment):
                     settings = ResolvedSettings.from_json(assignment.settings_json)
                     self._plans[assignment.job] = settings.plan
+                    self._room = settings.window + 3
                     self._answer(delay, self.role.on_prepared, assignment.job, settings.window)
                 case Load(job=job, attempt=attempt):
                     index = self._plans[job].index(attempt.microbatch)
