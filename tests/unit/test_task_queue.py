@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from layerwise.errors import BusyError
+from layerwise.ids import Attempt, Microbatch
+from layerwise.messages import NamedTensors, PushGradient, Tensors
+from layerwise.server.task_queue import TaskQueue
+from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask
+
+NOTHING = Tensors(())
+
+
+def attempt(number: int) -> Attempt:
+    return Attempt(Microbatch(0, number, number + 1))
+
+
+def forward(number: int) -> ForwardTask:
+    return ForwardTask(
+        attempt=attempt(number), number=number, inputs=NOTHING, targets=NOTHING, keep=True, input_gradient=False
+    )
+
+
+def backward(number: int) -> BackwardTask:
+    return BackwardTask(attempt=attempt(number), number=number, gradients=None)
+
+
+def apply(number: int, layer: int = 0) -> ApplyTask:
+    push = PushGradient(
+        job="job",
+        attempt=attempt(number),
+        number=number,
+        layer=layer,
+        life=1,
+        revision=1,
+        read=0,
+        gradients=NamedTensors((), ()),
+    )
+    return ApplyTask(worker="backward-0", push=push)
+
+
+def evaluate(start: int) -> EvaluateTask:
+    return EvaluateTask(version=1, start=start, stop=start + 1, inputs=NOTHING, targets=NOTHING)
+
+
+def test_gradients_come_before_backward_before_forward_before_evaluation() -> None:
+    queue = TaskQueue(window=2, num_layers=2)
+    tasks = [evaluate(0), forward(3), backward(2), apply(5)]
+    for task in tasks:
+        queue.push(task)
+    assert [queue.try_pop() for _ in range(5)] == [*reversed(tasks), None]
+
+
+def test_the_lowest_number_of_a_kind_comes_first_and_equals_keep_their_order() -> None:
+    queue = TaskQueue(window=3, num_layers=3)
+    tasks = [apply(4, layer=2), apply(3, layer=1), apply(4, layer=1), forward(9), forward(7)]
+    for task in tasks:
+        queue.push(task)
+    assert [queue.try_pop() for _ in tasks] == [tasks[1], tasks[0], tasks[2], tasks[4], tasks[3]]
+
+
+def test_backward_passes_are_left_to_detached_workers_where_nothing_is_attached() -> None:
+    queue = TaskQueue(window=2, num_layers=1, attached=False)
+    queue.push(backward(0))
+    queue.push(forward(1))
+    assert queue.try_pop() == forward(1)
+    assert queue.try_pop() is None
+    assert queue.take_backward() == backward(0)
+    assert queue.take_backward() is None
+
+
+def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
+    queue = TaskQueue(window=2, num_layers=2)
+    queue.push(forward(0))
+    queue.push(forward(1))
+    with pytest.raises(BusyError, match="2 of its kind wait already"):
+        queue.push(forward(2))
+    queue.push(backward(0))
+    assert (queue.forward_depth, queue.backward_depth, len(queue)) == (2, 1, 3)
+
+
+def test_closing_wakes_every_slot_with_nothing() -> None:
+    queue = TaskQueue(window=1, num_layers=1)
+    taken: list[object] = []
+    slots = [threading.Thread(target=lambda: taken.append(queue.pop())) for _ in range(2)]
+    for slot in slots:
+        slot.start()
+    queue.push(forward(0))
+    queue.close()
+    for slot in slots:
+        slot.join(timeout=10)
+    assert all(not slot.is_alive() for slot in slots)
+    assert None in taken
+    assert queue.try_pop() is None
+
+
+def test_a_wait_has_an_end() -> None:
+    assert TaskQueue(window=1, num_layers=1).pop(timeout_seconds=0.0) is None
