@@ -15,6 +15,7 @@ from typing import Protocol
 
 from layerwise.errors import UnreachableError
 from layerwise.lifetime import Lifetime
+from layerwise.memory import keep_freed_memory
 from layerwise.messages import Heartbeat, Hello, Message, Role, Welcome
 from layerwise.metrics_server import serve_metrics
 from layerwise.roles import Connect, Disconnect, Effect, Send
@@ -98,6 +99,7 @@ class Service:
         Raises:
             UnreachableError: the coordinator was not found, or stayed away, for ``reach_seconds``.
         """
+        keep_freed_memory()
         self.loop = asyncio.get_running_loop()
         self._lifetime = Lifetime(exit_with_parent=self.settings.exit_with_parent)
         self._handler = self._make_handler(self)
