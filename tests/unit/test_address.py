@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layerwise.address import TcpAddress, UnixAddress, parse_address
+from layerwise.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "loopback"),
+    [
+        ("localhost:80", TcpAddress(host="localhost", port=80), True),
+        ("127.0.0.1:0", TcpAddress(host="127.0.0.1", port=0), True),
+        ("127.8.9.10:65535", TcpAddress(host="127.8.9.10", port=65535), True),
+        ("[::1]:7070", TcpAddress(host="::1", port=7070), True),
+        ("[::]:7070", TcpAddress(host="::", port=7070), False),
+        ("0.0.0.0:7070", TcpAddress(host="0.0.0.0", port=7070), False),
+        ("machine-3.example:7070", TcpAddress(host="machine-3.example", port=7070), False),
+    ],
+)
+def test_hosts_and_ports_are_read_and_loopback_is_known(text: str, address: TcpAddress, loopback: bool) -> None:
+    assert parse_address(text) == address
+    assert address.loopback is loopback
+    assert str(address) == text
+
+
+def test_unix_addresses_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir("/tmp")
+    assert parse_address("unix:/a/b.sock") == UnixAddress(path=Path("/a/b.sock"))
+    assert str(parse_address("unix:b.sock")) == "unix:/tmp/b.sock"
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":1", "host", "host:", "host:-1", "host:1x", "host:65536", "unix:", "unix:/" + "x" * 107]
+)
+def test_anything_else_is_refused_with_the_text(text: str) -> None:
+    with pytest.raises(ConfigError, match="address"):
+        parse_address(text)
