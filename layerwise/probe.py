@@ -30,7 +30,10 @@ from layerwise.settings import resolve
 
 REPEATS = 8
 BUDGET_SECONDS = 1.0
-"""After so long no further repeat begins: the job should start."""
+"""After so long no further repeat begins, once there are `FEWEST_REPEATS`: the job should start."""
+FEWEST_REPEATS = 3
+LONGEST_SECONDS = 10.0
+"""After so long no further repeat begins, however few there are."""
 
 
 @dataclass(slots=True)
@@ -64,11 +67,7 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
     inputs, targets = _samples(spec, data, microbatch)
     runner = _Runner(modules, names, spec, head, microbatch, device, inputs, targets)
     runner.look()
-    begun = time.perf_counter()
-    for _ in range(REPEATS):
-        runner.time()
-        if time.perf_counter() - begun > BUDGET_SECONDS:
-            break
+    _measure(runner)
     shares: dict[int, set[int]] = {}
     for shared in shared_tensors(modules):
         for index in shared.layers:
@@ -86,6 +85,18 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
         data_json=data.info.to_json(),
         notes=_notes(layers),
     )
+
+
+def _measure(runner: _Runner) -> None:
+    """Time the layers until the shortest times can be trusted. The first pass only warms up: it loads code and memory."""
+    runner.time()
+    runner.forget_times()
+    begun = time.perf_counter()
+    for repeat in range(1, REPEATS + 1):
+        runner.time()
+        spent = time.perf_counter() - begun
+        if spent > LONGEST_SECONDS or (spent > BUDGET_SECONDS and repeat >= FEWEST_REPEATS):
+            return
 
 
 class _Runner:
@@ -197,6 +208,12 @@ class _Runner:
                 gradients = forward.compute.gradients(forward, gradients).inputs
                 self.seen[forward.index].backward_seconds.append(self._now() - begun)
             self.seen[-1].backward_seconds[-1] += loss_seconds
+
+    def forget_times(self) -> None:
+        """What was timed so far does not count."""
+        for seen in self.seen:
+            seen.forward_seconds.clear()
+            seen.backward_seconds.clear()
 
     def _now(self) -> float:
         if self._device.type == "cuda":
