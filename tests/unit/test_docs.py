@@ -9,13 +9,13 @@ from typing import Any
 import click
 import pytest
 import yaml
+
 from layerwise.audit_report import CLAIMS
 from layerwise.cli import exit_codes
 from layerwise.cli.main import COMMANDS, cli
 from layerwise.server.coordinator_role import CoordinatorRole
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.server.metrics import coordinator_metrics
-
 from tests.unit.documented_keys import Key, keys_by_section, table_rows
 from tests.unit.markdown import anchors, blocks, commands, layerwise_lines, links
 

@@ -1,0 +1,197 @@
+"""The README's commands and programs, run as they stand there, with less training.
+
+Every command in it is in one of the lists below. Those that start services on several machines are not run: the
+command lines of `docker-compose.yml` are of the same form, and `test_compose_start` runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layerwise.cli.main import run
+from layerwise.data.load import load_dataset
+from layerwise.run_directory import spec_in
+from tests.integration.command import Command
+from tests.unit.markdown import blocks, commands
+from tests.unit.test_docs import OPERATIONS, README, REPOSITORY, table
+
+LOOKS = (
+    "layerwise evaluate runs/digits",
+    "layerwise export runs/digits model",
+    "layerwise audit runs/digits",
+    "layerwise plan examples/digits.yaml",
+)
+"""Commands that look at what a run has left, run inside this process."""
+TRAINS = {
+    "make train": ["train.epochs=1"],
+    "layerwise verify examples/digits.yaml --steps 5": [],
+    "layerwise train spirals.yaml --allow-import spirals": ["train.epochs=1"],
+}
+"""Commands that start a cluster of their own, with what is changed so that they end soon."""
+CLUSTER = (
+    "layerwise up &",
+    "layerwise nodes",
+    "layerwise submit examples/digits.yaml",
+    "layerwise status digits-1",
+    "layerwise logs -f digits-1",
+    "layerwise cancel digits-1 --wait",
+    "layerwise resume digits-1",
+    "layerwise jobs --output json",
+)
+"""One after the other, on the cluster of the first."""
+NOT_RUN = re.compile(
+    r"make test|cd examples/own_model|docker compose .*|layerwise train .* --output json"
+    r"|layerwise (coordinator|shard|forward|backward) .*|layerwise submit .*--coordinator head:7070.*"
+)
+"""`tests.unit.test_docs` parses these; what they would do is tested elsewhere."""
+
+
+def test_every_command_of_the_readme_is_run_or_parsed() -> None:
+    listed = {*LOOKS, *TRAINS, *CLUSTER}
+    found = commands(README)
+    assert listed <= set(found)
+    assert [line for line in found if line not in listed and not NOT_RUN.fullmatch(line)] == []
+
+
+def words(line: str, changes: list[str] = []) -> list[str]:  # noqa: B006  (read only)
+    """A command line's arguments, with ``--set`` for each of ``changes``."""
+    if line == "make train":
+        makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+        recipe = re.search(r"^train:.*\n\t\$\(BIN\)/(layerwise train) \$\(SPEC\)", makefile, re.MULTILINE)
+        spec = re.search(r"^SPEC \?= (\S+)$", makefile, re.MULTILINE)
+        assert recipe
+        assert spec
+        line = f"{recipe[1]} {spec[1]}"
+    split = [word for word in shlex.split(line) if word != "&"]
+    return [*split[1:], *(word for change in changes for word in ("--set", change))]
+
+
+def program(source: str, folder: Path) -> str:
+    """What a program prints when it is run in ``folder``."""
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=folder, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the examples, and a run of the first command in it."""
+    place = tmp_path_factory.mktemp("readme")
+    shutil.copytree(REPOSITORY / "examples", place / "examples")
+    with Command(*words("make train", TRAINS["make train"]), folder=place) as command:
+        assert command.finish() == 0, command.errors
+        facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in command.output.splitlines())
+    [shown] = [block for block in blocks(README, "console") if block.startswith("$ make train")]
+    assert [line.split("  ")[0] for line in shown.splitlines()[-len(facts) :]] == list(facts)
+    return place
+
+
+@pytest.fixture
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """``folder`` as the working directory of this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / "runtime"))
+    return folder
+
+
+def test_what_a_run_has_left_can_be_looked_at(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in LOOKS:
+        assert run(words(line)) == 0, capsys.readouterr().err
+    assert (inside / "model" / "model.safetensors").is_file()
+    promises = re.search(r"recompute (\d+) promises", README.read_text(encoding="utf-8"))
+    assert promises
+    assert f"{promises[1]} of {promises[1]} checks passed" in capsys.readouterr().out
+
+
+def test_plain_pytorch_loads_the_export_and_finds_the_same_accuracy(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["export", "runs/digits", "model"]) == 0
+    assert run(["evaluate", "runs/digits", "--output", "json"]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]
+    [source] = [block for block in blocks(README, "python") if "load_file" in block]
+    assert "layerwise" not in source
+    names: dict[str, Any] = {}
+    exec(compile(source, str(README), "exec"), names)  # noqa: S102  (the README's own program)
+    samples = load_dataset(spec_in(inside / "runs" / "digits").data).validation
+    inputs, targets = samples.batch(range(len(samples)))
+    with torch.no_grad():
+        right = names["model"](inputs[0]).argmax(1) == targets[0]
+    assert right.float().mean().item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("line", [line for line in TRAINS if line != "make train"])
+def test_a_command_with_a_cluster_of_its_own_ends_well(line: str, folder: Path) -> None:
+    place = folder / "examples" / "own_model" if "spirals" in line else folder
+    with Command(*words(line, TRAINS[line]), folder=place) as command:
+        assert command.finish() == 0, command.errors
+        assert "Traceback" not in command.errors
+
+
+@pytest.fixture
+def cluster(inside: Path) -> Iterator[Command]:
+    """What ``up`` starts, and a detached backward worker more."""
+    with Command(*words(CLUSTER[0]), "--backward", "1", folder=inside) as up:
+        up.wait_for("processes run")
+        yield up
+        up.interrupt()
+        assert up.finish() == 0, up.errors
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command of the cluster's prints."""
+    status = run(list(arguments))
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return captured.out
+
+
+@pytest.mark.timeout(240)
+def test_a_cluster_that_stays(cluster: Command, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, nodes, submit, status, logs, cancel, resume, jobs = CLUSTER
+    assert len(output(capsys, *words(nodes)).splitlines()) == 1 + 2 + 1 + 1
+    # So many epochs that it can't end by itself before it is cancelled.
+    assert output(capsys, *words(submit, ["train.epochs=100000"])).strip() == "digits-1"
+    assert "digits-1" in output(capsys, *words(status))
+    with Command(*words(logs), folder=inside) as follower:
+        cancelled = output(capsys, *words(cancel))
+        assert follower.finish() == 0, follower.errors
+        assert "cancelled" in follower.output.splitlines()[-1]
+    assert cancelled.strip() == "digits-1 cancelled"
+    assert output(capsys, *words(resume)).strip() == "digits-1"
+    check_metrics(json.loads(output(capsys, "nodes", "--output", "json")))
+    output(capsys, *words(cancel))
+    assert [one["state"] for one in json.loads(output(capsys, *words(jobs)))] == ["cancelled"]
+    [source] = [block for block in blocks(README, "python") if "layerwise.connect" in block]
+    address = cluster.output.splitlines()[0]
+    printed = program(source.replace("127.0.0.1:7070", address), inside).splitlines()
+    assert printed[0].startswith("done ")
+    assert float(printed[-1]) > 0
+
+
+def check_metrics(nodes: list[dict[str, Any]]) -> None:
+    """Each process serves what the table of metrics says of it, and nothing of ours besides."""
+    rows = [(row[0].strip("`"), row[1]) for row in table(OPERATIONS, "about itself:")]
+    assert {node["role"] for node in nodes} == {"shard", "forward", "backward"}
+    for node in nodes:
+        with urllib.request.urlopen(f"http://{node['metrics_address']}/metrics", timeout=10) as answer:
+            page = answer.read().decode()
+        served = {
+            name if kind != "counter" or name.endswith("_total") else f"{name}_total"
+            for name, kind in re.findall(r"^# TYPE (layerwise_\w+) (\w+)$", page, re.MULTILINE)
+        }
+        assert served == {name for name, process in rows if process in ("all", node["role"])}, node["name"]
