@@ -47,7 +47,9 @@ def shown_progress(*, quiet: bool = False) -> Iterator[ProgressView]:
         view.close()
 
 
-def follow_job(client: CoordinatorClient, job: str, output: str, *, quiet: bool = False) -> int:
+def follow_job(
+    client: CoordinatorClient, job: str, output: str, *, quiet: bool = False, timeout: float | None = None
+) -> int:
     """Show a cluster's job until it has ended; an interrupt ends the showing only. Returns the exit status."""
 
     def leave() -> None:
@@ -55,7 +57,7 @@ def follow_job(client: CoordinatorClient, job: str, output: str, *, quiet: bool 
 
     with shown_progress(quiet=quiet) as view, signals_call(leave):
         try:
-            document = JobFollower(client, job, view, refresh_seconds=0.5).run()
+            document = JobFollower(client, job, view, refresh_seconds=0.5).run(timeout=timeout)
         except KeyboardInterrupt:
             view.say(
                 f"job {job} goes on; follow it with `layerwise logs -f {job}`, stop it with `layerwise cancel {job}`"

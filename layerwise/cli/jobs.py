@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from layerwise.cli import exit_codes
-from layerwise.cli.options import command, coordinator_address, coordinator_option, output_option, set_option
+from layerwise.cli.options import (
+    command,
+    coordinator_address,
+    coordinator_option,
+    output_option,
+    set_option,
+    timeout_option,
+)
 from layerwise.cli.output import format_bytes, job_facts, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
@@ -39,8 +46,16 @@ def coordinator_client(coordinator: str | None) -> Iterator[CoordinatorClient]:
 @set_option
 @coordinator_option
 @click.option("-f", "--follow", is_flag=True, help="Show the job until it has ended; the exit status is the job's.")
+@timeout_option
 @output_option
-def submit_command(spec: str, overrides: tuple[str, ...], coordinator: str | None, follow: bool, output: str) -> int:
+def submit_command(
+    spec: str,
+    overrides: tuple[str, ...],
+    coordinator: str | None,
+    follow: bool,
+    timeout: float | None,
+    output: str,
+) -> int:
     """Queue the job in SPEC (a YAML or JSON file, or - for standard input) and print its id.
 
     Through a unix socket, relative paths in the job count from here; otherwise from the working directory of each
@@ -56,7 +71,7 @@ def submit_command(spec: str, overrides: tuple[str, ...], coordinator: str | Non
         if follow:
             from layerwise.cli.following import follow_job
 
-            return follow_job(client, str(document["job"]), output)
+            return follow_job(client, str(document["job"]), output, timeout=timeout)
     if output == "json":
         print_json(document)
     else:
@@ -181,16 +196,17 @@ def print_event(event: JobEvent, output: str) -> None:
 @command("cancel", examples=["layerwise cancel digits-1", "layerwise cancel digits-1 --wait"])
 @click.argument("job")
 @click.option("--wait", is_flag=True, help="Return when it has ended.")
+@timeout_option
 @coordinator_option
 @output_option
-def cancel_command(job: str, wait: bool, coordinator: str | None, output: str) -> int:
+def cancel_command(job: str, wait: bool, timeout: float | None, coordinator: str | None, output: str) -> int:
     """Stop JOB at its next update and save a cut there, from which `resume` goes on."""
     with coordinator_client(coordinator) as client:
         document = client.cancel(job)
         if wait:
             from layerwise.follow import JobFollower, Silent
 
-            document = JobFollower(client, job, Silent(), refresh_seconds=60.0).run()
+            document = JobFollower(client, job, Silent(), refresh_seconds=60.0).run(timeout=timeout)
     if output == "json":
         print_json(document)
     else:

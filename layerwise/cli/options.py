@@ -76,6 +76,16 @@ def allow_import_option(function: Function) -> Function:
     )(function)
 
 
+def timeout_option(function: Function) -> Function:
+    """``--timeout SECONDS`` as ``timeout``, for commands that wait for a job; None when not given."""
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(min=0.0, min_open=True),
+        metavar="SECONDS",
+        help="Wait for the job no longer than this; it goes on, the exit status is 124.",
+    )(function)
+
+
 def threads_option(function: Function) -> Function:
     """``--threads N`` as ``threads``; None when not given."""
     return click.option(

@@ -17,11 +17,12 @@ VERIFIED_STEPS = 20
 
 
 @command("schema", examples=["layerwise schema > job.schema.json"])
-def schema_command() -> int:
-    """Print the JSON Schema of job files, for editors and checks."""
+@output_option
+def schema_command(output: str) -> int:
+    """Print the JSON Schema of job files, for editors and checks; in one line with ``--output json``."""
     from layerwise.job import job_schema
 
-    click.echo(json.dumps(job_schema(), indent=2))
+    click.echo(json.dumps(job_schema(), indent=2 if output == "table" else None))
     return exit_codes.DONE
 
 

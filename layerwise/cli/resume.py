@@ -14,6 +14,7 @@ from layerwise.cli.options import (
     device_name,
     output_option,
     threads_option,
+    timeout_option,
 )
 
 
@@ -38,6 +39,7 @@ from layerwise.cli.options import (
     help="Devices of the shards (with a DIRECTORY).",
 )
 @threads_option
+@timeout_option
 @click.option("--quiet", is_flag=True, help="No progress.")
 @output_option
 def resume_command(
@@ -47,6 +49,7 @@ def resume_command(
     allow_imports: tuple[str, ...],
     devices: tuple[str, ...],
     threads: int | None,
+    timeout: float | None,
     quiet: bool,
     output: str,
 ) -> int:
@@ -57,7 +60,13 @@ def resume_command(
     """
     directory = Path(job).expanduser().absolute()
     is_directory = "/" in job or directory.is_dir()
-    if is_directory and coordinator is None:
+    embedded = is_directory and coordinator is None
+    misplaced = {"--timeout": timeout} if embedded else {"--device": devices, "--threads": threads}
+    for name, value in misplaced.items():
+        if value:
+            where = "a job of a cluster" if embedded else "a DIRECTORY without --coordinator"
+            raise click.UsageError(f"{name} goes with {where} only")
+    if embedded:
         from layerwise.cli.local import run_embedded
         from layerwise.run_directory import spec_in
 
@@ -79,7 +88,7 @@ def resume_command(
         if follow:
             from layerwise.cli.following import follow_job
 
-            return follow_job(client, str(document["job"]), output, quiet=quiet)
+            return follow_job(client, str(document["job"]), output, quiet=quiet, timeout=timeout)
     if output == "json":
         print_json(document)
     else:

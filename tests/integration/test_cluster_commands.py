@@ -102,6 +102,15 @@ def test_following_ends_with_the_jobs_exit_status(
     assert "missing.safetensors" in failed["message"]
 
 
+def test_following_with_a_timeout_ends_with_status_124(
+    at: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["submit", "-f", "--timeout", "0.2", write_job(tmp_path, train=ENDLESS), *at]) == 124
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "it goes on" in error
+    shown(capsys, "cancel", error.split()[2], "--wait", *at)
+
+
 def test_ctrl_c_while_following_leaves_the_job_alone(cluster: LocalCluster, tmp_path: Path) -> None:
     arguments = ("submit", "-f", write_job(tmp_path, train=ENDLESS), "--coordinator", cluster.coordinator_address)
     with Command(*arguments, folder=tmp_path) as command:

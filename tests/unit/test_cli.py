@@ -122,6 +122,8 @@ def test_states_have_exit_statuses() -> None:
         (["submit", "job.yaml", "--coordinator", "nonsense"], 2, "neither host:port"),
         (["healthcheck", "unix:/nowhere/socket"], 3, "nothing healthy answers"),
         (["resume", "./nothing"], 4, "no run in"),
+        (["resume", "./nothing", "--timeout", "3"], 2, "--timeout goes with"),
+        (["resume", "digits-1", "--device", "cpu"], 2, "--device goes with"),
         (["evaluate", "./nothing"], 4, "no directory"),
         (["evaluate", "."], 4, "no saved cut"),
         (["export", ".", "--cut", "3"], 4, "no saved cut"),
