@@ -19,7 +19,6 @@ from layerwise.cli.options import (
     coordinator_address,
     device_name,
     output_option,
-    threads_option,
 )
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -116,7 +115,7 @@ def coordinator_command(
     metavar="auto|cpu|cuda:N",
     help="auto takes a GPU if there is one.",
 )
-@threads_option
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of arithmetic.")
 @name_option
 @allow_import_option
 @service_options
@@ -125,7 +124,7 @@ def shard_command(
     listen: str,
     advertise: str,
     device: str,
-    threads: int | None,
+    threads: int,
     name: str,
     allow_imports: tuple[str, ...],
     metrics: str,
@@ -144,7 +143,7 @@ def shard_command(
         listen=listen,
         advertise=advertise,
         device=device,
-        threads=threads or 1,
+        threads=threads,
         name=name,
         metrics=metrics,
         allow_imports=allow_imports,
@@ -200,14 +199,14 @@ def forward_command(
     metavar="auto|cpu|cuda:N",
     help="auto takes a GPU if there is one.",
 )
-@threads_option
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of arithmetic.")
 @name_option
 @allow_import_option
 @service_options
 def backward_command(
     coordinator: str | None,
     device: str,
-    threads: int | None,
+    threads: int,
     name: str,
     allow_imports: tuple[str, ...],
     metrics: str,
@@ -224,7 +223,7 @@ def backward_command(
     run_backward(
         coordinator=address,
         device=device,
-        threads=threads or 1,
+        threads=threads,
         name=name,
         metrics=metrics,
         allow_imports=allow_imports,
