@@ -11,7 +11,8 @@ class AppliedSet:
     """A set of microbatch indices that stays small while they arrive nearly in order.
 
     Everything below ``watermark`` is in it; ``above`` holds the rest. ``dropped`` lists the members that are
-    tombstones: they fill a place in an update but brought no gradient. Not thread-safe: its layer's lock guards it.
+    tombstones: they fill a place in an update but brought no gradient. Its layer's lock guards changes; ``in`` may be
+    asked without it, and never misses a member while the watermark passes it.
     """
 
     watermark: int = 0
@@ -19,7 +20,8 @@ class AppliedSet:
     dropped: set[int] = field(default_factory=set)
 
     def __contains__(self, index: int) -> bool:
-        return index < self.watermark or index in self.above
+        # In this order: a member leaves ``above`` only after the watermark has passed it.
+        return index in self.above or index < self.watermark
 
     def __len__(self) -> int:
         return self.watermark + len(self.above)
@@ -33,9 +35,9 @@ class AppliedSet:
         self.above.add(index)
         if dropped:
             self.dropped.add(index)
-        while self.watermark in self.above:
-            self.above.remove(self.watermark)
-            self.watermark += 1
+        while (passed := self.watermark) in self.above:
+            self.watermark = passed + 1
+            self.above.remove(passed)
         return True
 
     def missing(self, stop: int) -> list[int]:

@@ -26,7 +26,12 @@ class Background:
         done: Callable[[Value], list[Effect]],
         failed: Callable[[Exception], list[Effect]],
     ) -> None:
-        """Run ``work`` on a thread; then ``done`` or ``failed`` on the loop, and carry out what they return."""
+        """Run ``work`` on a thread; then ``done`` or ``failed`` on the loop, and carry out what they return.
+
+        Once closed, nothing is run any more.
+        """
+        if self._closed:
+            return
 
         def finish(future: Future[Value]) -> None:
             if self._closed or future.cancelled():
@@ -49,6 +54,11 @@ class Background:
         """Forget what waits; what is under way ends by itself, unheard."""
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def finish(self) -> None:
+        """End what is under way and what waits, unheard; wait for it. Not on the event loop's thread."""
+        self._closed = True
+        self._pool.shutdown(wait=True)
 
 
 def sentence(error: Exception) -> str:

@@ -98,7 +98,7 @@ def build_block(
         raise
     moves = transfers(device)
     moves.finish()
-    writer = CutWriter(assignment.directory, assignment.job)
+    writer = CutWriter(assignment.directory, assignment.job, before_save=events.sync)
     block = Block(
         layers,
         settings.plan,

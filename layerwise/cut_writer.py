@@ -20,11 +20,16 @@ MAX_WAITING = 8
 
 
 class CutWriter:
-    """Saves the cuts of one block, oldest first, in a thread of its own. `save` may be called from any thread."""
+    """Saves the cuts of one block, oldest first, in a thread of its own. `save` may be called from any thread.
 
-    def __init__(self, directory: str | Path, job: str) -> None:
+    ``before_save`` runs there before each cut: it puts on disk what must not be missing beside the cut after a power
+    cut, which is the event log up to it.
+    """
+
+    def __init__(self, directory: str | Path, job: str, *, before_save: Callable[[], None] = lambda: None) -> None:
         self._directory = Path(directory)
         self._job = job
+        self._before_save = before_save
         self._queue: queue.Queue[tuple[int, tuple[LayerCopy, ...], Done] | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name=f"cut-writer-{job}", daemon=True)
         self._thread.start()
@@ -49,8 +54,9 @@ class CutWriter:
         while (work := self._queue.get()) is not None:
             version, copies, done = work
             try:
+                self._before_save()
                 files = tuple(save_layer(self._directory, self._job, copy) for copy in copies)
-            except OSError as error:
-                done((), f"cut {version} could not be saved in {self._directory}: {error}")
+            except Exception as error:  # whatever it is: a cut of which nobody hears is waited for
+                done((), f"cut {version} could not be saved in {self._directory}: {error or type(error).__name__}")
             else:
                 done(files, "")

@@ -13,6 +13,7 @@ A folder without a manifest is no cut. The manifest names its files with sizes a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ from layerwise.messages import LayerFile
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
 _FOLDER = re.compile(r"\d{8,}")
+
+log = logging.getLogger(__name__)
 
 
 def cut_folder(directory: str | Path, version: int) -> Path:
@@ -67,7 +70,8 @@ def sync_folder(folder: Path) -> None:
 def commit_manifest(directory: str | Path, version: int, manifest_json: str, keep: Iterable[int] = ()) -> None:
     """Make the cut of ``version`` durable: write its manifest, then delete the older cuts that are not in ``keep``.
 
-    ``manifest_json`` is an object with at least ``version`` and ``files``, see `load_manifest`.
+    ``manifest_json`` is an object with at least ``version`` and ``files``, see `load_manifest`. An old cut that can't
+    be deleted stays for the next time: the new one is durable all the same.
 
     Raises:
         CorruptError: a file that it names is not there, or has another size.
@@ -160,14 +164,21 @@ def delete_cuts(directory: str | Path, keep: Iterable[int]) -> None:
     for folder in sorted(cuts.iterdir()) if kept and cuts.is_dir() else []:
         if not _FOLDER.fullmatch(folder.name) or int(folder.name) > max(kept):
             continue
-        if int(folder.name) in kept:
-            _delete_strays(directory, int(folder.name), folder)
-            continue
-        (folder / MANIFEST).unlink(missing_ok=True)
-        sync_folder(folder)
-        for path in folder.iterdir():
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+        try:
+            if int(folder.name) in kept:
+                _delete_strays(directory, int(folder.name), folder)
+            else:
+                _delete_cut(folder)
+        except (OSError, CorruptError) as error:
+            log.warning("%s is not cleaned up: %s", folder, error)
+
+
+def _delete_cut(folder: Path) -> None:
+    (folder / MANIFEST).unlink(missing_ok=True)
+    sync_folder(folder)
+    for path in folder.iterdir():
+        path.unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _delete_strays(directory: str | Path, version: int, folder: Path) -> None:

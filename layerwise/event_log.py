@@ -194,13 +194,20 @@ class EventLog:
     def flush(self) -> None:
         """Hand everything appended so far to the operating system: it survives the end of this process."""
         with self._file_lock:
-            self._flush()
+            if not self._closed:
+                self._flush()
 
     def sync(self) -> None:
-        """`flush`, and wait until the disk has it: it survives a power cut."""
+        """`flush`, and wait until the disk has it: it survives a power cut. Who flushes meanwhile does not wait."""
         with self._file_lock:
+            if self._closed:
+                return
             self._flush()
-            os.fdatasync(self._file)
+            file = os.dup(self._file)
+        try:
+            os.fdatasync(file)
+        finally:
+            os.close(file)
 
     def close(self) -> None:
         """`sync` and close the file; calling it again does nothing."""
@@ -212,7 +219,9 @@ class EventLog:
                 self._flush()
                 os.fdatasync(self._file)
             finally:
-                os.close(self._file)
+                if self._file >= 0:
+                    os.close(self._file)
+                    self._file = -1
 
     def __enter__(self) -> EventLog:
         return self
@@ -231,9 +240,14 @@ class EventLog:
         if lines:
             self._write(b"".join(lines))
         if self._segment_written >= self._segment_bytes and not self._closed:
-            os.fdatasync(self._file)
-            os.close(self._file)
-            self._open_segment(sequence, versions)
+            try:
+                os.fdatasync(self._file)
+                done, self._file = self._file, -1  # its number may be another file's as soon as it is closed
+                os.close(done)
+                self._open_segment(sequence, versions)
+            except OSError as error:
+                self._error = error
+                raise
 
     def _open_segment(self, sequence: int, versions: list[int]) -> None:
         self._segment += 1

@@ -205,7 +205,12 @@ class LayerCompute:
         buffers: Sequence[torch.Tensor],
     ) -> Tensors:
         """The evaluation-mode forward pass with other tensors (all of the module's, in order); changes nothing."""
-        with self.guard(exchanges=True), self.module.exchanged(parameters=parameters, buffers=buffers, training=False):
+        module = self.module
+        with (
+            self.guard(exchanges=True),
+            # Some modules write their buffers in evaluation as well, and a cut's may be the layer's own.
+            module.exchanged(parameters=parameters, buffers=module.copies_for_writing(buffers), training=False),
+        ):
             return self._call(inputs, microbatch, graph=False)
 
     def gradients(self, forward: LayerPass, outputs: Sequence[torch.Tensor | None]) -> LayerGradients:

@@ -42,9 +42,14 @@ def save_layer(directory: str | Path, job: str, copy: LayerCopy) -> LayerFile:
         "orders": {"parameters": list(copy.parameters), "buffers": list(copy.buffers), "moments": list(copy.moments)},
     }
     tensors: dict[str, torch.Tensor] = {}
+    memory: set[int] = set()
     for prefix, group in ((PARAMETER, copy.parameters), (BUFFER, copy.buffers), (MOMENT, copy.moments)):
         for name, tensor in group.items():
-            tensors[prefix + name] = _alone(tensor)
+            alone = _alone(tensor)
+            if alone.numel() and alone.data_ptr() in memory:
+                alone = alone.clone()
+            memory.add(alone.data_ptr())
+            tensors[prefix + name] = alone
     data = safetensors.torch.save(tensors, {_METADATA: json.dumps(metadata, separators=(",", ":"))})
     name = layer_file_name(copy.layer, copy.life)
     write_durably(cut_folder(directory, version) / name, data)

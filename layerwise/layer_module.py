@@ -66,11 +66,14 @@ class LayerModule:
     def learn_written(self, before: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """After a pass that had ``given`` in place of ``before``: the buffers it left; notes which ones it wrote.
 
-        Some kernels write without telling autograd's version counter, so the first pass is judged by the values.
+        Some kernels write without telling autograd's version counter, and some writes leave the values as they were,
+        so the first pass, which was given copies of all, is judged by both.
         """
         after = tuple(buffer.detach() if buffer.requires_grad else buffer for buffer in self.buffers)
         for name, old, new, now in zip(self.buffer_names, before, given, after, strict=True):
-            if name not in self._written and (now is not new or not (self._known or _same(old, now))):
+            if name in self._written:
+                continue
+            if now is not new or (not self._known and (now._version > 0 or not _same(old, now))):
                 self._written |= {name}
         self._known = True
         return after

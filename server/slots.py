@@ -58,7 +58,8 @@ class Slots:
         """Close the queue and wait for the tasks under way (a task is finite: it waits for nobody)."""
         self._queue.close()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # a block that was left before it began has none to wait for
+                thread.join()
 
     def _work(self, index: int) -> None:
         while (task := self._queue.pop()) is not None:

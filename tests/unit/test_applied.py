@@ -90,3 +90,16 @@ def test_negative_index_is_refused() -> None:
 def test_values_that_are_no_applied_set_are_refused(value: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"not an applied set|not in the set"):
         AppliedSet.from_json(value)
+
+
+def test_a_member_is_never_missed_while_the_watermark_passes_it() -> None:
+    ours = AppliedSet()
+
+    class Watched(set[int]):
+        def remove(self, index: int) -> None:
+            super().remove(index)
+            assert index in ours, "another thread that asks now is told that it was never taken in"
+
+    ours.above = Watched({1, 2})
+    ours.add(0)
+    assert ours.watermark == 3

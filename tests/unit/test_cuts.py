@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,41 @@ def test_shared_parameters_are_exported_under_every_name(tmp_path: Path) -> None
     found = load_file(export(tmp_path, 1, tmp_path, pipeline.modules))
     assert torch.equal(found["0.weight"], found["1.weight"])
     nn.Sequential(*modules).load_state_dict(found)
+
+
+def test_an_old_cut_that_cannot_be_deleted_does_not_make_the_new_one_fail(tmp_path: Path) -> None:
+    for version in (1, 2):
+        save(tmp_path, trained(version).copies(version), keep=(1, 2))
+    (cut_folder(tmp_path, 1) / "held-open").mkdir()
+    (cut_folder(tmp_path, 2) / "manifest.json").write_text("damaged")
+    save(tmp_path, trained(3).copies(3), keep=(2,))
+    assert newest_cut(tmp_path) == 3
+    assert 1 not in durable_cuts(tmp_path)
+
+
+def test_the_writer_reports_whatever_goes_wrong_and_goes_on(tmp_path: Path) -> None:
+    copies = tuple(trained().copies(3))
+    failures = [RuntimeError("no such dtype"), None]
+    done: list[tuple[int, str]] = []
+
+    def before() -> None:
+        failure = failures.pop(0)
+        if failure is not None:
+            raise failure
+
+    writer = CutWriter(tmp_path, "job", before_save=before)
+    for _ in range(2):
+        writer.save(3, copies, lambda files, error: done.append((len(files), error)))
+    writer.close()
+    assert [count for count, _ in done] == [0, 3]
+    assert "no such dtype" in done[0][1]
+
+
+def test_buffers_that_share_memory_are_saved_each(tmp_path: Path) -> None:
+    copy = trained().copies(3)[0]
+    shared = torch.arange(4.0)
+    copy = replace(copy, buffers={"flat": shared, "square": shared.view(2, 2)})
+    file = save_layer(tmp_path, "job", copy)
+    loaded = load_layer(tmp_path, 3, file)
+    assert torch.equal(loaded.buffers["flat"], shared)
+    assert torch.equal(loaded.buffers["square"], shared.view(2, 2))

@@ -417,3 +417,37 @@ def test_logs_of_a_job_are_found_by_life_then_block(tmp_path: Path) -> None:
     found = [(LogReader(path).header.life, LogReader(path).header.start) for path in find_logs(tmp_path)]
     assert found == [(0, 0), (0, 2), (1, 0), (1, 2), (10, 0)]
     assert find_logs(tmp_path / "nowhere") == []
+
+
+def test_a_log_without_room_for_its_next_segment_writes_to_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = EventLog(tmp_path, HEADER, segment_bytes=10)
+
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    log.append(cut(0))
+    with monkeypatch.context() as patched:
+        patched.setattr("layerwise.event_log.os.open", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            log.flush()
+    other = (tmp_path / "other").open("wb")  # takes the number of the segment that was closed
+    log.append(cut(1))
+    with pytest.raises(OSError, match="No space left"):
+        log.flush()
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    other.write(b"still open")
+    other.close()
+    assert (tmp_path / "other").read_bytes() == b"still open"
+
+
+def test_a_closed_log_writes_nothing_more(tmp_path: Path) -> None:
+    log = EventLog(tmp_path, HEADER)
+    log.append(cut(0))
+    log.close()
+    log.append(cut(1))
+    log.flush()
+    log.sync()
+    assert read(tmp_path) == [cut(0)]

@@ -6,6 +6,8 @@ from torch import nn
 
 from layerwise.assembly import foreign_parameters
 from layerwise.errors import ConfigError
+from layerwise.ids import Microbatch
+from layerwise.layer_compute import LayerCompute
 from layerwise.layer_module import LayerModule
 from layerwise.messages import Tensors
 
@@ -131,3 +133,29 @@ def test_layers_that_share_views_or_buffers_are_refused() -> None:
     norms[1].running_mean = norms[0].running_mean
     with pytest.raises(ConfigError, match="layers 0 and 1 share memory"):
         foreign_parameters(norms, 0)
+
+
+def test_a_buffer_is_known_as_written_also_if_the_first_write_changed_nothing() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("positive", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.positive += (x > 0).sum()
+            return x
+
+    module = LayerModule(Counting(), 0, "counting")
+    run(module, -torch.ones(2, 3))
+    assert module.may_write_buffers
+    before = run(module, torch.ones(2, 3))
+    assert before[0] == 0
+    assert module.buffers[0] == 6
+
+
+def test_evaluation_leaves_buffers_alone_that_a_module_writes_always() -> None:
+    compute = LayerCompute(LayerModule(Masked(), 0, "masked"), seed=1, version=lambda: 0)
+    kept = compute.module.buffers
+    compute.evaluate(Tensors((torch.ones(2, 3),)), Microbatch(0, 0, 2), (), kept)
+    assert torch.equal(kept[1], torch.zeros(3))
+    assert all(one is other for one, other in zip(compute.module.buffers, kept, strict=True))
