@@ -103,7 +103,6 @@ class Coordinator:
                 metrics, lambda: coordinator_metrics(self._role, self._now()), insecure=insecure
             )
             self.metrics_address = self._metrics.address
-            log.info("metrics are served at http://%s/metrics", self.metrics_address)
         self.address = await transport.listen(listen, insecure=insecure)
         self._ticks = asyncio.create_task(self._tick(), name="layerwise coordinator ticks")
         log.info("the coordinator listens at %s", self.address)
