@@ -345,10 +345,15 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Coordinator to a free shard: build this job's model and data, run them once, tell what they cost."""
+    """Coordinator to a free shard: build this job's model and data, run them once, tell what they cost.
+
+    ``peer`` at ``address`` is the shard that will come after it (empty: there is none): measure what a hop to it takes.
+    """
 
     job: str
     spec_json: str
+    peer: str = ""
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,6 +363,23 @@ class Probed:
     job: str
     profile_json: str = ""
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Echo:
+    """Shard to shard: a payload of one activation's size, to be answered at once."""
+
+    job: str
+    round: int
+    payload: Tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Echoed:
+    """The answer to an `Echo`."""
+
+    job: str
+    round: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -593,7 +615,7 @@ class BlockReport:
 Message = (
     Offer | Grant | Decline | Closed | Forward | BoundaryGradient | BlockClosed | Abort | NotFinite | StopAt | EvaluateForward | Evaluated
     | TaskRequest | DetachedTask | PushGradient | TaskFinished
-    | Hello | Welcome | Heartbeat | Probe | Probed | Assignment | Ready | StartTraining | Unassign | Unassigned | Failure
+    | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Ready | StartTraining | Unassign | Unassigned | Failure
     | LeaseRequest | Lease | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
     | Stop | Stopping | BlockReport
 )  # fmt: skip

@@ -117,7 +117,10 @@ class Run:
         if self.prepared is not None:
             return self._assign()
         self._note("info", f"measuring the model and the data on {self.shards[0]}", shard=self.shards[0])
-        return [Send(self.shards[0], Probe(job=self.job, spec_json=self.record.spec_json))]
+        second = self.shards[1] if len(self.shards) > 1 else ""
+        address = self._addresses[second] if second else ""
+        probe = Probe(job=self.job, spec_json=self.record.spec_json, peer=second, address=address)
+        return [Send(self.shards[0], probe)]
 
     def cancel(self, now: float) -> list[Effect]:
         """Stop at the next update boundary, with a cut there; a run that does not train yet ends at once."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from layerwise.messages import (
     Assignment,
     CommitCut,
     CutCommitted,
+    Echo,
+    Echoed,
     Failure,
     LayerFile,
     Message,
@@ -28,7 +31,9 @@ from layerwise.messages import (
     Welcome,
 )
 from layerwise.probe import probe
+from layerwise.profile import Profile
 from layerwise.roles import Effect, Send
+from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
 from layerwise.service import COORDINATOR, Service, ServiceSettings
 from layerwise.tasks import Task, TaskResult
@@ -43,7 +48,11 @@ class ShardServer:
         self._service = service
         self._device = device
         self._blocks: dict[str, HostedBlock] = {}
-        self._left: set[str] = set()
+        self._assigned: dict[str, Assignment] = {}
+        """By job what this shard is to host, built or not; a block of any other assignment has no say any more."""
+        self._hop: HopProbe | None = None
+        self._profile: Profile | None = None
+        """What was measured of a job's layers while its hop is still being measured."""
         self._builder = Background(service, "builder")
         self._closer = Background(service, "closer")
 
@@ -58,6 +67,10 @@ class ShardServer:
             case Assignment() if peer == COORDINATOR:
                 self._build(message)
                 return []
+            case Echo():
+                return [Send(peer, Echoed(job=message.job, round=message.round))]
+            case Echoed():
+                return self._on_echoed(peer, message, now)
             case Unassign() if peer == COORDINATOR:
                 self._leave(message.job)
                 return []
@@ -73,16 +86,23 @@ class ShardServer:
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`. Without the coordinator a job gets no samples: it is given up."""
         effects = [effect for block in self._blocks.values() for effect in block.role.on_lost(peer, now)]
+        if self._hop is not None:
+            self._hop.on_lost(peer)
+            effects += self._when_measured()
         if peer != COORDINATOR:
             return effects
-        for job in list(self._blocks):
+        for job in list(self._assigned):
             log.warning("job %s is given up here: the coordinator is gone; its last cut stands", job)
             self._leave(job)
         return []
 
     def on_tick(self, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`."""
-        return [effect for block in self._blocks.values() for effect in block.on_tick(now)]
+        effects = [effect for block in self._blocks.values() for effect in block.on_tick(now)]
+        if self._hop is not None:
+            self._hop.on_tick(now)
+            effects += self._when_measured()
+        return effects
 
     def before_send(self) -> None:
         """Write every event down before its effects leave the process."""
@@ -105,65 +125,102 @@ class ShardServer:
     async def close(self) -> None:
         """End slots and writers, close the logs."""
         self._builder.close()
-        blocks, self._blocks = list(self._blocks.values()), {}
-        for block in blocks:
-            await self._service.loop.run_in_executor(None, block.close)
-        self._closer.close()
+        for job in list(self._assigned):
+            self._close(self._take_out(job), list)
+        # Its threads are waited for by the interpreter, so none may be left behind.
+        await self._service.loop.run_in_executor(None, self._closer.finish)
 
     def _probe(self, message: Probe) -> None:
-        def work() -> Probed:
+        def work() -> Profile:
             spec = parse_job(json.loads(message.spec_json), source=message.job)
-            profile = probe(spec, device=self._device, allowed_imports=self._service.settings.allow_imports)
-            return Probed(job=message.job, profile_json=profile.to_json())
+            return probe(spec, device=self._device, allowed_imports=self._service.settings.allow_imports)
 
         self._builder.run(
             work,
-            lambda answer: [Send(COORDINATOR, answer)],
+            lambda profile: self._probe_hop(message, profile),
             lambda error: [Send(COORDINATOR, Probed(job=message.job, error=self._explain(error)))],
         )
 
+    def _probe_hop(self, message: Probe, profile: Profile) -> list[Effect]:
+        """Measure what a hop to the next shard takes with the largest output of a layer, then tell the profile."""
+        self._profile = profile
+        num_bytes = max(layer.output_bytes for layer in profile.layers)
+        payload = torch.zeros(max(num_bytes, 1), dtype=torch.uint8)
+        self._hop = HopProbe(job=message.job, peer=message.peer, address=message.address, payload=payload)
+        return self._hop.begin(self._service.loop.time()) if message.peer else self._when_measured()
+
+    def _on_echoed(self, peer: str, message: Echoed, now: float) -> list[Effect]:
+        if self._hop is None or self._hop.job != message.job:
+            return []
+        return self._hop.on_echoed(peer, message, now) + self._when_measured()
+
+    def _when_measured(self) -> list[Effect]:
+        if self._hop is None or self._profile is None or not self._hop.done:
+            return []
+        profile = replace(self._profile, hop_seconds=self._hop.seconds)
+        answer = Probed(job=self._hop.job, profile_json=profile.to_json())
+        self._hop = self._profile = None
+        return [Send(COORDINATOR, answer)]
+
     def _build(self, assignment: Assignment) -> None:
         job = assignment.job
-        self._left.discard(job)
+        if job in self._assigned:
+            self._close(self._take_out(job), list)
+        self._assigned[job] = assignment
 
         def work() -> HostedBlock:
             return HostedBlock(
                 assignment,
                 device=self._device,
                 allowed_imports=self._service.settings.allow_imports,
-                report=lambda task, outcome: self._from_slot(job, task, outcome),
+                report=lambda task, outcome: self._from_slot(assignment, task, outcome),
                 cut_taken=lambda version: self._from_thread(
-                    job, lambda block, now: block.role.on_cut_taken(version, now)
+                    assignment, lambda block, now: block.role.on_cut_taken(version, now)
                 ),
-                cut_saved=lambda version, files, error: self._from_writer(job, version, files, error),
+                cut_saved=lambda version, files, error: self._from_writer(assignment, version, files, error),
             )
 
         def done(block: HostedBlock) -> list[Effect]:
-            if job in self._left:
-                self._closer.run(block.close, lambda _: [], lambda error: [])
+            if self._assigned.get(job) is not assignment:
+                self._close(block, list)
                 return []
             self._blocks[job] = block
             return block.begin(self._service.loop.time())
 
-        self._builder.run(work, done, lambda error: [Send(COORDINATOR, Failure(job=job, message=self._explain(error)))])
+        def failed(error: Exception) -> list[Effect]:
+            if self._assigned.get(job) is not assignment:
+                return []
+            return [Send(COORDINATOR, Failure(job=job, message=self._explain(error)))]
+
+        self._builder.run(work, done, failed)
 
     def _leave(self, job: str) -> None:
         """Take the block out of the way at once; say so when its threads have ended."""
-        self._left.add(job)
+        self._close(self._take_out(job), lambda: [Send(COORDINATOR, Unassigned(job=job))])
+
+    def _take_out(self, job: str) -> HostedBlock | None:
+        """The job's block, which nothing reaches from now on; what it has sent is written down first."""
+        self._assigned.pop(job, None)
         block = self._blocks.pop(job, None)
+        if block is not None:
+            try:
+                block.events.flush()
+            except OSError as error:
+                self._service.fail(error)
+        return block
+
+    def _close(self, block: HostedBlock | None, closed: Callable[[], list[Effect]]) -> None:
+        """End the block's threads and files, behind what is being closed or committed already; then ``closed``."""
 
         def work() -> None:
             if block is not None:
                 block.close()
 
-        def done(_: None) -> list[Effect]:
-            return [Send(COORDINATOR, Unassigned(job=job))]
-
         def failed(error: Exception) -> list[Effect]:
-            log.error("the block of job %s was not left cleanly: %s", job, self._explain(error))
-            return [Send(COORDINATOR, Unassigned(job=job))]
+            log.error("a block was not left cleanly: %s", self._explain(error))
+            return closed()
 
-        self._closer.run(work, done, failed)
+        self._closer.run(work, lambda _: closed(), failed)
 
     def _commit(self, message: CommitCut) -> None:
         block = self._blocks.get(message.job)
@@ -179,22 +236,24 @@ class ShardServer:
             lambda error: answer(f"the manifest of cut {message.version} could not be written: {self._explain(error)}"),
         )
 
-    def _from_slot(self, job: str, task: Task, outcome: TaskResult | Exception) -> None:
+    def _from_slot(self, assignment: Assignment, task: Task, outcome: TaskResult | Exception) -> None:
         def act(block: HostedBlock, now: float) -> list[Effect]:
             if isinstance(outcome, Exception):
                 log.debug("task failed", exc_info=outcome)
                 return block.role.on_task_failed(task, outcome, now)
             return block.role.on_task_done(task, outcome, now)
 
-        self._from_thread(job, act)
+        self._from_thread(assignment, act)
 
-    def _from_writer(self, job: str, version: int, files: tuple[LayerFile, ...], error: str) -> None:
-        self._from_thread(job, lambda block, now: block.role.on_cut_saved(version, files, error, now))
+    def _from_writer(self, assignment: Assignment, version: int, files: tuple[LayerFile, ...], error: str) -> None:
+        self._from_thread(assignment, lambda block, now: block.role.on_cut_saved(version, files, error, now))
 
-    def _from_thread(self, job: str, act: Callable[[HostedBlock, float], list[Effect]]) -> None:
+    def _from_thread(self, assignment: Assignment, act: Callable[[HostedBlock, float], list[Effect]]) -> None:
+        """Let the role of ``assignment``'s block hear it, on the loop; not that of a later life of the job."""
+
         def on_loop() -> None:
-            block = self._blocks.get(job)
-            if block is not None:
+            block = self._blocks.get(assignment.job)
+            if block is not None and self._assigned.get(assignment.job) is assignment:
                 self._service.guard(lambda: act(block, self._service.loop.time()))
 
         self._service.loop.call_soon_threadsafe(on_loop)
