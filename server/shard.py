@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from layerwise.messages import (
     Assignment,
     CommitCut,
     CutCommitted,
+    Echo,
+    Echoed,
     Failure,
     LayerFile,
     Message,
@@ -28,7 +31,9 @@ from layerwise.messages import (
     Welcome,
 )
 from layerwise.probe import probe
+from layerwise.profile import Profile
 from layerwise.roles import Effect, Send
+from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
 from layerwise.service import COORDINATOR, Service, ServiceSettings
 from layerwise.tasks import Task, TaskResult
@@ -45,6 +50,9 @@ class ShardServer:
         self._blocks: dict[str, HostedBlock] = {}
         self._assigned: dict[str, Assignment] = {}
         """By job what this shard is to host, built or not; a block of any other assignment has no say any more."""
+        self._hop: HopProbe | None = None
+        self._profile: Profile | None = None
+        """What was measured of a job's layers while its hop is still being measured."""
         self._builder = Background(service, "builder")
         self._closer = Background(service, "closer")
 
@@ -59,6 +67,10 @@ class ShardServer:
             case Assignment() if peer == COORDINATOR:
                 self._build(message)
                 return []
+            case Echo():
+                return [Send(peer, Echoed(job=message.job, round=message.round))]
+            case Echoed():
+                return self._on_echoed(peer, message, now)
             case Unassign() if peer == COORDINATOR:
                 self._leave(message.job)
                 return []
@@ -74,6 +86,9 @@ class ShardServer:
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`. Without the coordinator a job gets no samples: it is given up."""
         effects = [effect for block in self._blocks.values() for effect in block.role.on_lost(peer, now)]
+        if self._hop is not None:
+            self._hop.on_lost(peer)
+            effects += self._when_measured()
         if peer != COORDINATOR:
             return effects
         for job in list(self._assigned):
@@ -83,7 +98,11 @@ class ShardServer:
 
     def on_tick(self, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`."""
-        return [effect for block in self._blocks.values() for effect in block.on_tick(now)]
+        effects = [effect for block in self._blocks.values() for effect in block.on_tick(now)]
+        if self._hop is not None:
+            self._hop.on_tick(now)
+            effects += self._when_measured()
+        return effects
 
     def before_send(self) -> None:
         """Write every event down before its effects leave the process."""
@@ -112,16 +131,36 @@ class ShardServer:
         await self._service.loop.run_in_executor(None, self._closer.finish)
 
     def _probe(self, message: Probe) -> None:
-        def work() -> Probed:
+        def work() -> Profile:
             spec = parse_job(json.loads(message.spec_json), source=message.job)
-            profile = probe(spec, device=self._device, allowed_imports=self._service.settings.allow_imports)
-            return Probed(job=message.job, profile_json=profile.to_json())
+            return probe(spec, device=self._device, allowed_imports=self._service.settings.allow_imports)
 
         self._builder.run(
             work,
-            lambda answer: [Send(COORDINATOR, answer)],
+            lambda profile: self._probe_hop(message, profile),
             lambda error: [Send(COORDINATOR, Probed(job=message.job, error=self._explain(error)))],
         )
+
+    def _probe_hop(self, message: Probe, profile: Profile) -> list[Effect]:
+        """Measure what a hop to the next shard takes with the largest output of a layer, then tell the profile."""
+        self._profile = profile
+        num_bytes = max(layer.output_bytes for layer in profile.layers)
+        payload = torch.zeros(max(num_bytes, 1), dtype=torch.uint8)
+        self._hop = HopProbe(job=message.job, peer=message.peer, address=message.address, payload=payload)
+        return self._hop.begin(self._service.loop.time()) if message.peer else self._when_measured()
+
+    def _on_echoed(self, peer: str, message: Echoed, now: float) -> list[Effect]:
+        if self._hop is None or self._hop.job != message.job:
+            return []
+        return self._hop.on_echoed(peer, message, now) + self._when_measured()
+
+    def _when_measured(self) -> list[Effect]:
+        if self._hop is None or self._profile is None or not self._hop.done:
+            return []
+        profile = replace(self._profile, hop_seconds=self._hop.seconds)
+        answer = Probed(job=self._hop.job, profile_json=profile.to_json())
+        self._hop = self._profile = None
+        return [Send(COORDINATOR, answer)]
 
     def _build(self, assignment: Assignment) -> None:
         job = assignment.job
