@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from layerwise.messages import LayerRevision, PushGradient, TaskFinished, TaskRequest, Tensors
 from layerwise.roles import Effect, Send
-from layerwise.server.task_queue import TaskQueue
-from layerwise.tasks import ApplyTask, BackwardTask, BlockCompute
+from layerwise.server.block_context import BlockContext
+from layerwise.tasks import ApplyTask, BackwardTask
 
 log = logging.getLogger(__name__)
 
@@ -41,23 +41,13 @@ class DetachedTasks:
 
     def __init__(
         self,
+        context: BlockContext,
         *,
-        job: str,
-        life: int,
-        compute: BlockCompute,
-        queue: TaskQueue,
-        index_of: Callable[[BackwardTask], int],
         complete: Callable[[int, Tensors | None, float], list[Effect]],
-        fail: Callable[[str], list[Effect]],
         task_seconds: float,
     ) -> None:
-        self._job = job
-        self._life = life
-        self._compute = compute
-        self._queue = queue
-        self._index_of = index_of
+        self._context = context
         self._complete = complete
-        self._fail = fail
         self._task_seconds = task_seconds
         self._idle: dict[str, tuple[LayerRevision, ...]] = {}
         self._given: dict[int, _Given] = {}
@@ -77,11 +67,13 @@ class DetachedTasks:
     def feed(self, now: float) -> list[Effect]:
         """Give waiting backward passes to idle workers, the longest idle first."""
         effects: list[Effect] = []
-        while self._idle and (task := self._queue.take_backward()) is not None:
+        context = self._context
+        while self._idle and (task := context.queue.take_backward()) is not None:
             peer, have = next(iter(self._idle.items()))
             del self._idle[peer]
-            self._given[task.number] = _Given(peer=peer, task=task, index=self._index_of(task), since=now)
-            effects.append(Send(peer, self._compute.detach(task, self._job, self._life, have)))
+            index = context.plan.index(task.attempt.microbatch)
+            self._given[task.number] = _Given(peer=peer, task=task, index=index, since=now)
+            effects.append(Send(peer, context.compute.detach(task, context.job, context.life, have)))
         return effects
 
     def on_gradient(self, peer: str, push: PushGradient) -> None:
@@ -92,8 +84,8 @@ class DetachedTasks:
                 "gradient of layer %d for %s refused: %s does not work on it any more", push.layer, push.attempt, peer
             )
             return
+        self._context.queue.push(ApplyTask(worker=peer, push=push))
         given.num_applying += 1
-        self._queue.push(ApplyTask(worker=peer, push=push))
 
     def on_applied(self, task: ApplyTask, now: float) -> list[Effect]:
         """A slot has taken a pushed gradient in (or refused it as one from another life)."""
@@ -136,17 +128,17 @@ class DetachedTasks:
             return []
         if given.finished is not None:
             del self._given[given.task.number]
-            lacking = self._compute.lacking(given.index)
+            lacking = self._context.compute.lacking(given.index)
             if lacking:
-                return self._fail(
-                    f"detached backward worker {given.peer} ended {given.task.attempt} without a gradient for layer {lacking[-1]}; "
-                    f"its version differs from the shard's, or it has a bug"
+                return self._context.fail(
+                    f"detached backward worker {given.peer} ended {given.task.attempt} without a gradient for layer "
+                    f"{lacking[-1]}; its version differs from the shard's, or it has a bug"
                 )
-            self._compute.release(given.task.attempt)
+            self._context.compute.release(given.task.attempt)
             return self._complete(given.task.number, given.finished.gradients, now)
         if given.peer is None:
             # Layers that have its gradient are not in the next worker's ``lacking``.
             del self._given[given.task.number]
-            self._queue.push(given.task)
+            self._context.queue.push(given.task)
             return self.feed(now)
         return []

@@ -21,11 +21,10 @@ from layerwise.messages import (
     StopAt,
     Stopping,
 )
-from layerwise.plan import TrainingPlan
 from layerwise.roles import Effect, Send
 from layerwise.server.admission import Admission, ClosedNumber, Decision, Declined, Granted, OpenNumber
+from layerwise.server.block_context import BlockContext
 from layerwise.server.cut_schedule import CutSchedule
-from layerwise.tasks import BlockCompute
 
 REPORT_SECONDS = 0.02
 """Closed numbers are told to the coordinator in batches: at most so often, and with every tick."""
@@ -41,42 +40,42 @@ class FirstShard:
 
     def __init__(
         self,
+        context: BlockContext,
         *,
-        job: str,
-        life: int,
-        next_shard: tuple[str, int] | None,
-        plan: TrainingPlan,
-        window: int,
         synchronous: bool,
-        num_blocks: int,
         schedule: CutSchedule,
         version: int,
-        compute: BlockCompute,
-        coordinator: str,
         task_seconds: float,
     ) -> None:
         self.admission = Admission(
-            plan=plan,
-            window=window,
-            num_blocks=num_blocks,
+            plan=context.plan,
+            window=context.window,
+            num_blocks=context.num_blocks,
             schedule=schedule,
             synchronous=synchronous,
             durable=version,
         )
         self.max_span = 0
-        self._job = job
-        self._life = life
-        self._next_shard = next_shard
-        self._plan = plan
+        """The largest span of open numbers so far; the window at most."""
+        self._context = context
+        self._job = context.job
+        self._life = context.life
         self._schedule = schedule
-        self._compute = compute
-        self._coordinator = coordinator
         self._task_seconds = task_seconds
         self._closed: list[AttemptClosed] = []
         self._reported_at = 0.0
         self._first_admission: float | None = None
         self._last_close = 0.0
         self._stop_wanted = False
+
+    def describe(self) -> str:
+        """What is admitted and what waits, in one line."""
+        numbers = []
+        for one in self.admission.open_numbers():
+            state = "aborting" if one.aborting else "arrived" if one.arrived else "awaited"
+            numbers.append(f"{one.number}:{one.attempt} {state} {dict(one.reports)}")
+        waiting, done = self.admission.num_waiting, len(self.admission.done)
+        return f"open [{', '.join(numbers)}], waiting {waiting}, done {done}, stop {self.admission.stop_version}"
 
     def on_start(self, message: StartTraining, now: float) -> list[Effect]:
         """The coordinator says that every role is ready."""
@@ -137,13 +136,12 @@ class FirstShard:
             return []
         repeated = self.admission.stop_version is not None
         version, decisions = self.admission.stop(now)
-        effects: list[Effect] = [Send(self._coordinator, Stopping(job=self._job, version=version))]
+        effects: list[Effect] = [Send(self._context.coordinator, Stopping(job=self._job, version=version))]
         if not repeated:
-            self._compute.hold_cut(version)
-            self._compute.cut_at(version)
-            if self._next_shard is not None:
-                shard, life = self._next_shard
-                effects.append(Send(shard, StopAt(job=self._job, version=version, life=life)))
+            self._context.compute.hold_cut(version)
+            self._context.compute.cut_at(version)
+            if (after := self._context.downstream) is not None:
+                effects.append(Send(after.shard, StopAt(job=self._job, version=version, life=after.life)))
         return effects + self._carry_out(decisions, now) + self._report(now)
 
     def on_cut_durable(self, version: int, now: float) -> list[Effect]:
@@ -161,11 +159,11 @@ class FirstShard:
 
     def _abort(self, entry: OpenNumber, reason: str, now: float) -> list[Effect]:
         log.info("number %d aborted: %s", entry.number, reason)
-        self._compute.abort(entry.attempt)
+        self._context.compute.abort(entry.attempt)
         effects: list[Effect] = []
-        if self._next_shard is not None:
-            shard, life = self._next_shard
-            effects.append(Send(shard, Abort(job=self._job, attempt=entry.attempt, number=entry.number, life=life)))
+        if (after := self._context.downstream) is not None:
+            abort = Abort(job=self._job, attempt=entry.attempt, number=entry.number, life=after.life)
+            effects.append(Send(after.shard, abort))
         decisions = self.admission.report(entry.number, entry.attempt, 0, Outcome.ABORTED, now, reason=reason)
         return effects + self._carry_out(decisions, now)
 
@@ -204,7 +202,7 @@ class FirstShard:
             )
             effects.append(Send(closed.peer, done))
         # Near the end nothing more may come to carry the last reports along.
-        near_end = len(self.admission.done) + 2 * self.admission.window >= self._plan.gradients_before(
+        near_end = len(self.admission.done) + 2 * self.admission.window >= self._context.plan.gradients_before(
             self._schedule.final
         )
         if near_end or len(self._closed) >= MAX_BATCH or now - self._reported_at >= REPORT_SECONDS:
@@ -217,4 +215,4 @@ class FirstShard:
         closed, self._closed = tuple(self._closed), []
         self._reported_at = now
         active = self._last_close - (self._first_admission or 0.0)
-        return [Send(self._coordinator, AttemptsClosed(job=self._job, closed=closed, active_seconds=active))]
+        return [Send(self._context.coordinator, AttemptsClosed(job=self._job, closed=closed, active_seconds=active))]

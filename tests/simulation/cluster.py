@@ -15,7 +15,6 @@ from layerwise.profile import LayerProfile, Profile
 from layerwise.roles import Effect
 from layerwise.server.coordinator_role import CoordinatorRole
 from layerwise.server.memory_store import MemoryJobStore
-
 from tests.simulation.disk import Disk
 from tests.simulation.processes import SimulatedBackward, SimulatedForward, SimulatedShard, Work
 from tests.simulation.scenario import Fault, Scenario

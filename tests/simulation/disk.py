@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterable
 
 from layerwise.messages import LayerFile
-
 from tests.simulation.counting_block import LayerCopy
 
 

@@ -35,7 +35,6 @@ from layerwise.settings import ResolvedSettings
 from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult
 from layerwise.worker.backward_role import BackwardRole, Build, Execute
 from layerwise.worker.forward_role import ForwardRole, Load, LoadEvaluation, Prepare
-
 from tests.simulation.counting_block import CountingBlock, FlushedLog, LayerCopy, activation, expect, gradient, target
 from tests.simulation.disk import Disk
 from tests.simulation.world import Process
@@ -300,7 +299,9 @@ class SimulatedForward(Process):
 
     def _with_requests(self, effects: list[Effect]) -> list[Effect]:
         # Closed numbers may be told to the coordinator before they are told to the worker, whose room is then leased again.
-        assert self.role.num_leases <= 2 * self._room, f"{self.role.num_leases} leases are held, {self._room} were asked for"
+        assert self.role.num_leases <= 2 * self._room, (
+            f"{self.role.num_leases} leases are held, {self._room} were asked for"
+        )
         for request in self.role.take_requests():
             delay = self.load_seconds * self.world.random.uniform(0.2, 3.0)
             match request:

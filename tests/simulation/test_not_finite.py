@@ -14,7 +14,9 @@ from tests.simulation.world import Weather
 
 def calm(seed: int) -> Scenario:
     """Three shards, nothing goes wrong."""
-    scenario = replace(draw(seed), faults=(), stops=(), weather=Weather(), disk_failure=0.0, shards=3, layers=6, detached=0)
+    scenario = replace(
+        draw(seed), faults=(), stops=(), weather=Weather(), disk_failure=0.0, shards=3, layers=6, detached=0
+    )
     spec = dict(scenario.spec)
     spec["cluster"] = {"shards": 3, "forward": scenario.forward, "backward": {"attached": True, "detached": 0}}
     spec["async"] = {"window": 3, "accumulation": 1}

@@ -1,0 +1,75 @@
+"""Where one block stands: what all parts of its role need to know, and what they refuse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from layerwise.messages import BlockPlace, Failure, Message
+from layerwise.plan import TrainingPlan
+from layerwise.roles import Effect, Send
+from layerwise.server.task_queue import TaskQueue
+from layerwise.tasks import BlockCompute
+
+log = logging.getLogger(__name__)
+
+
+class BlockContext:
+    """Block ``block`` of ``route`` in ``job``, its neighbours, its arithmetic (``compute``) and its slots' ``queue``."""
+
+    def __init__(
+        self,
+        *,
+        job: str,
+        block: int,
+        route: Sequence[BlockPlace],
+        plan: TrainingPlan,
+        window: int,
+        compute: BlockCompute,
+        queue: TaskQueue,
+        layer_names: Sequence[str],
+        coordinator: str,
+    ) -> None:
+        self.job = job
+        self.block = block
+        self.place = route[block]
+        self.upstream = route[block - 1] if block > 0 else None
+        self.downstream = route[block + 1] if block + 1 < len(route) else None
+        self.num_blocks = len(route)
+        self.num_layers = route[-1].stop
+        self.plan = plan
+        self.window = window
+        self.compute = compute
+        self.queue = queue
+        self.layer_names = tuple(layer_names)
+        self.coordinator = coordinator
+        self.failed = False
+        self.num_refused = 0
+
+    @property
+    def life(self) -> int:
+        """The block's life."""
+        return self.place.life
+
+    def is_upstream(self, peer: str) -> bool:
+        """Whether ``peer`` holds the block before."""
+        return self.upstream is not None and self.upstream.shard == peer
+
+    def is_downstream(self, peer: str) -> bool:
+        """Whether ``peer`` holds the block after."""
+        return self.downstream is not None and self.downstream.shard == peer
+
+    def describe(self) -> str:
+        """The block's layers and shard, for sentences."""
+        return f"layers {self.place.start}-{self.place.stop - 1} on shard {self.place.shard}"
+
+    def refuse(self, peer: str, message: Message, why: str) -> list[Effect]:
+        """Do nothing with a message, and say so."""
+        self.num_refused += 1
+        log.warning("%s from %s refused by %s: %s", type(message).__name__, peer, self.describe(), why)
+        return []
+
+    def fail(self, sentence: str) -> list[Effect]:
+        """The job can't go on: tell the coordinator once, act on nothing more."""
+        self.failed = True
+        return [Send(self.coordinator, Failure(job=self.job, message=sentence))]

@@ -1,0 +1,243 @@
+"""The attempts under way at one block: forward in, forward out, boundary gradient in, boundary gradient out, report.
+
+upstream                       this block                             downstream
+  Forward ─────────────────►   ForwardTask ────────────────────────►  Forward
+                               (last block: loss, BackwardTask)
+                               BackwardTask ◄───────────────────────  BoundaryGradient
+  BoundaryGradient ◄────────   every lacking layer has its gradient
+  BlockClosed ◄─────────────                          (relayed) ◄───  BlockClosed
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from layerwise.ids import Attempt
+from layerwise.messages import (
+    Abort,
+    BlockClosed,
+    BoundaryGradient,
+    Forward,
+    Metric,
+    NotFinite,
+    Outcome,
+    Tensors,
+)
+from layerwise.roles import Effect, Send
+from layerwise.server.block_context import BlockContext
+from layerwise.server.first_shard import FirstShard
+from layerwise.tasks import BackwardTask, ForwardResult, ForwardTask
+
+NO_GRADIENT = Tensors((None,))
+"""Stands for a boundary gradient where nothing below is trainable: the blocks there still have to close the attempt."""
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One open attempt between its arrival at this block and the block's report.
+
+    ``needed_from`` is the lowest layer up to the end of this block that lacks the microbatch; ``keep``: some layer does; ``input_gradient``:
+    one before this block does.
+    """
+
+    attempt: Attempt
+    number: int
+    targets: Tensors
+    needed_from: int
+    lacking: tuple[int, ...]
+    keep: bool
+    input_gradient: bool
+    loss: float | None = None
+    metrics: tuple[Metric, ...] = ()
+
+
+class BlockPasses:
+    """At most ``window`` attempts. Called by `ShardRole` only; ``feed(now)`` hands waiting backward passes to detached workers."""
+
+    def __init__(self, context: BlockContext, first: FirstShard | None, feed: Callable[[float], list[Effect]]) -> None:
+        self._context = context
+        self._first = first
+        self._feed = feed
+        self._passes: dict[int, _Pass] = {}
+
+    def __len__(self) -> int:
+        return len(self._passes)
+
+    def describe(self) -> str:
+        """What is under way, in one line."""
+        return ", ".join(f"{one.number}:{one.attempt} lacking {one.lacking}" for one in self._passes.values())
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    def on_forward(self, peer: str, message: Forward, now: float) -> list[Effect]:
+        """A microbatch arrived whole: from its worker at the first block, from upstream at the others."""
+        context = self._context
+        effects: list[Effect] = []
+        needed_from = message.needed_from
+        if self._first is not None:
+            needed_from = context.num_layers
+            arrived = self._first.on_tensors(message.number, message.attempt, now)
+            if arrived is None:
+                return context.refuse(peer, message, f"number {message.number} does not wait for it")
+            effects = arrived
+        elif not context.is_upstream(peer) or message.number in self._passes:
+            return context.refuse(peer, message, f"number {message.number} is here already, or {peer} is not upstream")
+        elif len(self._passes) >= context.window:
+            return context.refuse(peer, message, f"{context.window} microbatches are here, which is the window")
+        lacking = context.compute.lacking(context.plan.index(message.attempt.microbatch))
+        below = needed_from < context.place.start
+        one = _Pass(
+            attempt=message.attempt,
+            number=message.number,
+            targets=message.targets,
+            needed_from=min([needed_from, *lacking]),
+            lacking=lacking,
+            keep=below or bool(lacking),
+            input_gradient=below,
+        )
+        self._passes[one.number] = one
+        context.queue.push(
+            ForwardTask(
+                attempt=one.attempt,
+                number=one.number,
+                inputs=message.inputs,
+                targets=message.targets,
+                keep=one.keep,
+                input_gradient=below,
+            )
+        )
+        return effects
+
+    def on_forward_done(self, task: ForwardTask, result: ForwardResult, now: float) -> list[Effect]:
+        """A slot has run the forward pass."""
+        context = self._context
+        one = self._passes[task.number]
+        effects: list[Effect] = []
+        if context.downstream is not None:
+            assert result.outputs is not None
+            forward = Forward(
+                job=context.job,
+                attempt=one.attempt,
+                number=one.number,
+                life=context.downstream.life,
+                needed_from=one.needed_from,
+                inputs=result.outputs,
+                targets=one.targets,
+            )
+            effects.append(Send(context.downstream.shard, forward))
+        elif one.lacking:
+            # A block that has the microbatch already has had its loss counted.
+            one.loss, one.metrics = result.loss, result.metrics
+            if result.loss is not None and not math.isfinite(result.loss):
+                return self.find_not_finite(one.number, result.loss)
+        if not one.keep:
+            effects += self._report(one, now)
+        elif context.downstream is None:
+            effects += self._push(BackwardTask(attempt=one.attempt, number=one.number, gradients=None), now)
+        one.targets = NO_GRADIENT
+        return effects
+
+    # Backward --------------------------------------------------------------------------------------------------------
+
+    def on_boundary_gradient(self, peer: str, message: BoundaryGradient, now: float) -> list[Effect]:
+        """The block after has walked its layers."""
+        one = self._passes.get(message.number)
+        if one is None or one.attempt != message.attempt or not one.keep:
+            return self._context.refuse(peer, message, f"number {message.number} does not wait for it")
+        return self._push(BackwardTask(attempt=one.attempt, number=one.number, gradients=message.gradients), now)
+
+    def finish(self, number: int, gradients: Tensors | None, now: float) -> list[Effect]:
+        """Every layer of the block has the microbatch, visibly to all readers; ``gradients`` are those of the block's input."""
+        context = self._context
+        one = self._passes[number]
+        effects: list[Effect] = []
+        if one.input_gradient:
+            assert context.upstream is not None
+            boundary = BoundaryGradient(
+                job=context.job,
+                attempt=one.attempt,
+                number=number,
+                life=context.upstream.life,
+                gradients=NO_GRADIENT if gradients is None else gradients,
+            )
+            effects.append(Send(context.upstream.shard, boundary))
+        return effects + self._report(one, now)
+
+    # Reports ---------------------------------------------------------------------------------------------------------
+
+    def close(self, report: BlockClosed, now: float) -> list[Effect]:
+        """Hand a report on upstream, to the first shard's admission in the end."""
+        if self._first is not None:
+            return self._first.on_block_closed(report, now)
+        upstream = self._context.upstream
+        assert upstream is not None
+        return [Send(upstream.shard, replace(report, life=upstream.life))]
+
+    def on_abort(self, message: Abort, now: float) -> list[Effect]:
+        """Free an attempt. Its tensors never reached the first shard, so there is no task of it here."""
+        context = self._context
+        context.compute.abort(message.attempt)
+        self._passes.pop(message.number, None)
+        effects: list[Effect] = []
+        if context.downstream is not None:
+            effects.append(Send(context.downstream.shard, replace(message, life=context.downstream.life)))
+        report = BlockClosed(
+            job=context.job,
+            attempt=message.attempt,
+            number=message.number,
+            life=context.life,
+            block=context.block,
+            outcome=Outcome.ABORTED,
+        )
+        return effects + self.close(report, now)
+
+    # A loss that is not finite ---------------------------------------------------------------------------------------
+
+    def find_not_finite(self, number: int, loss: float | None) -> list[Effect]:
+        """Name the first layer whose output is not finite, or ask the block before."""
+        context = self._context
+        one = self._passes.get(number)
+        if one is None:
+            return []
+        first = context.compute.first_not_finite(one.attempt)
+        if first == -1 and context.upstream is not None:
+            asked = NotFinite(job=context.job, attempt=one.attempt, number=number, life=context.upstream.life)
+            return [Send(context.upstream.shard, asked)]
+        names = context.layer_names
+        if first == -1:
+            where = "its input samples are not finite already"
+        elif first is not None:
+            where = f"layer {first} ({names[first]}) is the first whose output is not finite"
+        elif context.downstream is not None:
+            last = context.downstream.start - 1
+            where = f"the outputs are finite up to layer {last} ({names[last]}) and not after it"
+        else:
+            where = "all layers' outputs are finite, the loss function's result is not"
+        said = "" if loss is None else f" ({loss})"
+        return context.fail(
+            f"the loss of microbatch {one.attempt.microbatch} is not finite{said}: {where}; "
+            f"lower the learning rate or the window, or resume from the last cut with other settings"
+        )
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _push(self, task: BackwardTask, now: float) -> list[Effect]:
+        self._context.queue.push(task)
+        return self._feed(now)
+
+    def _report(self, one: _Pass, now: float) -> list[Effect]:
+        context = self._context
+        del self._passes[one.number]
+        report = BlockClosed(
+            job=context.job,
+            attempt=one.attempt,
+            number=one.number,
+            life=context.life,
+            block=context.block,
+            outcome=Outcome.APPLIED,
+            loss=one.loss,
+            metrics=one.metrics,
+        )
+        return self.close(report, now)
