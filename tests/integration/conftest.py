@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layerwise.client import FINAL_STATES
 from layerwise.cluster import LocalCluster
 from tests.integration.jobs import OWN_CODE, Gate, write_images
 
@@ -29,12 +30,22 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """Four shards, two forward workers, two detached backward workers. Whoever kills one of them starts it again."""
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Four shards, two forward workers, two detached backward workers."""
     with start(shards=4, forward=2, backward=2, directory=tmp_path_factory.mktemp("standing")) as running:
         running.wait_for_nodes()
         yield running
         assert running.problems == (), "a process ended that no test has killed"
+
+
+@pytest.fixture
+def cluster(standing: LocalCluster) -> Iterator[LocalCluster]:
+    """The standing cluster; jobs that a failed test has left are cancelled after it."""
+    yield standing
+    with standing.client() as client:
+        for one in client.list_jobs():
+            if one["state"] not in FINAL_STATES:
+                client.cancel(one["job"])
 
 
 @pytest.fixture(scope="session")

@@ -143,9 +143,9 @@ class Ramp:
         return torch.randn(64, generator=generator) + label, label
 
 
-def ramp(samples: int, validation: int) -> tuple[Ramp, Ramp]:
+def ramp(samples: int, validation_samples: int) -> tuple[Ramp, Ramp]:
     """Training and validation data."""
-    return Ramp(samples), Ramp(validation)
+    return Ramp(samples), Ramp(validation_samples)
 
 
 def smooth_loss(outputs: Tensor, targets: Tensor) -> Tensor:
