@@ -276,7 +276,10 @@ class Brute:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from("oooaacccx"), st.integers(0, 13), st.integers(0, 2)), max_size=60))
+@given(
+    st.integers(1, 4),
+    st.lists(st.tuples(st.sampled_from("oooaacccx"), st.integers(0, 13), st.integers(0, 2)), max_size=60),
+)
 def test_admission_agrees_with_counting_by_hand(window: int, steps: list[tuple[str, int, int]]) -> None:
     made, brute = admission(window=window), Brute(window, ordered=window == 1)
     for what, index, peer_number in steps:

@@ -118,7 +118,9 @@ class Bench:
     def offer(self, index: int, worker: str = "forward-0") -> list[Effect]:
         return self.hears(worker, Offer(job="job", attempt=attempt(index), life=self.place.life))
 
-    def forward(self, peer: str, index: int, number: int, *, life: int | None = None, needed_from: int = 0) -> list[Effect]:
+    def forward(
+        self, peer: str, index: int, number: int, *, life: int | None = None, needed_from: int = 0
+    ) -> list[Effect]:
         message = Forward(
             job="job",
             attempt=attempt(index),
