@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import grpc
-from google.protobuf.message import Message
 
-from layerwise.errors import DeadlineError, MalformedMessageError, UnreachableError
+from layerwise.errors import DeadlineError, UnreachableError
 from layerwise.grpc_status import error_of
-from layerwise.proto import layerwise_pb2 as pb2
-from layerwise.version import WIRE_VERSION
+from layerwise.proto.calls import CALLS, ClientRequest, EventDocument
 
-SERVICE = "layerwise.v1.Coordinator"
 CALL_SECONDS = 15.0
 RECONNECT_SECONDS = 60.0
 FINAL_STATES = frozenset({"done", "failed", "cancelled"})
@@ -34,8 +30,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.use_local_subchannel_pool", 1),
 )
-
-Reply = TypeVar("Reply", bound=Message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +46,11 @@ class JobEvent:
     fields: Mapping[str, Any]
 
     @classmethod
-    def from_json(cls, offset: int, text: str) -> JobEvent:
+    def from_document(cls, document: EventDocument) -> JobEvent:
         """One event as the coordinator sends it."""
-        value = _document(text, dict)
+        value = document.event
         return cls(
-            offset=offset,
+            offset=document.offset,
             time=float(value.get("time", 0.0)),
             level=str(value.get("level", "info")),
             message=str(value.get("message", "")),
@@ -115,36 +109,30 @@ class CoordinatorClient:
 
     def submit(self, spec_json: str) -> dict[str, Any]:
         """Queue a job (`JobSpec.to_json`); gives its document."""
-        request = pb2.SubmitRequest(wire_version=WIRE_VERSION, spec_json=spec_json)
-        return _document(self._call("Submit", request, pb2.JobReply).job_json, dict)
+        return self._job("Submit", ClientRequest(spec_json=spec_json))
 
     def list_jobs(self) -> list[dict[str, Any]]:
         """All jobs' documents, oldest first."""
-        request = pb2.ListJobsRequest(wire_version=WIRE_VERSION)
-        return _document(self._call("ListJobs", request, pb2.JobsReply).jobs_json, list)
+        return self._list("ListJobs", ClientRequest())
 
     def get_job(self, job: str) -> dict[str, Any]:
         """One job's document."""
-        request = pb2.JobRequest(wire_version=WIRE_VERSION, job=job)
-        return _document(self._call("GetJob", request, pb2.JobReply).job_json, dict)
+        return self._job("GetJob", ClientRequest(job=job))
 
     def cancel(self, job: str) -> dict[str, Any]:
         """Stop a job at its next update, with a last cut; gives its document. A job that has ended stays as it is."""
-        request = pb2.JobRequest(wire_version=WIRE_VERSION, job=job)
-        return _document(self._call("Cancel", request, pb2.JobReply).job_json, dict)
+        return self._job("Cancel", ClientRequest(job=job))
 
     def resume(self, *, job: str = "", directory: str = "") -> dict[str, Any]:
         """Queue a job again from its newest durable cut.
 
         It is one that this coordinator knows, or one that only a directory of cuts remembers.
         """
-        request = pb2.ResumeRequest(wire_version=WIRE_VERSION, job=job, directory=directory)
-        return _document(self._call("Resume", request, pb2.JobReply).job_json, dict)
+        return self._job("Resume", ClientRequest(job=job, directory=directory))
 
     def list_nodes(self) -> list[dict[str, Any]]:
         """The processes of the cluster."""
-        request = pb2.ListNodesRequest(wire_version=WIRE_VERSION)
-        return _document(self._call("ListNodes", request, pb2.NodesReply).nodes_json, list)
+        return self._list("ListNodes", ClientRequest())
 
     def events(self, job: str) -> Iterator[JobEvent]:
         """The job's events up to now."""
@@ -166,20 +154,19 @@ class CoordinatorClient:
         lost or repeated.
         """
         call = self._channel.unary_stream(
-            f"/{SERVICE}/FollowEvents",
-            request_serializer=pb2.FollowEventsRequest.SerializeToString,
-            response_deserializer=pb2.EventReply.FromString,
+            CALLS["FollowEvents"].path,
+            request_serializer=CALLS["FollowEvents"].encode_request,
+            response_deserializer=CALLS["FollowEvents"].decode_reply,
         )
         lost_at: float | None = None
         while True:
-            request = pb2.FollowEventsRequest(wire_version=WIRE_VERSION, job=job, offset=offset)
-            stream = call(request)
+            stream = call(ClientRequest(job=job, offset=offset))
             try:
                 for reply in stream:
                     lost_at = None
                     if reply.offset >= offset:
                         offset = reply.offset + 1
-                        yield JobEvent.from_json(reply.offset, reply.event_json)
+                        yield JobEvent.from_document(reply)
                 if self._ended(job):
                     return
             except grpc.RpcError as error:
@@ -207,17 +194,23 @@ class CoordinatorClient:
         except (UnreachableError, DeadlineError):
             return False
 
-    def _call(self, method: str, request: Message, reply: type[Reply]) -> Reply:
+    def _job(self, method: str, request: ClientRequest) -> dict[str, Any]:
+        document: dict[str, Any] = self._call(method, request)
+        return document
+
+    def _list(self, method: str, request: ClientRequest) -> list[dict[str, Any]]:
+        documents: list[dict[str, Any]] = self._call(method, request)
+        return documents
+
+    def _call(self, method: str, request: ClientRequest) -> Any:
+        one = CALLS[method]
         call = self._channel.unary_unary(
-            f"/{SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=reply.FromString,
+            one.path, request_serializer=one.encode_request, response_deserializer=one.decode_reply
         )
         try:
-            answer: Reply = call(request, timeout=self.call_seconds)
+            return call(request, timeout=self.call_seconds)
         except grpc.RpcError as error:
             raise self._translate(error, self.call_seconds) from error
-        return answer
 
     def _translate(self, error: grpc.RpcError, seconds: float | None) -> Exception:
         code, details = error.code(), error.details() or ""
@@ -234,19 +227,3 @@ class CoordinatorClient:
             f"no coordinator answers at {self.address}; start one with `layerwise up` or `layerwise coordinator`, "
             f"or pass another --coordinator"
         )
-
-
-Kind = TypeVar("Kind", bound=list[Any] | dict[str, Any])
-
-
-def _document(text: str, kind: type[Kind]) -> Kind:
-    """A JSON document of the coordinator, checked to be the kind that was asked for."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise MalformedMessageError(
-            f"the coordinator's answer is no JSON document ({error}): {text[:200]!r}"
-        ) from error
-    if not isinstance(value, kind):
-        raise MalformedMessageError(f"the coordinator's answer should be a {kind.__name__}, got: {text[:200]!r}")
-    return value
