@@ -364,7 +364,9 @@ class Cluster(Section):
 class Asynchrony(Section):
     """The knobs that trade speed for staleness; ``auto`` suits most jobs."""
 
-    window: AutoCount = Field(default="auto", description="microbatches in flight; auto: the number of shards")
+    window: AutoCount = Field(
+        default="auto", description="microbatches in flight; auto: as many as shards, up to twice that on slow links"
+    )
     accumulation: AutoCount = Field(default="auto", description="microbatches in an update; auto: twice the window")
     backward_weights: Literal["auto", "latest", "stashed", "recompute"] = "auto"
     delay_policy: Literal["auto", "constant", "inverse"] = "auto"
@@ -377,7 +379,8 @@ class Checkpoint(Section):
     """Cuts that are kept on disk."""
 
     every: AutoCount | None = Field(
-        default="auto", description="updates between cuts; auto: ten a run and at least one in 1000; null: at the end only"
+        default="auto",
+        description="updates between cuts; auto: ten a run and at least one in 1000; null: at the end only",
     )
     keep: Count = 3
     path: str | None = Field(default=None, min_length=1, description="default: runs/ and the job's name")
