@@ -62,8 +62,15 @@ class HostedBlock:
             layer_names=[layer.name for layer in self._built.profile.layers],
             task_seconds=spec.timeouts.task,
         )
-        num_slots = 1 if spec.cluster.slots == "auto" else spec.cluster.slots
+        # Two slots could run the forward passes of two microbatches out of their order, which buffers would show.
+        one_by_one = spec.cluster.slots == "auto" or settings.mode == "synchronous"
+        num_slots = 1 if one_by_one else int(spec.cluster.slots)
         self._slots = Slots(self.block, self.queue, num_slots=num_slots, name=assignment.job, report=report)
+
+    @property
+    def num_slots(self) -> int:
+        """Passes that are computed at once."""
+        return self._slots.num_slots
 
     @property
     def events(self) -> EventLog:

@@ -45,6 +45,11 @@ class Slots:
         ]
 
     @property
+    def num_slots(self) -> int:
+        """How many threads there are."""
+        return len(self._threads)
+
+    @property
     def compute_seconds(self) -> float:
         """Seconds that slots have spent inside tasks."""
         return sum(self._busy_seconds)

@@ -14,7 +14,7 @@ from layerwise.background import Background, sentence
 from layerwise.build import build_detached
 from layerwise.detached import DetachedBlock
 from layerwise.device import resolve_device
-from layerwise.messages import DetachedTask, Message, PushGradient, Role, TaskFinished, Welcome
+from layerwise.messages import Assignment, DetachedTask, Message, PushGradient, Role, TaskFinished, Welcome
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
 from layerwise.worker.backward_role import BackwardRole, Build, Execute, Leave
@@ -30,6 +30,7 @@ class BackwardWorker:
         self._device = device
         self._role = BackwardRole()
         self._compute = Background(service, "backward")
+        self._assigned: dict[str, Assignment] = {}
         self._blocks: dict[str, DetachedBlock] = {}
         self._num_passes = 0
 
@@ -70,22 +71,32 @@ class BackwardWorker:
                 case Execute():
                     self._execute(request)
                 case Leave(job=job):
+                    self._assigned.pop(job, None)
                     self._blocks.pop(job, None)
         return effects
 
     def _build(self, request: Build) -> None:
-        job = request.assignment.job
+        assignment = request.assignment
+        job = assignment.job
+        self._assigned[job] = assignment
 
         def done(block: DetachedBlock) -> list[Effect]:
+            if self._assigned.get(job) is not assignment:
+                return []  # the job was left meanwhile, and perhaps assigned anew: that block is being built
             self._blocks[job] = block
             return self._then(self._role.on_built(job, self._now()))
 
+        def failed(error: Exception) -> list[Effect]:
+            if self._assigned.get(job) is not assignment:
+                return []
+            return self._then(self._role.on_build_failed(job, sentence(error), self._now()))
+
         self._compute.run(
             lambda: build_detached(
-                request.assignment, device=self._device, allowed_imports=self._service.settings.allow_imports
+                assignment, device=self._device, allowed_imports=self._service.settings.allow_imports
             ),
             done,
-            lambda error: self._then(self._role.on_build_failed(job, sentence(error), self._now())),
+            failed,
         )
 
     def _execute(self, request: Execute) -> None:

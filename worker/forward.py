@@ -16,7 +16,7 @@ from layerwise.data.dataset import TrainingData
 from layerwise.data.load import load_dataset
 from layerwise.data.sampling import microbatch_indices
 from layerwise.job import parse_job
-from layerwise.messages import Message, Role, Tensors, Welcome
+from layerwise.messages import Assignment, Message, Role, Tensors, Welcome
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
@@ -32,7 +32,13 @@ class ForwardWorker:
         self._service = service
         self._role = ForwardRole()
         self._loader = Background(service, "loader")
+        self._assigned: dict[str, Assignment] = {}
         self._data: dict[str, tuple[TrainingData, int]] = {}
+
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """The jobs whose data are in memory."""
+        return tuple(self._data)
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`."""
@@ -73,12 +79,14 @@ class ForwardWorker:
                 case LoadEvaluation():
                     self._load_evaluation(request)
                 case Forget(job=job):
+                    self._assigned.pop(job, None)
                     self._data.pop(job, None)
         return effects
 
     def _prepare(self, request: Prepare) -> None:
         assignment = request.assignment
         job = assignment.job
+        self._assigned[job] = assignment
 
         def work() -> tuple[TrainingData, int, int]:
             spec = parse_job(json.loads(assignment.spec_json), source=job)
@@ -88,15 +96,18 @@ class ForwardWorker:
             return data, spec.train.seed, settings.window
 
         def done(loaded: tuple[TrainingData, int, int]) -> list[Effect]:
+            if self._assigned.get(job) is not assignment:
+                return []  # the job was left meanwhile: nobody would ever drop these data
             data, seed, window = loaded
             self._data[job] = (data, seed)
             return self._then(self._role.on_prepared(job, window, self._service.loop.time()))
 
-        self._loader.run(
-            work,
-            done,
-            lambda error: self._then(self._role.on_prepare_failed(job, sentence(error), self._service.loop.time())),
-        )
+        def failed(error: Exception) -> list[Effect]:
+            if self._assigned.get(job) is not assignment:
+                return []
+            return self._then(self._role.on_prepare_failed(job, sentence(error), self._service.loop.time()))
+
+        self._loader.run(work, done, failed)
 
     def _load(self, request: Load) -> None:
         job, attempt = request.job, request.attempt

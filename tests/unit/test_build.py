@@ -23,6 +23,7 @@ from layerwise.job import JobSpec, parse_job
 from layerwise.messages import Assignment, BlockPlace, LayerFile, PushGradient, TaskFinished, Tensors
 from layerwise.probe import probe
 from layerwise.profile import Profile
+from layerwise.server.hosted_block import HostedBlock
 from layerwise.settings import ResolvedSettings, resolve
 from layerwise.tasks import ApplyTask, BackwardTask, ForwardTask, run_to_end
 from layerwise.verify import Difference, cut_state, first_difference, verify
@@ -299,3 +300,18 @@ def test_imports_must_be_allowed_where_the_block_is_built(tmp_path: Path) -> Non
     run.spec = parse_job(values)
     with pytest.raises(NotAllowedError, match="--allow-import"), run.blocks():
         pass
+
+
+@pytest.mark.parametrize(("mode", "slots"), [("synchronous", 1), ("asynchronous", 2)])
+def test_a_synchronous_job_computes_one_pass_at_a_time(tmp_path: Path, mode: str, slots: int) -> None:
+    run = Run(job(tmp_path, MODELS["mlp"], mode=mode, cluster={"slots": 2}), tmp_path / "run")
+    hosted = HostedBlock(
+        run.assignment(0),
+        device=CPU,
+        allowed_imports=(),
+        report=lambda task, outcome: None,
+        cut_taken=lambda version: None,
+        cut_saved=lambda version, files, error: None,
+    )
+    assert hosted.num_slots == slots
+    hosted.close()

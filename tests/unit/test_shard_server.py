@@ -12,36 +12,14 @@ import pytest
 import torch
 
 from layerwise.ids import Attempt, Microbatch
-from layerwise.messages import Assignment, BlockPlace, CommitCut, LayerFile, Role, Unassign, Unassigned
+from layerwise.messages import Assignment, BlockPlace, CommitCut, LayerFile, Unassign, Unassigned
 from layerwise.roles import Effect, Send
 from layerwise.server.shard import ShardServer
 from layerwise.server.slots import Slots
 from layerwise.server.task_queue import TaskQueue
-from layerwise.service import COORDINATOR, Service, ServiceSettings
+from layerwise.service import COORDINATOR, Service
 from layerwise.tasks import BackwardResult, BackwardTask, BlockCompute, Task, TaskResult
-
-
-class Loop:
-    """The part of a service that the server uses: acts on the loop, effects noted."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.settings = ServiceSettings(role=Role.SHARD, coordinator="nowhere")
-        self.effects: list[Effect] = []
-        self.errors: list[Exception] = []
-        self._acted = asyncio.Event()
-
-    def guard(self, act: Callable[[], list[Effect]]) -> None:
-        self.effects += act()
-        self._acted.set()
-
-    def fail(self, error: Exception) -> None:
-        self.errors.append(error)
-
-    async def until(self, holds: Callable[[], bool]) -> None:
-        while not holds():
-            self._acted.clear()
-            await asyncio.wait_for(self._acted.wait(), 30)
+from tests.unit.played_service import PlayedService
 
 
 class World:
@@ -89,7 +67,7 @@ def assignment(life: int) -> Assignment:
 
 def play(monkeypatch: pytest.MonkeyPatch, scene: Any) -> None:
     async def run() -> None:
-        world, loop = World(), Loop()
+        world, loop = World(), PlayedService()
         monkeypatch.setattr("layerwise.server.shard.HostedBlock", world.make)
         await scene(world, loop, ShardServer(cast(Service, loop), torch.device("cpu")))
         assert not loop.errors
@@ -100,7 +78,7 @@ def play(monkeypatch: pytest.MonkeyPatch, scene: Any) -> None:
 def test_a_block_that_is_built_after_its_job_was_assigned_anew_is_closed_unheard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def scene(world: World, loop: Loop, server: ShardServer) -> None:
+    async def scene(world: World, loop: PlayedService, server: ShardServer) -> None:
         world.gates[1] = threading.Event()
         for message in (assignment(1), Unassign(job="job"), assignment(2)):
             server.on_message(COORDINATOR, message, 0.0)
@@ -114,7 +92,7 @@ def test_a_block_that_is_built_after_its_job_was_assigned_anew_is_closed_unheard
 
 
 def test_what_a_former_blocks_slot_still_reports_does_not_reach_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scene(world: World, loop: Loop, server: ShardServer) -> None:
+    async def scene(world: World, loop: PlayedService, server: ShardServer) -> None:
         server.on_message(COORDINATOR, assignment(1), 0.0)
         await loop.until(lambda: world.begun == [1])
         server.on_message(COORDINATOR, assignment(2), 0.0)
@@ -130,7 +108,7 @@ def test_what_a_former_blocks_slot_still_reports_does_not_reach_its_successor(mo
 
 
 def test_a_server_that_ends_closes_also_the_block_whose_closing_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scene(world: World, loop: Loop, server: ShardServer) -> None:
+    async def scene(world: World, loop: PlayedService, server: ShardServer) -> None:
         world.gates[-1] = threading.Event()
         server.on_message(COORDINATOR, assignment(1), 0.0)
         await loop.until(lambda: world.begun == [1])
@@ -147,7 +125,7 @@ def test_a_server_that_ends_closes_also_the_block_whose_closing_still_waits(monk
 
 
 def test_the_coordinator_hears_that_a_job_is_left_once_its_block_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scene(world: World, loop: Loop, server: ShardServer) -> None:
+    async def scene(world: World, loop: PlayedService, server: ShardServer) -> None:
         server.on_message(COORDINATOR, assignment(1), 0.0)
         await loop.until(lambda: world.begun == [1])
         server.on_message(COORDINATOR, Unassign(job="job"), 0.0)
