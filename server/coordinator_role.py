@@ -126,9 +126,14 @@ class CoordinatorRole:
         return self._enqueue(record, spec, f"submitted as {record.job}", now)
 
     def adopt(self, record: JobRecord, now: float) -> tuple[dict[str, Any], list[Effect]]:
-        """Queue a job that only its directory remembers (`read_job` reads it); one that is known here is resumed."""
-        for known in self._jobs.values():
+        """Queue a job that only its directory remembers (`read_job` reads it); one that is known here is resumed.
+
+        What the directory holds stands: a coordinator that was killed may not have noted the last cuts.
+        """
+        for known in list(self._jobs.values()):
             if known.directory == record.directory:
+                if known.state.final:
+                    self._put(replace(known, cuts=record.cuts, next_life=max(known.next_life, record.next_life)))
                 return self.resume(known.job, now)
         if record.job in self._jobs:
             record = replace(record, job=self._new_id(record.name))

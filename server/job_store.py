@@ -169,7 +169,7 @@ class SqliteJobStore:
                     if not isinstance(one, threading.Event):
                         one(connection)
                 connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # whatever it is: a thread that ended unheard would let everybody wait
             self._error = RetryableError(
                 f"the job store {self._path} can't be written: {error}; free the disk and start the coordinator again"
             )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from layerwise.cuts import commit_manifest, cut_folder
 from layerwise.errors import NotFoundError
 from layerwise.messages import Assignment, CommitCut, Role
 from layerwise.server.adopted_job import read_job, unused_directory
+from layerwise.server.job_record import JobState
 from tests.unit.played_cluster import PlayedCluster, spec
 
 
@@ -71,3 +73,13 @@ def test_no_run_writes_into_what_an_earlier_one_left(tmp_path: Path) -> None:
     (wanted / "cuts").mkdir(parents=True)
     (tmp_path / "run-2" / "events").mkdir(parents=True)
     assert unused_directory(wanted) == str(tmp_path / "run-3")
+
+
+def test_the_cuts_in_the_directory_stand_against_those_that_a_killed_coordinator_noted(tmp_path: Path) -> None:
+    before = stopped_job(tmp_path)
+    found = read_job(tmp_path)
+    played = PlayedCluster()
+    played.role._put(replace(found, job=before["job"], state=JobState.FAILED, cuts=(), next_life=1))
+    document, _ = played.role.adopt(found, played.now)
+    assert [cut["version"] for cut in document["cuts"]] == [4]
+    assert played.role.record(before["job"]).next_life == found.next_life

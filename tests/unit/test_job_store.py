@@ -156,3 +156,11 @@ def test_the_tables_are_strict(tmp_path: Path) -> None:
         strict = {name: flag for name, flag in tables if not name.startswith("sqlite_")}
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert strict == {"jobs": 1, "events": 1, "cuts": 1, "placement": 1, "lives": 1}
+
+
+def test_a_write_that_can_never_succeed_does_not_let_anybody_wait(tmp_path: Path) -> None:
+    store = SqliteJobStore(tmp_path)
+    store.put(replace(RECORD, document={"steps": object()}))
+    with pytest.raises(Exception, match=r"can't be written: .*not JSON serializable"):
+        store.flush()
+    store.close()
