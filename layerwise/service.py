@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from layerwise.errors import UnreachableError
+from layerwise.errors import RejectedError, UnreachableError
 from layerwise.lifetime import Lifetime
 from layerwise.memory import keep_freed_memory
 from layerwise.messages import Heartbeat, Hello, Message, Role, Welcome
@@ -98,6 +98,7 @@ class Service:
 
         Raises:
             UnreachableError: the coordinator was not found, or stayed away, for ``reach_seconds``.
+            RejectedError: it is of another wire version.
         """
         keep_freed_memory()
         self.loop = asyncio.get_running_loop()
@@ -185,6 +186,9 @@ class Service:
         self.guard(lambda: self._handler.on_lost(peer, time.monotonic()))
 
     def _on_coordinator_lost(self) -> None:
+        if self.transport.refused(COORDINATOR):
+            self.fail(RejectedError(self.transport.lost_reason(COORDINATOR)))
+            return
         now = time.monotonic()
         since = self._unreached_since if self._unreached_since is not None else now
         if now - since >= self.settings.reach_seconds:

@@ -98,6 +98,7 @@ class Transport:
         self._table = LinkTable(self._new_link)
         self._peers: dict[str, Peer] = {}
         self._reasons: OrderedDict[str, str] = OrderedDict()
+        self._refused: set[str] = set()
         self._servers: list[grpc.aio.Server] = []
         self._hooks: list[Callable[[grpc.aio.Server], None]] = []
         self._closings: set[asyncio.Task[Any]] = set()
@@ -180,6 +181,10 @@ class Transport:
         """Why the last link to ``peer`` was lost."""
         return self._reasons.get(peer, "")
 
+    def refused(self, peer: str) -> bool:
+        """Whether the last link to ``peer`` ended because one side does not take what the other says: dialing again is pointless."""
+        return peer in self._refused
+
     @property
     def peers(self) -> list[str]:
         """Names of those to whom there is a link, up or not."""
@@ -218,14 +223,15 @@ class Transport:
             state, f"no answer from {state.name}{f' at {state.address}' if state.address else ''}: {state.reason}"
         )
 
-    def _lose(self, state: Peer, reason: str) -> None:
+    def _lose(self, state: Peer, reason: str, *, refused: bool = False) -> None:
         """End a link that can't go on, and say so once."""
         if self._peers.get(state.name) is not state:
             return
         self._remove(state, reason)
         self._reasons[state.name] = reason
+        (self._refused.add if refused else self._refused.discard)(state.name)
         if len(self._reasons) > _MAX_REASONS:
-            self._reasons.popitem(last=False)
+            self._refused.discard(self._reasons.popitem(last=False)[0])
         self._call(self._on_lost, state.name)
 
     def _remove(self, state: Peer, farewell: str) -> None:
@@ -263,9 +269,9 @@ class Transport:
         except BrokenStreamError as error:
             state.reason = str(error)
             if error.refused:
-                self._lose(state, f"{state.name} at {address} refused the link: {error}")
+                self._lose(state, f"{state.name} at {address} refused the link: {error}", refused=True)
         except RejectedError as error:
-            self._lose(state, f"{state.name} at {address} can't be understood: {error}")
+            self._lose(state, f"{state.name} at {address} can't be understood: {error}", refused=True)
         finally:
             stream.cancel()
             self._detach(state, carrier)

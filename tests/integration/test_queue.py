@@ -119,9 +119,7 @@ def test_the_figures_of_a_running_job_are_served_by_its_processes(
 
     for layer in before.staleness["layers"]:
         number = str(layer["layer"])
-        gradients, total = (
-            of_job(f"layerwise_staleness_updates_{part}", layer=number)[0] for part in ("count", "sum")
-        )
+        gradients, total = (of_job(f"layerwise_staleness_updates_{part}", layer=number)[0] for part in ("count", "sum"))
         assert gradients == layer["gradients"]
         assert total / gradients == pytest.approx(layer["mean"])
         assert of_job("layerwise_staleness_updates_bucket", layer=number, le=str(float(layer["max"]))) == [gradients]

@@ -96,8 +96,6 @@ def test_stopped_jobs_are_resumed_after_the_end_of_their_cluster(tmp_path: Path,
             connection.resume(directory=tmp_path / "nothing")
 
 
-
-
 def test_a_synchronous_job_is_stopped_and_resumed_by_one_coordinator(
     cluster: LocalCluster, tmp_path: Path, gate: Gate
 ) -> None:

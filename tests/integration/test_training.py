@@ -35,9 +35,7 @@ def test_every_model_family_trains(
     cluster: LocalCluster, tmp_path: Path, images: Path, model: str, shards: int
 ) -> None:
     data = text_data() if model == "transformer-lm" else image_data(images)
-    values = job(
-        tmp_path, data, MODELS[model], train=TRAIN, cluster={"shards": shards, "forward": 2}, **ASYNCHRONOUS
-    )
+    values = job(tmp_path, data, MODELS[model], train=TRAIN, cluster={"shards": shards, "forward": 2}, **ASYNCHRONOUS)
     result = finish(cluster, values)
     check_facts(result)
     assert len(result.document["blocks"]) == shards
