@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerwise.applied import AppliedSet
+from layerwise.errors import ConfigError
 from layerwise.job import JobSpec, parse_job
 from layerwise.partition import partition
 from layerwise.profile import Profile
+from layerwise.proto.frames import MAX_MESSAGE_BYTES
 from layerwise.server.job_record import JobRecord
 from layerwise.settings import ResolvedSettings, resolve
 
@@ -39,7 +41,39 @@ def prepare(spec: JobSpec, profile: Profile) -> Prepared:
     hop_fraction = profile.hop_seconds * num_blocks / forward if forward and profile.hop_seconds else None
     settings = resolve(spec, profile.num_train_samples, num_blocks, hop_fraction)
     blocks = partition(profile, num_blocks, recompute=settings.backward_weights == "recompute")
+    _check_travels(spec, settings, profile, blocks)
     return Prepared(spec=spec, settings=settings, profile=profile, blocks=blocks)
+
+
+def _check_travels(
+    spec: JobSpec, settings: ResolvedSettings, profile: Profile, blocks: Sequence[tuple[int, int]]
+) -> None:
+    """Refuse what would not fit into a message, before hours of training have gone by.
+
+    Raises:
+        ConfigError: says what is too large.
+    """
+    plan = settings.plan
+    # An evaluation goes through the blocks a whole batch at a time.
+    samples = max(plan.microbatch_samples, min(plan.batch, profile.num_validation_samples))
+    for start, _ in blocks:
+        source = f"what layer {start - 1} hands on" if start else "the data"
+        num_bytes = profile.input_bytes + (profile.layers[start - 1].output_bytes if start else 0)
+        num_bytes = num_bytes * samples // profile.microbatch_samples
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise ConfigError(
+                f"data.batch: {source} has {num_bytes} bytes for {samples} samples, and at most {MAX_MESSAGE_BYTES} can "
+                f"travel at once; use a smaller batch"
+            )
+    if not spec.cluster.num_detached:
+        return
+    for start, stop in blocks:
+        num_bytes = sum(profile.layers[index].parameter_bytes for index in range(start, stop))
+        if num_bytes > MAX_MESSAGE_BYTES // 2:
+            raise ConfigError(
+                f"cluster.backward: the parameters of layers {start}-{stop - 1} have {num_bytes} bytes, and detached "
+                f"workers take at most {MAX_MESSAGE_BYTES // 2} at once; use more shards, or attached workers"
+            )
 
 
 def prepared_before(record: JobRecord) -> Prepared | None:
