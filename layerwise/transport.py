@@ -182,7 +182,7 @@ class Transport:
         return self._reasons.get(peer, "")
 
     def refused(self, peer: str) -> bool:
-        """Whether the last link to ``peer`` ended because one side does not take what the other says: dialing again is pointless."""
+        """Whether the last link to ``peer`` ended because one side rejects what the other says: dialing is pointless."""
         return peer in self._refused
 
     @property

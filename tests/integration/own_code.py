@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -154,7 +155,10 @@ def smooth_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 class Gated(Ramp):
-    """Gives ``free`` samples in this process; before the next it waits until the FIFO ``gate`` is gone or closed."""
+    """Gives ``free`` samples in this process; before the next it waits until the FIFO ``gate`` is gone or closed.
+
+    One goes to layerwise itself, which looks at what samples are like.
+    """
 
     def __init__(self, samples: int, gate: str, free: int) -> None:
         super().__init__(samples)
@@ -164,10 +168,8 @@ class Gated(Ramp):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """See `Ramp`."""
         if self.free == 0:
-            try:
+            with suppress(FileNotFoundError):
                 Path(self.gate).read_bytes()
-            except FileNotFoundError:
-                pass
         self.free = max(self.free - 1, 0)
         return super().__getitem__(index)
 

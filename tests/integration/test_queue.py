@@ -21,7 +21,7 @@ def gated_job(directory: Path, gate: Gate, **sections: Any) -> dict[str, Any]:
     """A job of six updates that waits at the gate after the fourth."""
     return job(
         directory,
-        gate.data(samples=96, free=64),
+        gate.data(samples=96, free=66),
         MLP,
         checkpoint={"path": str(directory), "every": 1},
         **{"train": {"steps": 6}, "async": {"window": 3, "accumulation": 4}, **sections},
@@ -104,7 +104,8 @@ def test_the_figures_of_a_running_job_are_served_by_its_processes(
             before = running.status()
             served = scrape(coordinator_metrics)
             after = running.status()
-            if before.staleness == after.staleness and before.samples == after.samples == 64:
+            reported = all(layer["gradients"] == 16 for layer in before.staleness["layers"])
+            if reported and before.samples == 64 and before.staleness == after.staleness:
                 break
         nodes = {node["name"]: node for node in connection.nodes()}
         shard = before.document["blocks"][0]["shard"]
