@@ -70,7 +70,7 @@ def build_block(
     trainable_below = any(one.requires_grad for module in modules[: place.start] for one in module.parameters())
     own = [module.to(device) for module in modules[place.start : place.stop]]
     names = [profile.layers[index].name for index in range(place.start, place.stop)]
-    last = place.stop == len(modules)
+    head = job_head(spec, allowed_imports) if place.stop == len(modules) else None
     del modules
     copies = _load_cut(assignment, place) if assignment.cut else None
     training = training_of(spec, settings, device)
@@ -104,7 +104,7 @@ def build_block(
         settings.plan,
         CutShelf(len(layers), cut_events, writer.save),
         mode=WeightMode(settings.backward_weights),
-        head=job_head(spec, allowed_imports) if last else None,
+        head=head,
         trainable_below=trainable_below,
         transfers=moves,
         precision=training.precision,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -315,3 +316,19 @@ def test_a_synchronous_job_computes_one_pass_at_a_time(tmp_path: Path, mode: str
     )
     assert hosted.num_slots == slots
     hosted.close()
+
+
+def test_a_block_that_cannot_be_built_leaves_no_thread_and_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(job(tmp_path, MODELS["mlp"]), tmp_path / "run")
+
+    def refuse(*_: object) -> None:
+        raise NotAllowedError("loss.import: not allowed here")
+
+    monkeypatch.setattr("layerwise.build.job_head", refuse)
+    before = set(threading.enumerate())
+    with pytest.raises(NotAllowedError):
+        build_block(run.assignment(1), device=CPU, cut_events=Noted())
+    assert set(threading.enumerate()) <= before
+    assert find_logs(run.directory) == []
