@@ -1,20 +1,20 @@
 """Every error that layerwise raises on purpose.
 
-    LayerwiseError                 one sentence: what happened, what was received, what to do
-    ├── ConfigError                the user's file, flag or environment can't be meant; nothing was started
-    ├── RejectedError              the other side refused; the same call will be refused again
-    │   ├── MalformedMessageError  a frame or message that can't be read
-    │   ├── WrongLifeError         from an older life of a layer
-    │   ├── NotOwnerError          this shard does not own that layer
-    │   ├── NotFoundError          no such job, node, cut or file
-    │   └── NotAllowedError        listening, importing or acting beyond what was allowed
-    ├── RetryableError             may succeed later, or elsewhere
-    │   ├── UnreachableError       nobody answers at that address
-    │   ├── DeadlineError          no answer within the time limit
-    │   └── BusyError              a bound is reached
-    ├── JobFailedError             the job can't go on
-    ├── CorruptError               a file or log does not say what it must
-    └── AuditError                 a promise that the event log contradicts
+LayerwiseError                 one sentence: what happened, what was received, what to do
+├── ConfigError                the user's file, flag or environment can't be meant; nothing was started
+├── RejectedError              the other side refused; the same call will be refused again
+│   ├── MalformedMessageError  a frame or message that can't be read
+│   ├── WrongLifeError         from an older life of a layer
+│   ├── NotOwnerError          this shard does not own that layer
+│   ├── NotFoundError          no such job, node, cut or file
+│   └── NotAllowedError        listening, importing or acting beyond what was allowed
+├── RetryableError             may succeed later, or elsewhere
+│   ├── UnreachableError       nobody answers at that address
+│   ├── DeadlineError          no answer within the time limit
+│   └── BusyError              a bound is reached
+├── JobFailedError             the job can't go on
+├── CorruptError               a file or log does not say what it must
+└── AuditError                 a promise that the event log contradicts
 """
 
 from __future__ import annotations
