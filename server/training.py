@@ -97,6 +97,8 @@ class Training:
         self._shards = shards
         self._every = prepared.spec.train.evaluate_every
         self._num_validation = prepared.profile.num_validation_samples
+        # Places for a window of microbatches are planned for, with all that is kept of them; evaluation keeps nothing.
+        self._range_samples = min(self.plan.batch, self.plan.microbatch_samples * prepared.settings.window)
         self._timeouts = prepared.spec.timeouts
         self._journal = journal
         self._manifest = manifest
@@ -310,7 +312,7 @@ class Training:
             effects += self._end_round(now)
         if self.round is None and self._due and self.ledger.num_open == 0 and self._stop_asked is None:
             self.round = EvaluationRound(
-                self._due.pop(0), num_samples=self._num_validation, range_samples=self.plan.batch, now=now
+                self._due.pop(0), num_samples=self._num_validation, range_samples=self._range_samples, now=now
             )
         effects += self._release()
         if self.ledger.complete and (reason := self.cuts.given_up(self.final)) is not None:
