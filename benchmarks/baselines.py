@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from layerwise.data import load_dataset, microbatch_indices
 from layerwise.ids import Microbatch
 from layerwise.job import JobSpec, load_job
 from layerwise.losses import build_loss
+from layerwise.memory import keep_freed_memory
 from layerwise.models import build_model
 from layerwise.optimizers import build_optimizer
 
@@ -55,7 +57,14 @@ class Training:
         return build_optimizer(self.spec.train.optimizer, module.named_parameters())
 
 
-def timed(step, batches, warmup: int, updates: int, batch: int, barrier) -> float:  # type: ignore[no-untyped-def]
+def timed(
+    step: Callable[[Tensor, Tensor], None],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    warmup: int,
+    updates: int,
+    batch: int,
+    barrier: Callable[[], object],
+) -> float:
     """Samples a second over ``updates`` calls of ``step`` after ``warmup`` ones."""
     for index in range(warmup):
         step(*batches[index % len(batches)])
@@ -137,6 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=["plain", "ddp", *SCHEDULES])
     parser.add_argument("--spec", type=Path, required=True)
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="let the allocator keep what is freed, as layerwise does"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--split", type=int, default=0, help="first layer of the second stage")
@@ -144,6 +156,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.keep_memory:
+        keep_freed_memory()
     if arguments.peer == "plain":
         speed = plain(load_job(arguments.spec), arguments)
         print(json.dumps({"peer": "plain", "threads": arguments.threads, "samples_per_second": speed}))

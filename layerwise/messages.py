@@ -111,8 +111,10 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decline:
-    """First shard: not admitted. ``reason``: "applied" (all layers have it), "open" (an older attempt goes on by itself), "life",
-    "order" (an earlier microbatch must come first and nobody offers it: take that lease instead), "stopping".
+    """First shard: not admitted.
+
+    ``reason``: "applied" (all layers have it), "open" (an older attempt goes on by itself), "life", "stopping", or "order" (an
+    earlier microbatch must come first and nobody offers it: take that lease instead).
     """
 
     job: str
@@ -268,7 +270,11 @@ class TaskRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetachedTask:
-    """One backward task whole: the block's stored input, the boundary gradient (or, in the last block, the targets), the buffers its forward read, the layers that lack it and the states that moved."""
+    """One backward task, whole.
+
+    It has the block's stored input, the boundary gradient (or, in the last block, the targets), the buffers that its forward
+    pass read, the layers that lack it and the states that moved.
+    """
 
     job: str
     attempt: Attempt

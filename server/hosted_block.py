@@ -105,9 +105,7 @@ class HostedBlock:
 class _CutEvents:
     """What the shelf tells, handed on."""
 
-    def __init__(
-        self, taken: Callable[[int], None], saved: Callable[[int, tuple[LayerFile, ...], str], None]
-    ) -> None:
+    def __init__(self, taken: Callable[[int], None], saved: Callable[[int, tuple[LayerFile, ...], str], None]) -> None:
         self._taken = taken
         self._saved = saved
 
