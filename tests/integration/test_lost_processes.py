@@ -13,8 +13,8 @@ from layerwise.cluster import LocalCluster
 from tests.integration.conftest import start
 from tests.integration.jobs import OPTIMIZERS, Gate, check_audit, check_done, job, wait, wait_for_cut
 
-STEPS = 60
-FREE = 30 * 16
+STEPS = 36
+FREE = 17 * 16
 """Samples that every forward worker gets before the gate: together they can't end a job of `STEPS` updates of 16."""
 
 
@@ -46,10 +46,6 @@ def long_job(directory: Path, gate: Gate, free: int = FREE, **sections: Any) -> 
             **sections,
         },
     )
-
-
-def lost(result_log: list[str]) -> list[str]:
-    return [line for line in result_log if "was lost" in line]
 
 
 @pytest.mark.parametrize("free", [FREE, 100], ids=["in flight", "with leases that it can't load"])

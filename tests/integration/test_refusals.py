@@ -17,7 +17,16 @@ import yaml
 from layerwise.api import Connection
 from layerwise.cluster import LocalCluster
 from tests.integration.conftest import REPOSITORY, start
-from tests.integration.jobs import MODELS, OWN_CODE, check_audit, image_data, job, wait
+from tests.integration.jobs import (
+    MODELS,
+    OWN_CODE,
+    check_audit,
+    check_equal_to_plain_loop,
+    finish,
+    image_data,
+    job,
+    wait,
+)
 
 RAMP = {"import": f"{OWN_CODE}:ramp", "samples": 48, "validation_samples": 12, "batch": 16}
 
@@ -34,6 +43,12 @@ def check_sentence(message: str) -> None:
     assert "\n" not in message.strip(), message
 
 
+def wait_until_left(connection: Connection, name: str) -> None:
+    """Return when no process works for the job any more: each lets go of it as soon as its pass is over."""
+    while any(node["job"] == name for node in connection.nodes()):
+        continue
+
+
 def failure(cluster: LocalCluster, values: dict[str, Any]) -> str:
     """Why the job failed."""
     with Connection(cluster.coordinator_address) as connection:
@@ -44,8 +59,7 @@ def failure(cluster: LocalCluster, values: dict[str, Any]) -> str:
         assert next(event for event in running.logs() if event.level == "error").message == result.message
         if result.steps:
             check_audit(result)
-        while any(node["job"] == result.job for node in connection.nodes()):
-            pass  # each process lets go of the job as soon as its pass is over
+        wait_until_left(connection, result.job)
     return result.message
 
 
@@ -74,8 +88,6 @@ def test_parameters_shared_between_blocks_are_refused(cluster: LocalCluster, tmp
 
 
 def test_parameters_shared_within_a_block_are_trained(cluster: LocalCluster, tmp_path: Path) -> None:
-    from tests.integration.jobs import check_equal_to_plain_loop, finish
-
     values = job(
         tmp_path,
         RAMP,
@@ -100,20 +112,22 @@ def test_more_shards_than_layers_are_refused(cluster: LocalCluster, tmp_path: Pa
 
 def test_a_shard_that_does_not_get_ready_in_time_is_named(tmp_path: Path, images: Path) -> None:
     """It stands still; then a process that never comes: the cluster has one shard and the job needs two."""
-    values = job(tmp_path / "run", image_data(images), MODELS["mlp"], timeouts={"start": 2.0})
+    values = job(tmp_path / "run", image_data(images), MODELS["mlp"], timeouts={"start": 8.0})
     with start(shards=2, directory=tmp_path / "cluster") as cluster:
         cluster.wait_for_nodes()
-        cluster.pause("shard-1")
+        finish(cluster, job(tmp_path / "first", image_data(images), MODELS["mlp"]))  # what is loaded late is loaded now
         with Connection(cluster.coordinator_address) as connection:
+            wait_until_left(connection, "first-1")
+            cluster.pause("shard-1")
             result = wait(connection.submit(values))
             assert result.state == "failed"
-            assert "shard-1 did not get ready within 2 s" in result.message
+            assert "shard-1 did not get ready within 8 s" in result.message
             check_sentence(result.message)
-            lacking = {**values, "cluster": {"shards": 3}}
+            lacking = {**values, "cluster": {"shards": 3}, "timeouts": {"start": 1.0}}
             result = wait(connection.submit(lacking))
             assert result.state == "failed"
             assert "needs 3 shards" in result.message
-            assert "within 2 s" in result.message
+            assert "within 1 s" in result.message
             check_sentence(result.message)
         cluster.unpause("shard-1")
 
