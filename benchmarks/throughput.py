@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from benchmarks.report import spread, table, write_section
 from benchmarks.runs import STDLIB_LM, peer, train
 
-UPDATES = 24
-WARMUP = 2
+UPDATES = 16
+WARMUP = 1
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,17 +27,17 @@ def main(arguments: Sequence[str]) -> None:
     common = ("--warmup", str(WARMUP))
     split = ("--split", "5")
     peers: dict[str, Callable[[], float]] = {
-        "one process, one thread": lambda: peer("plain", STDLIB_LM, *common, "--updates", "8"),
+        "one process, one thread": lambda: peer("plain", STDLIB_LM, *common, "--updates", "4"),
         "one process, one thread, memory kept": lambda: peer(
-            "plain", STDLIB_LM, *common, "--updates", "8", "--keep-memory"
+            "plain", STDLIB_LM, *common, "--updates", "4", "--keep-memory"
         ),
         "layerwise, 2 shards": layerwise_speed,
-        "one process, two threads": lambda: peer("plain", STDLIB_LM, *common, "--updates", "12", "--threads", "2"),
-        "DDP (gloo, 2 ranks)": lambda: peer("ddp", STDLIB_LM, *common, "--updates", "12"),
+        "one process, two threads": lambda: peer("plain", STDLIB_LM, *common, "--updates", "5", "--threads", "2"),
+        "DDP (gloo, 2 ranks)": lambda: peer("ddp", STDLIB_LM, *common, "--updates", "5"),
     }
     for name in ("gpipe", "1f1b", "zero-bubble"):
         for microbatches in (4, 8):
-            extra = (*common, *split, "--updates", "12", "--microbatches", str(microbatches))
+            extra = (*common, *split, "--updates", "5", "--microbatches", str(microbatches))
             peers[f"pipelining {name}, {microbatches} microbatches"] = lambda name=name, extra=extra: peer(  # type: ignore[misc]
                 name, STDLIB_LM, *extra
             )

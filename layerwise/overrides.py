@@ -12,6 +12,10 @@ from layerwise.job import JobSpec, parse_job
 from layerwise.specification import describe, plain, read_mapping
 
 
+ALTERNATIVES = {"train.steps": "epochs", "train.epochs": "steps"}
+"""Keys of which a job has one or the other: saying one takes the other away."""
+
+
 def read_job(job: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> JobSpec:
     """The job in the file ``job`` (``-``: standard input) or in a map, with ``overrides`` put in before it is checked.
 
@@ -31,7 +35,8 @@ def read_job(job: str | Path | Mapping[str, Any], overrides: Iterable[str] = ())
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Set the value at a dotted key in place.
 
-    The value is read as YAML; a section given by its bare name becomes a map.
+    The value is read as YAML; a section given by its bare name becomes a map. ``train.steps`` takes the place of
+    ``train.epochs``, and the other way round.
 
     Raises:
         ConfigError: ``override`` is not ``key=value``, or a key leads through something that is no section.
@@ -53,6 +58,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         section[name] = inner
         section = inner
     section[keys[-1]] = value
+    other = ALTERNATIVES.get(".".join(keys))
+    if other is not None and value is not None:
+        section.pop(other, None)
 
 
 def _text(path: str | Path) -> str:

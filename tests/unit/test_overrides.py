@@ -69,3 +69,12 @@ def test_the_callers_map_is_not_changed(tmp_path: Path) -> None:
     job = {**JOB, "train": {"steps": 3}}
     read_job(job, ["train.steps=9"])
     assert job["train"] == {"steps": 3}
+
+
+def test_steps_take_the_place_of_epochs_and_the_other_way_round() -> None:
+    job = {"name": "x", "model": "mlp", "data": {"name": "digits"}, "train": {"epochs": 3}}
+    stepped = read_job(job, ["train.steps=50"])
+    assert (stepped.train.steps, stepped.train.epochs) == (50, None)
+    again = read_job({**job, "train": {"steps": 50}}, ["train.epochs=2"])
+    assert (again.train.steps, again.train.epochs) == (None, 2)
+    assert read_job(job, ["train.steps=null"]).train.epochs == 3
