@@ -105,16 +105,16 @@ class LocalCluster:
         self.stop()
 
     def stop(self) -> None:
-        """End every process: workers first, then the coordinator, by force after ``stop_seconds``. May be repeated."""
+        """End every process: workers first, then the coordinator, each group by force after ``stop_seconds``. May be repeated."""
         with self._lock:
             self._stopping = True
             children = list(self._children.values())
-        deadline = time.monotonic() + self.stop_seconds
         workers = [child for child in children if child.name != "coordinator"]
         for group in (workers, [child for child in children if child.name == "coordinator"]):
             for child in group:
                 child.signal(signal.SIGTERM)
                 child.signal(signal.SIGCONT)  # a paused one could not hear it
+            deadline = time.monotonic() + self.stop_seconds  # the coordinator's own, however long the workers took
             for child in group:
                 child.wait(max(0.0, deadline - time.monotonic()))
         for child in children:
