@@ -15,7 +15,7 @@ from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.slots import Slots
 from layerwise.server.task_queue import TaskQueue
-from layerwise.tasks import Task, TaskResult
+from layerwise.tasks import ForwardTask, Task, TaskResult
 
 
 class HostedBlock:
@@ -65,7 +65,15 @@ class HostedBlock:
         # Two slots could run the forward passes of two microbatches out of their order, which buffers would show.
         one_by_one = spec.cluster.slots == "auto" or settings.mode == "synchronous"
         num_slots = 1 if one_by_one else int(spec.cluster.slots)
-        self._slots = Slots(self.block, self.queue, num_slots=num_slots, name=assignment.job, report=report)
+        self._is_last = assignment.block == len(assignment.route) - 1 and spec.cluster.attached
+        self._slots = Slots(
+            self.block,
+            self.queue,
+            num_slots=num_slots,
+            name=assignment.job,
+            report=report,
+            backward_follows=self._is_last,
+        )
 
     @property
     def num_slots(self) -> int:
@@ -81,6 +89,16 @@ class HostedBlock:
         """Let the slots work and say that the block is ready."""
         self._slots.start()
         return self.role.begin(self._built.applied, now)
+
+    def on_task(self, task: Task, outcome: TaskResult | Exception, now: float) -> list[Effect]:
+        """A slot has run ``task``."""
+        try:
+            if isinstance(outcome, Exception):
+                return self.role.on_task_failed(task, outcome, now)
+            return self.role.on_task_done(task, outcome, now)
+        finally:
+            if self._is_last and isinstance(task, ForwardTask):
+                self.queue.release_forward()
 
     def on_tick(self, now: float) -> list[Effect]:
         """Deadlines and reports of the role."""

@@ -240,8 +240,7 @@ class ShardServer:
         def act(block: HostedBlock, now: float) -> list[Effect]:
             if isinstance(outcome, Exception):
                 log.debug("task failed", exc_info=outcome)
-                return block.role.on_task_failed(task, outcome, now)
-            return block.role.on_task_done(task, outcome, now)
+            return block.on_task(task, outcome, now)
 
         self._from_thread(assignment, act)
 

@@ -23,6 +23,9 @@ from layerwise.tasks import (
 class Slots:
     """``num_slots`` threads, each with one loop: take the next task from ``queue``, run it on ``block``, report.
 
+    ``backward_follows``: the role answers a forward pass with its backward pass (in the last block), so `TaskQueue.hold_forward` is
+    called before the report; who is reported to calls `TaskQueue.release_forward`.
+
     ``report(task, result or exception)`` is called on the slot's thread and must not block. A slot never sends and never waits for a peer.
     """
 
@@ -34,10 +37,12 @@ class Slots:
         num_slots: int,
         name: str,
         report: Callable[[Task, TaskResult | Exception], None],
+        backward_follows: bool = False,
     ) -> None:
         self._block = block
         self._queue = queue
         self._report = report
+        self._backward_follows = backward_follows
         self._busy_seconds = [0.0] * num_slots
         self._threads = [
             threading.Thread(target=self._work, args=(index,), name=f"slot-{index}-{name}")
@@ -75,6 +80,8 @@ class Slots:
             except Exception as error:  # handed to the role, which decides
                 outcome = error
             self._busy_seconds[index] += time.perf_counter() - began
+            if self._backward_follows and isinstance(task, ForwardTask):
+                self._queue.hold_forward()
             self._report(task, outcome)
 
     def _steps(self, task: Task) -> Steps[TaskResult]:

@@ -32,6 +32,7 @@ class TaskQueue:
         self._arrivals = count()
         self._changed = threading.Condition()
         self._closed = False
+        self._held = 0
 
     @property
     def forward_depth(self) -> int:
@@ -84,6 +85,22 @@ class TaskQueue:
             assert isinstance(task, BackwardTask)
             return task
 
+    def hold_forward(self) -> None:
+        """Give out no more forward passes until `release_forward`: a backward pass is about to be pushed.
+
+        A slot that has run the last block's forward pass calls this, because the loss's backward pass comes from the role, on
+        another thread, a moment later. Without it the slot would find only forward passes and run them first; then no gradient
+        leaves this block for as long, and with few microbatches in flight the blocks before it run dry.
+        """
+        with self._changed:
+            self._held += 1
+
+    def release_forward(self) -> None:
+        """The role has heard of the pass; what follows from it is in the queue."""
+        with self._changed:
+            self._held -= 1
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Wake every slot with nothing; what waits is forgotten."""
         with self._changed:
@@ -93,7 +110,7 @@ class TaskQueue:
             self._changed.notify_all()
 
     def _first(self) -> list[tuple[int, int, Task]] | None:
-        for rank, heap in enumerate(self._heaps):
+        for rank, heap in enumerate(self._heaps[:2] if self._held else self._heaps):
             if heap and (rank != 1 or self.attached):
                 return heap
         return None

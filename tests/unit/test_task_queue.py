@@ -98,3 +98,22 @@ def test_closing_wakes_every_slot_with_nothing() -> None:
 
 def test_a_wait_has_an_end() -> None:
     assert TaskQueue(window=1, num_layers=1).pop(timeout_seconds=0.0) is None
+
+
+def test_after_a_forward_pass_of_the_last_block_its_backward_pass_goes_before_the_next_forward_pass() -> None:
+    # With two microbatches in flight, a slot that took the second forward pass first left the block before without work.
+    queue = TaskQueue(window=2, num_layers=1)
+    queue.push(forward(2))
+    queue.hold_forward()
+    assert queue.try_pop() is None
+    queue.push(backward(1))
+    queue.release_forward()
+    assert [type(queue.try_pop()).__name__ for _ in range(2)] == ["BackwardTask", "ForwardTask"]
+
+
+def test_a_held_forward_pass_is_given_out_when_no_backward_pass_follows() -> None:
+    queue = TaskQueue(window=2, num_layers=1)
+    queue.push(forward(2))
+    queue.hold_forward()
+    queue.release_forward()
+    assert isinstance(queue.try_pop(), ForwardTask)
