@@ -54,7 +54,7 @@ class World:
             close=lambda: self.closed.append(life),
             commit=commit,
             events=SimpleNamespace(flush=lambda: None),
-            role=SimpleNamespace(on_task_done=done),
+            on_task=done,
         )
 
 
