@@ -23,7 +23,7 @@ _SIZES: Options = (
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
 )
-_PINGS = ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000)
+_PINGS = ("grpc.http2.min_ping_interval_without_data_ms", 10_000)
 """Clients that follow a quiet job ping every 20 s; without this a server takes that for an attack after a while."""
 # On TCP a larger read-ahead helps chunks of a megabyte; elsewhere the defaults are as good.
 _TCP: Options = (("grpc.http2.lookahead_bytes", 16 << 20),)
