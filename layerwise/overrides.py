@@ -11,7 +11,6 @@ from layerwise.errors import ConfigError
 from layerwise.job import JobSpec, parse_job
 from layerwise.specification import describe, plain, read_mapping
 
-
 ALTERNATIVES = {"train.steps": "epochs", "train.epochs": "steps"}
 """Keys of which a job has one or the other: saying one takes the other away."""
 
