@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.report import spread, table, write_section
 from benchmarks.runs import STDLIB_LM, peer, train
 
-UPDATES = 40
+UPDATES = 24
 WARMUP = 1
 
 
