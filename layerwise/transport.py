@@ -15,6 +15,7 @@ import itertools
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -23,7 +24,9 @@ import grpc.aio
 from layerwise.address import Address, check_may_listen, parse_address
 from layerwise.buffers import BufferPool
 from layerwise.carrier import Carrier
+from layerwise.disturbed_carrier import DisturbedCarrier
 from layerwise.errors import MalformedMessageError, RejectedError
+from layerwise.faults import frame_faults_of
 from layerwise.link import Link, LinkLost, LinkTable, Packet
 from layerwise.messages import Message
 from layerwise.peer import Peer
@@ -95,6 +98,7 @@ class Transport:
         self._max_outbox_bytes = max_outbox_bytes
         self._max_message_bytes = max_message_bytes
         self._pool = pool or BufferPool()
+        self._faults = frame_faults_of(name)
         self._table = LinkTable(self._new_link)
         self._peers: dict[str, Peer] = {}
         self._reasons: OrderedDict[str, str] = OrderedDict()
@@ -262,7 +266,7 @@ class Transport:
     async def _dial_once(self, state: Peer, address: Address) -> None:
         channel = open_channel(address)
         stream = DialedStream(channel)
-        carrier = self._carrier(state.link, stream, self._reader())
+        carrier = self._carrier(state, stream, self._reader())
         state.attach(carrier)
         try:
             await carrier.run(lambda frame, num_bytes: self._take(state, carrier, frame, num_bytes))
@@ -289,7 +293,7 @@ class Transport:
             state = await self._admit(frame, stream, context)
             if state is None:
                 return
-            carrier = self._carrier(state.link, stream, reader)
+            carrier = self._carrier(state, stream, reader)
             state.attach(carrier)
             try:
                 self._take(state, carrier, frame, len(data))
@@ -335,10 +339,13 @@ class Transport:
     def _reader(self) -> FrameReader:
         return FrameReader(self._pool, max_message_bytes=self._max_message_bytes)
 
-    def _carrier(self, link: Link, stream: Stream, reader: FrameReader) -> Carrier:
-        return Carrier(
+    def _carrier(self, state: Peer, stream: Stream, reader: FrameReader) -> Carrier:
+        make: Callable[..., Carrier] = Carrier
+        if self._faults is not None:
+            make = partial(DisturbedCarrier, sender=state.name, faults=self._faults)
+        return make(
             self.name,
-            link,
+            state.link,
             stream,
             reader,
             linger_seconds=self._grace_seconds,
