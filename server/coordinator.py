@@ -129,7 +129,9 @@ class Coordinator:
 
     async def submit(self, spec_json: str) -> dict[str, Any]:
         """Queue a job; its directory is one that no earlier job has left its work in."""
-        directory = unused_directory(parse_job(spec_json).checkpoint_path)
+        # A large job takes a while to check; training must not wait for it.
+        spec = await asyncio.to_thread(parse_job, spec_json)
+        spec_json, directory = spec.to_json(), unused_directory(spec.checkpoint_path)
         document, effects = self._role.submit(spec_json, self._now(), directory=directory)
         return await self._stored(document, effects)
 
@@ -144,9 +146,9 @@ class Coordinator:
         record = await asyncio.to_thread(read_job, directory)
         return await self._stored(*self._role.adopt(record, self._now()))
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """All jobs' documents."""
-        return self._role.jobs()
+    def jobs(self, offset: int, limit: int) -> list[dict[str, Any]]:
+        """The documents of some jobs, oldest first."""
+        return self._role.jobs(offset, limit)
 
     def job(self, job: str) -> dict[str, Any]:
         """One job's document."""
