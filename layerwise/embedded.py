@@ -141,7 +141,7 @@ class EmbeddedRun:
         def tell() -> None:
             if for_good:
                 raise JobFailedError(f"{sentence}; go on with `{self.how_to_resume}`")
-            self._view.say(f"warning: {sentence}; it was started again")
+            self._view.say(f"warning: {sentence}")
 
         follower.interrupt(tell)
 

@@ -193,9 +193,7 @@ def up_command(
         metrics=metrics,
         insecure=insecure,
         restart=True,
-        on_problem=lambda sentence, last: click.echo(
-            f"warning: {sentence}" + ("" if last else "; started again"), err=True
-        ),
+        on_problem=lambda sentence, last: click.echo(f"warning: {sentence}", err=True),
     )
     with signals_call(end_once), cluster:
         cluster.wait_for_nodes()
