@@ -80,9 +80,9 @@ class EmbeddedRun:
             with self._cluster as cluster, cluster.client() as client:
                 cluster.wait_for_nodes(self.spec.timeouts.start)
                 save_result(self.directory, None)
-                self._job = str(self._begin(client)["job"])
+                self._job, offset = self._begin(client)
                 watcher = _OwnWords(self._view, self._job, self.directory)
-                self._follower = JobFollower(client, self._job, watcher, refresh_seconds=REFRESH_SECONDS)
+                self._follower = JobFollower(client, self._job, watcher, offset=offset, refresh_seconds=REFRESH_SECONDS)
                 document = watcher.reword(self._follower.run())
                 self._over = True
                 save_result(self.directory, document)
@@ -119,13 +119,14 @@ class EmbeddedRun:
         parts = [f"{count} {role}{'s' if count > 1 else ''}" for role, count in counts.items() if count]
         return f"starting a coordinator, {', '.join(parts)}"
 
-    def _begin(self, client: CoordinatorClient) -> dict[str, Any]:
+    def _begin(self, client: CoordinatorClient) -> tuple[str, int]:
+        """Submit the job or resume it; gives its id, and how many events it logged in earlier runs."""
         if not self._resume:
-            return client.submit(self.spec.to_json())
+            return str(client.submit(self.spec.to_json())["job"]), 0
         known = [one for one in client.list_jobs() if one.get("directory") == str(self.directory)]
         if known:
-            return client.resume(job=str(known[-1]["job"]))
-        return client.resume(directory=str(self.directory))
+            return str(client.resume(job=str(known[-1]["job"]))["job"]), int(known[-1]["num_events"])
+        return str(client.resume(directory=str(self.directory))["job"]), 0
 
     def _stop(self) -> None:
         self._view.say("stopping at the next update; interrupt again to end at once")

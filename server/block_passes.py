@@ -217,8 +217,8 @@ class BlockPasses:
             where = "all layers' outputs are finite, the loss function's result is not"
         said = "" if loss is None else f" ({loss})"
         return context.fail(
-            f"the loss of microbatch {one.attempt.microbatch} is not finite{said}: {where}; "
-            f"lower the learning rate or the window, or resume from the last cut with other settings"
+            f"the loss of microbatch {one.attempt.microbatch} is not finite{said}: {where} "
+            f"(a lower learning rate or a smaller window may help)"
         )
 
     # Inside ----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from layerwise.server.job_record import JobEvent
 from layerwise.server.job_store import SqliteJobStore
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.server.metrics import coordinator_metrics
+from layerwise.server.node_document import coordinator_document
 from layerwise.transport import Transport
 
 NAME = "coordinator"
@@ -82,6 +83,7 @@ class Coordinator:
         self._lock = _lock(Path(state)) if state is not None else None
         self._store = SqliteJobStore(state) if state is not None else MemoryJobStore()
         self._epoch = time.time() - time.monotonic()
+        self._started = self._now()
         self._role = CoordinatorRole(self._store, now=self._now(), heartbeat_timeout=heartbeat_timeout)
         self._transport: Transport | None = None
         self._metrics: MetricsServer | None = None
@@ -155,8 +157,16 @@ class Coordinator:
         return self._role.job(job)
 
     def nodes(self) -> list[dict[str, Any]]:
-        """The processes."""
-        return self._role.nodes(self._now())
+        """The processes; this one first."""
+        assert self._transport is not None
+        own = coordinator_document(
+            address=self.address,
+            metrics_address=self.metrics_address,
+            started=self._started,
+            sent_bytes=self._transport.sent_bytes,
+            received_bytes=self._transport.received_bytes,
+        )
+        return [own, *self._role.nodes(self._now())]
 
     async def follow(self, job: str, offset: int) -> AsyncIterator[JobEvent]:
         """A job's events from ``offset`` on, until it has ended; looks for new ones at each tick."""

@@ -401,4 +401,4 @@ class CoordinatorRole:
         reason = self._waiting_for.get(record.job, "")
         if position:
             reason = f"{position} {'job is' if position == 1 else 'jobs are'} before it"
-        return job_document(record, run, queue_position=position, waiting_for=reason)
+        return job_document(record, run, queue_position=position + 1, waiting_for=reason)

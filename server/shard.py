@@ -113,12 +113,18 @@ class ShardServer:
         """Prometheus families of the blocks hosted here."""
         from prometheus_client.core import GaugeMetricFamily
 
-        store = GaugeMetricFamily("layerwise_activation_store_bytes", "Bytes kept for backward passes", labels=["job"])
-        waiting = GaugeMetricFamily("layerwise_queue_tasks", "Tasks that wait for a slot", labels=["job", "phase"])
+        labels = ["job", "shard"]
+        store = GaugeMetricFamily(
+            "layerwise_activation_store_bytes", "What forward passes keep for backward passes.", labels=labels
+        )
+        waiting = GaugeMetricFamily(
+            "layerwise_queue_depth_tasks", "Passes that wait for a slot.", labels=[*labels, "direction"]
+        )
         for job, block in list(self._blocks.items()):
-            store.add_metric([job], block.block.store_bytes)
-            waiting.add_metric([job, "forward"], block.queue.forward_depth)
-            waiting.add_metric([job, "backward"], block.queue.backward_depth)
+            where = [job, self._service.name]
+            store.add_metric(where, block.block.store_bytes)
+            waiting.add_metric([*where, "forward"], block.queue.forward_depth)
+            waiting.add_metric([*where, "backward"], block.queue.backward_depth)
         yield store
         yield waiting
 

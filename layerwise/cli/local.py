@@ -111,15 +111,21 @@ def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: s
             except KeyboardInterrupt:
                 view.say(f"ended at once; what was saved before stays: {again}")
                 return exit_codes.INTERRUPTED
-    status = show_result(document, output)
-    if document["state"] != "done":
-        where = (
-            f"stopped at step {document.get('steps') or 0} of {document.get('total_steps') or '?'}; "
-            if run.interrupts
-            else ""
-        )
-        click.echo(where + again, err=True)
-    return exit_codes.INTERRUPTED if run.interrupts and document["state"] != "done" else status
+    stopped = bool(run.interrupts) and document["state"] != "done"
+    status = show_result(document, output, remedy=remedy_of(document, run.how_to_resume, run.directory))
+    if document["state"] == "cancelled":
+        steps = f"{document.get('steps') or 0} of {document.get('total_steps') or '?'}"
+        click.echo(f"stopped at step {steps}; {again}" if stopped else again, err=True)
+    return exit_codes.INTERRUPTED if stopped else status
+
+
+def remedy_of(document: dict[str, Any], how_to_resume: str, directory: Path) -> str:
+    """What to do about a run that failed, unless its message says so."""
+    if how_to_resume in str(document.get("message")):
+        return ""
+    if document.get("cuts") or document.get("steps"):
+        return f"go on with it: {how_to_resume}"
+    return f"nothing was trained; the logs of its processes are in {short(directory / 'logs')}"
 
 
 def short(path: Path) -> str:

@@ -157,12 +157,18 @@ def test_a_killed_shard_ends_the_job_with_the_way_to_resume(tmp_path: Path) -> N
     assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
 
 
-def test_a_job_that_fails_ends_with_status_1_and_one_sentence(tmp_path: Path) -> None:
+def test_a_job_that_can_not_begin_says_why_once_and_does_not_speak_of_resuming(tmp_path: Path) -> None:
     job = write_job(tmp_path, data={"name": "arrays", "path": "missing.safetensors", "batch": 4})
-    with Command("train", job, folder=tmp_path) as command:
+    with Command("train", job, "--quiet", "-o", "json", folder=tmp_path) as command:
         assert command.finish() == 1, command.errors
-    assert "missing.safetensors" in command.errors
-    assert "Traceback" not in command.errors
+    reason, end = command.errors.splitlines()
+    assert reason.startswith("error: data.path: no file at ")
+    assert end == "layerwise: job tiny-1 failed; nothing was trained; the logs of its processes are in runs/tiny/logs"
+
+    # The earlier attempt's failure is not told again.
+    with Command("resume", "runs/tiny", folder=tmp_path) as command:
+        assert command.finish() == 1, command.errors
+    assert command.errors.count("missing.safetensors") == 1
 
 
 def test_code_of_ones_own_is_not_run_unless_it_is_allowed(tmp_path: Path) -> None:
