@@ -110,9 +110,17 @@ class HostedBlock:
         """Write the cut's manifest, which makes it a cut, and delete those that are not to be kept. Any thread.
 
         Raises:
+            WrongLifeError: this life, or another one in the cut, was replaced; the cut does not count.
             OSError: the disk refused; the cuts before stand.
         """
-        commit_manifest(self._assignment.directory, message.version, message.manifest_json, message.keep)
+        assignment = self._assignment
+        commit_manifest(
+            assignment.directory,
+            message.version,
+            message.manifest_json,
+            message.keep,
+            life=assignment.route[0].life,
+        )
 
     def close(self) -> None:
         """End the slots, save the cuts that wait, close the log. Waits for passes and disk; any thread."""
