@@ -28,6 +28,7 @@ from layerwise.job import JobSpec, parse_job
 from layerwise.layer import LayerCopy
 from layerwise.layer_compute import LayerCompute, Precision
 from layerwise.layer_file import load_layer
+from layerwise.machine import Machine, this_machine
 from layerwise.messages import Assignment, BlockPlace
 from layerwise.models import build_model, load_weights
 from layerwise.policies import delay_policy
@@ -81,7 +82,8 @@ def build_block(
     raise_fence(
         assignment.directory, Fence(life=place.life, start=place.start, stop=place.stop, version=assignment.cut)
     )
-    events = EventLog(assignment.directory, _log_header(assignment, place, settings, names))
+    machine = this_machine(device, spec.train.precision)
+    events = EventLog(assignment.directory, _log_header(assignment, place, settings, names, machine))
     try:
         layers = assemble(
             own,
@@ -239,7 +241,9 @@ def _load_cut(assignment: Assignment, place: BlockPlace) -> list[LayerCopy]:
     return [load_layer(assignment.directory, assignment.cut, files[index]) for index in range(place.start, place.stop)]
 
 
-def _log_header(assignment: Assignment, place: BlockPlace, settings: ResolvedSettings, names: list[str]) -> LogHeader:
+def _log_header(
+    assignment: Assignment, place: BlockPlace, settings: ResolvedSettings, names: list[str], machine: Machine
+) -> LogHeader:
     return LogHeader(
         job=assignment.job,
         start=place.start,
@@ -253,4 +257,5 @@ def _log_header(assignment: Assignment, place: BlockPlace, settings: ResolvedSet
         position_order=settings.mode == "synchronous",
         backward_weights=settings.backward_weights,
         layer_names=tuple(names),
+        machine=machine,
     )

@@ -28,11 +28,15 @@ from typing import Any
 from zlib import crc32
 
 from layerwise.errors import CorruptError, NotAllowedError, NotFoundError
-from layerwise.events import Event, Record, RestoreEvent, UpdateEvent, record_from_json
+from layerwise.event_records import record_from_json
+from layerwise.events import Event, Record, RestoreEvent, UpdateEvent
+from layerwise.machine import Machine
 from layerwise.plan import TrainingPlan
 
 FORMAT = "layerwise-events"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 has no `Machine`, and no record of passes without a ticket: such a log can be audited as ever."""
 SEGMENT_BYTES = 64 * 2**20
 BUFFER_BYTES = 2**20
 _SEGMENT = re.compile(r"segment-(\d{6})\.log")
@@ -47,7 +51,7 @@ class LogHeader:
     Block ``[start, stop)`` of the ``num_layers`` layers of ``job`` in ``life``, trained under ``plan`` with
     ``window`` microbatches open. ``max_staleness`` is the promise in updates. ``position_order``: gradients are
     summed in position order. ``hash_algorithm`` names that of the updates' digests. ``layer_names`` belong to the
-    block's layers.
+    block's layers. ``machine`` says where it was computed (``None`` in logs of format version 1).
     """
 
     job: str
@@ -62,6 +66,7 @@ class LogHeader:
     position_order: bool
     backward_weights: str
     layer_names: tuple[str, ...]
+    machine: Machine | None = None
 
     def __post_init__(self) -> None:
         names_fit = len(self.layer_names) == self.stop - self.start
@@ -89,6 +94,7 @@ class LogHeader:
             "position_order": self.position_order,
             "backward_weights": self.backward_weights,
             "layer_names": list(self.layer_names),
+            "machine": None if self.machine is None else self.machine.to_json(),
         }
 
     @classmethod
@@ -97,11 +103,12 @@ class LogHeader:
 
         ``ValueError``, ``KeyError`` or ``TypeError`` when it is not such a header, or of another format version.
         """
-        if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
+        if value.get("format") != FORMAT or value.get("format_version") not in READABLE_VERSIONS:
             raise ValueError(
                 f"format {value.get('format')!r} version {value.get('format_version')!r}, "
-                f"this reads {FORMAT!r} {FORMAT_VERSION}"
+                f"this reads {FORMAT!r} {' and '.join(map(str, READABLE_VERSIONS))}"
             )
+        machine = value.get("machine")
         numbers = {name: value[name] for name in ("num_samples", "batch", "accumulation", "num_updates")}
         others = [*value["block"], *(value[name] for name in ("num_layers", "life", "window", "max_staleness"))]
         if any(type(one) is not int for one in (*numbers.values(), *others)):
@@ -120,6 +127,7 @@ class LogHeader:
             position_order=bool(value["position_order"]),
             backward_weights=str(value["backward_weights"]),
             layer_names=tuple(str(name) for name in value["layer_names"]),
+            machine=None if machine is None else Machine.from_json(machine),
         )
 
 

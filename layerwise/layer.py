@@ -69,13 +69,11 @@ class TrainedLayer:
         clip: float | None = None,
         recomputes: bool = False,
         activation_bytes: int = 0,
-        stash_versions: Sequence[Callable[[], int]] = (),
     ) -> None:
         """Put a layer together.
 
         ``aliases`` are those of ``compute.owned``, which ``optimizer`` steps on; ``rate(samples)`` is the schedule's
         factor. ``recomputes``: autograd can't keep `latest` here, so the layer's forward pass is done again.
-        ``stash_versions`` are the versions of the layers that own foreign parameters.
         """
         self.compute = compute
         self.module = compute.module
@@ -94,7 +92,6 @@ class TrainedLayer:
         self._waiting: dict[int, tuple[Gradients, int]] = {}
         self._cuts: dict[int, Callable[[LayerCopy], None]] = {}
         self._stashes: dict[tuple[int, ...], _Stash] = {}
-        self._stash_versions = tuple(stash_versions)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -120,7 +117,9 @@ class TrainedLayer:
         with compute.guard(exchanges=stash or self.module.may_write_buffers):
             with self._mutex:
                 writes = self.ledger.open(attempt, number) if ticket else False
-                read = self.ledger.version
+                if not ticket:
+                    self.ledger.hand_on(attempt, number)
+                reads = compute.reads()
             try:
                 buffers = self.module.buffers
                 stashed = self._stash() if stash else None
@@ -145,35 +144,15 @@ class TrainedLayer:
             inputs=inputs,
             outputs=outputs,
             buffers=buffers,
-            read=read,
+            reads=reads,
             parameters=parameters,
             destinations=destinations,
             stashed=None if stashed is None else stashed.copies,
         )
 
-    def again(
-        self, inputs: Tensors, buffers: tuple[torch.Tensor, ...], attempt: Attempt, tickets: frozenset[int]
-    ) -> LayerPass:
-        """The forward pass once more for its graph, with the weights of now and the buffers as first read."""
-        parameters, destinations = self.compute.differentiated(tickets)
-        with self.compute.guard(exchanges=self.module.may_write_buffers):
-            outputs = self.compute.run(inputs, attempt.microbatch, graph=True, buffers=buffers)
-            read = self.ledger.version
-        return LayerPass(
-            compute=self.compute,
-            microbatch=attempt.microbatch,
-            ticket=self.index in tickets,
-            inputs=inputs,
-            outputs=outputs,
-            buffers=buffers,
-            read=read,
-            parameters=parameters,
-            destinations=destinations,
-        )
-
     def _stash(self) -> _Stash:
         """The copies of the current version; made by the first pass that reads it. Under the lock held alone."""
-        key = (self.ledger.version, *(version() for version in self._stash_versions))
+        key = self.compute.reads()
         found = self._stashes.get(key)
         if found is None:
             copies: list[torch.Tensor] = []
@@ -203,17 +182,19 @@ class TrainedLayer:
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
-    def take(self, attempt: Attempt, gradients: Gradients, *, read: int, mode: WeightMode) -> bool:
+    def take(
+        self, attempt: Attempt, gradients: Gradients, *, read: int, mode: WeightMode, owners: tuple[int, ...] = ()
+    ) -> bool:
         """Take one gradient in; the one that completes an update makes it, visible to readers before this returns.
 
-        ``gradients`` are in the order of ``compute.owned`` with the parameters' shapes. False (and no change) for a
-        repeat.
+        ``gradients`` are in the order of ``compute.owned`` with the parameters' shapes. ``read`` and ``owners`` are
+        the `LayerCompute.reads` of the backward pass. False (and no change) for a repeat.
 
         Raises:
             RejectedError: the attempt's ticket is not open any more.
         """
         with self.compute.lock.exclusive():
-            intake = self.ledger.take(attempt, read=read, mode=mode)
+            intake = self.ledger.take(attempt, read=read, mode=mode, owners=owners)
             if intake.taken:
                 laid_out = [
                     None if gradient is None else _laid_out(gradient, alias)
@@ -347,17 +328,21 @@ class TrainedLayer:
         """Which state the layer is in."""
         return LayerRevision(layer=self.index, life=self.ledger.life, revision=self.ledger.revision)
 
-    def pull(self, have: int | None) -> LayerState | None:
-        """The parameters, whole, for a worker that holds revision ``have``; ``None`` when that is the current one."""
+    def pull(self, have: int | None) -> tuple[int, LayerState | None]:
+        """The version, and the parameters, whole, for a worker that holds revision ``have``.
+
+        ``None`` instead of the state when that is the current one.
+        """
         with self.compute.lock.shared():
+            version = self.compute.version()
             if have == self.ledger.revision:
-                return None
+                return version, None
             own = self._owned_parameters()
-            return LayerState(
+            return version, LayerState(
                 layer=self.index,
                 life=self.ledger.life,
                 revision=self.ledger.revision,
-                version=self.ledger.version,
+                version=version,
                 parameters=NamedTensors(tuple(own), tuple(one.detach().clone() for one in own.values())),
             )
 

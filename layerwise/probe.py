@@ -193,7 +193,7 @@ class _Runner:
                         inputs=leaves,
                         outputs=values,
                         buffers=(),
-                        read=0,
+                        reads=(0,),
                         parameters=parameters,
                         destinations=destinations,
                     )

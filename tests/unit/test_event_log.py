@@ -15,19 +15,23 @@ from hypothesis import strategies as st
 from layerwise.applied import AppliedSet
 from layerwise.errors import CorruptError, NotAllowedError, NotFoundError
 from layerwise.event_log import EventLog, LogHeader, LogReader, events_folder, find_logs
+from layerwise.event_records import record_from_json
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
+    BackwardEvent,
     CutEvent,
     DropEvent,
     Event,
     ForwardEvent,
+    PassEvent,
     RestoreEvent,
     UpdateEvent,
+    WalkEvent,
     WeightMode,
-    record_from_json,
 )
 from layerwise.ids import Attempt, Microbatch
+from layerwise.machine import Machine, processor_name
 from layerwise.plan import TrainingPlan
 
 HEADER = LogHeader(
@@ -43,9 +47,11 @@ HEADER = LogHeader(
     position_order=False,
     backward_weights="latest",
     layer_names=("Linear", "ReLU"),
+    machine=Machine(processor="A", instructions="AVX2", torch="2.13", threads=2, device="cpu", precision="float32"),
 )
 
 counts = st.integers(0, 2**40)
+versions = st.lists(counts, max_size=3).map(tuple)
 attempts = st.builds(
     lambda epoch, start, size, attempt: Attempt(Microbatch(epoch, start, start + size), attempt),
     counts,
@@ -83,6 +89,25 @@ events: st.SearchStrategy[Event] = st.one_of(
         read=counts,
         mode=st.sampled_from(WeightMode),
         update=counts,
+        owners=versions,
+    ),
+    st.builds(PassEvent, layer=layers, attempt=attempts, number=counts, read=counts),
+    st.builds(
+        BackwardEvent,
+        layer=layers,
+        attempt=attempts,
+        number=counts,
+        read=counts,
+        mode=st.sampled_from(WeightMode),
+        owners=versions,
+    ),
+    st.builds(
+        WalkEvent,
+        layer=layers,
+        attempt=attempts,
+        number=counts,
+        detached=st.booleans(),
+        reads=st.lists(st.lists(counts, min_size=1, max_size=3).map(tuple), min_size=1, max_size=4).map(tuple),
     ),
     st.builds(
         UpdateEvent,
@@ -152,7 +177,7 @@ def test_first_line_says_who_writes_and_which_format(tmp_path: Path) -> None:
     checksum, text = path.read_bytes().split(b"\n")[0].split(b" ", 1)
     assert int(checksum, 16) == crc32(text)
     header = json.loads(text)
-    assert (header["format"], header["format_version"]) == ("layerwise-events", 1)
+    assert (header["format"], header["format_version"]) == ("layerwise-events", 2)
     assert (header["job"], header["block"], header["life"]) == ("digits-1", [1, 3], 2)
     assert (header["segment"], header["sequence"], header["versions"]) == (0, 0, [0, 0])
 
@@ -368,7 +393,14 @@ def test_record_with_a_right_checksum_and_wrong_content_is_refused(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "change",
-    [{"format_version": 2}, {"format": "else"}, {"block": [3, 1]}, {"batch": "8"}, {"layer_names": ["one"]}],
+    [
+        {"format_version": 3},
+        {"machine": {"threads": 1}},
+        {"format": "else"},
+        {"block": [3, 1]},
+        {"batch": "8"},
+        {"layer_names": ["one"]},
+    ],
     ids=str,
 )
 def test_header_that_can_not_be_meant_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
@@ -451,3 +483,27 @@ def test_a_closed_log_writes_nothing_more(tmp_path: Path) -> None:
     log.flush()
     log.sync()
     assert read(tmp_path) == [cut(0)]
+
+
+def test_logs_of_format_version_1_are_still_read(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, number=0)
+    header = json.loads(path.read_bytes()[9:])
+    del header["machine"]
+    path.write_bytes(_line({**header, "format_version": 1}))
+    found = LogReader(events_folder(tmp_path, 1, 3, 2)).header
+    assert found == replace(HEADER, machine=None)
+
+
+def test_a_machine_says_in_what_another_differs() -> None:
+    here = HEADER.machine
+    assert here is not None
+    assert here.differences(here) == ()
+    (line,) = here.differences(replace(here, threads=8))
+    assert line == "threads: 2 was recorded, here is 8"
+
+
+def test_a_processor_is_called_by_its_own_name_where_the_system_tells_it(tmp_path: Path) -> None:
+    described = tmp_path / "cpuinfo"
+    described.write_text("processor\t: 0\nmodel name\t: Fast 9000\n")
+    assert processor_name(described) == "Fast 9000"
+    assert processor_name(tmp_path / "none")
