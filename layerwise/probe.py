@@ -11,7 +11,7 @@ from torch import nn
 
 from layerwise.assembly import compute_layer, foreign_parameters
 from layerwise.build import build_modules, precision_of
-from layerwise.data import TrainingData, load_dataset, microbatch_indices
+from layerwise.data import TrainingData, load_dataset
 from layerwise.derived_weights import derives_weights
 from layerwise.device import transfers
 from layerwise.errors import ConfigError, LayerwiseError
@@ -273,8 +273,7 @@ class _KeptBytes:
 
 
 def _samples(spec: JobSpec, data: TrainingData, microbatch: Microbatch) -> tuple[Tensors, Tensors]:
-    indices = microbatch_indices(spec.train.seed, microbatch, data.info.num_train)
-    inputs, targets = data.train.batch(indices)
+    inputs, targets = data.training_batch(spec.train.seed, microbatch)
     return Tensors(tuple(inputs), len(inputs) == 1), Tensors(tuple(targets), len(targets) == 1)
 
 
