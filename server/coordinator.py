@@ -30,6 +30,8 @@ from layerwise.transport import Transport
 NAME = "coordinator"
 TICK_SECONDS = 0.1
 LOCK = "coordinator.lock"
+MAX_OUTBOX_BYTES = 64 << 20
+"""For one process; what the coordinator says is small."""
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +99,20 @@ class Coordinator:
 
     async def open(self, *, listen: str, metrics: str = "", insecure: bool = False) -> None:
         """Listen for processes and clients; see `run_coordinator` for what is refused."""
-        transport = Transport(NAME, on_message=self._on_message, on_lost=self._on_lost, on_error=self._fail)
+        transport = Transport(
+            NAME,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            on_error=self._fail,
+            max_outbox_bytes=MAX_OUTBOX_BYTES,
+        )
         self._transport = transport
         transport.add_servicer(ClientService(self).add_to)
         if metrics:
             self._metrics = MetricsServer(
-                metrics, lambda: coordinator_metrics(self._role, self._now()), insecure=insecure
+                metrics,
+                lambda: [*coordinator_metrics(self._role, self._now()), *transport.refusals.collect()],
+                insecure=insecure,
             )
             self.metrics_address = self._metrics.address
         self.address = await transport.listen(listen, insecure=insecure)
