@@ -13,11 +13,15 @@ from typing import Any
 
 from layerwise.carrier import Carrier
 from layerwise.faults import FrameFault, FrameFaultKind, FrameFaults
+from layerwise.messages import Heartbeat, Hello, Welcome
 from layerwise.proto.frames import Frame
 from layerwise.streams import BrokenStreamError
 
 HOLD_SECONDS = 0.1
 """How long a frame is held back at most, when no other one comes that could overtake it."""
+
+IDLE = (Hello, Welcome, Heartbeat)
+"""Messages that come with or without a job."""
 
 Take = Callable[[Frame, int], None]
 
@@ -55,7 +59,7 @@ class DisturbedCarrier(Carrier):
 
     async def _disturb(self, frame: Frame, num_bytes: int, take: Take) -> None:
         """Hand a frame on, as its fault says. A farewell is the link's end and comes last, as it was sent."""
-        fault = None if frame.header.lost else self._faults.next_fault(self._sender)
+        fault = self._faults.next_fault(self._sender) if _counts(frame) else None
         if frame.header.lost:
             self._let_go(take)
         if fault is not None:
@@ -78,6 +82,11 @@ class DisturbedCarrier(Carrier):
         for frame, num_bytes in frames:
             if self._carries:  # the link may leave this stream at each of them
                 take(frame, num_bytes)
+
+
+def _counts(frame: Frame) -> bool:
+    """Whether the frame carries something of a job: a message, or a part of one."""
+    return any(not isinstance(message, IDLE) for _, message in frame.messages) or frame.payload_bytes > 0
 
 
 def _stays(fault: FrameFault | None) -> bool:

@@ -6,7 +6,8 @@ makes its transport. Nothing that comes over a network can change it, and withou
 runs.
 
 Frames are addressed on the side that receives them: the ``frame``-th one, from 1, that ``receiver`` gets from peers
-whose name begins with ``sender``, over all links and streams since the process began.
+whose name begins with ``sender``, over all links and streams since the process began. Only frames that carry something
+of a job count: how many heartbeats come before says more about the clock than about the run.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ class FrameFault:
 
     def __post_init__(self) -> None:
         if self.frame < 1 or self.seconds < 0 or not self.receiver:
-            raise ValueError(f"no such fault of a frame: {self}")
+            raise ValueError(f"no such fault of a frame: {self!r}")
+
+    def __str__(self) -> str:
+        what = f"{self.kind} frame {self.frame} of {self.receiver} from {self.sender or 'anybody'}"
+        return f"{what} by {self.seconds * 1e3:.0f} ms" if self.seconds else what
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
