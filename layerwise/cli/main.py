@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("results", "check a job's promises against its event log"),
     "plan": ("planning", "show how a job would be split and what staleness to expect"),
     "verify": ("planning", "compare window 1 with a plain PyTorch loop, bit for bit"),
+    "chaos": ("chaos", "train a job while its processes are killed, paused and cut off, and report"),
     "schema": ("planning", "print the JSON Schema of job files"),
     "coordinator": ("services", "run a coordinator"),
     "shard": ("services", "run a shard server"),
