@@ -68,6 +68,7 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
     runner = _Runner(modules, names, spec, head, microbatch, device, inputs, targets)
     runner.look()
     _measure(runner)
+    single = Microbatch(microbatch.epoch, microbatch.start, microbatch.start + 1)
     shares: dict[int, set[int]] = {}
     for shared in shared_tensors(modules):
         for index in shared.layers:
@@ -83,8 +84,27 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
         microbatch_samples=microbatch.num_samples,
         input_bytes=tensor_bytes(inputs) + tensor_bytes(targets),
         data_json=data.info.to_json(),
+        single_sample_error=_error_with(modules, names, spec, head, single, device, data),
         notes=_notes(layers),
     )
+
+
+def _error_with(
+    modules: list[nn.Module],
+    names: list[str],
+    spec: JobSpec,
+    head: JobHead,
+    microbatch: Microbatch,
+    device: torch.device,
+    data: TrainingData,
+) -> str:
+    """What goes wrong with ``microbatch`` in training, if anything does."""
+    inputs, targets = _samples(spec, data, microbatch)
+    try:
+        _Runner(modules, names, spec, head, microbatch, device, inputs, targets).look()
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _measure(runner: _Runner) -> None:
@@ -308,7 +328,13 @@ def _profile(
         shares_with=shares_with,
         derived_weights=seen.derived_weights,
         clones_input=seen.clones_input,
+        batch_statistics=any(_normalises_batches(one) for one in module.modules()),
     )
+
+
+def _normalises_batches(module: nn.Module) -> bool:
+    # The common class of all BatchNorms has no public name.
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _moments(optimizer: OptimizerSettings, parameter: torch.Tensor) -> int:

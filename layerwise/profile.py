@@ -30,6 +30,8 @@ class LayerProfile:
     """Autograd saves weights derived from the parameters (autocast, weight_norm), so `latest` recomputes this layer."""
     clones_input: bool = False
     """The layer writes into its input, so it is given a copy."""
+    batch_statistics: bool = False
+    """The layer normalises by the mean and variance of the microbatch (BatchNorm)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,8 @@ class Profile:
     hop_seconds: float = 0.0
     data_json: str = ""
     """`layerwise.data_info.DataInfo` as JSON: what a process needs to build the model without loading the data."""
+    single_sample_error: str = ""
+    """Why the model can't be trained on a microbatch of one sample; empty where it can."""
     notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> str:
