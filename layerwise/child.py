@@ -42,8 +42,8 @@ class Program:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The arguments, with those that every child gets."""
-        return (*self.arguments, "--exit-with-parent", "--debug")
+        """The arguments, with the one that every child gets."""
+        return (*self.arguments, "--exit-with-parent")
 
 
 class ChildProcess:

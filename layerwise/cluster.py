@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from layerwise.child import Program, last_lines
-from layerwise.errors import DeadlineError, NotFoundError, UnreachableError
+from layerwise.errors import DeadlineError, NotFoundError, RetryableError, UnreachableError
 from layerwise.run_directory import DirectoryLock
 from layerwise.supervision import Supervision
 from layerwise.supervisor import SPARE, Problem, ProcessRecord, Supervisor
@@ -183,13 +183,15 @@ class LocalCluster:
     def wait_for_nodes(self, seconds: float | None = None) -> None:
         """Return when every process of the cluster, except for those killed, has presented itself to the coordinator.
 
+        One that was started again counts when it has done so as the process that it is now.
+
         Raises:
             DeadlineError: after ``seconds`` (default: ``start_seconds``), naming those that are missing.
             UnreachableError: one of them ended for good.
         """
         deadline = time.monotonic() + (seconds or self.start_seconds)
         with self.client() as client:
-            while missing := self._wanted_nodes() - {node["name"] for node in client.list_nodes()}:
+            while missing := self._missing_nodes(client):
                 if self._gone.wait(0.05):
                     raise UnreachableError(self.problems[-1])
                 if time.monotonic() > deadline:
@@ -251,9 +253,15 @@ class LocalCluster:
 
     # ---- inside ----
 
-    def _wanted_nodes(self) -> set[str]:
+    def _missing_nodes(self, client: CoordinatorClient) -> set[str]:
         with self._lock:
-            return set(self.names) - {"coordinator"} - self._killed
+            wanted = set(self.names) - {"coordinator"} - self._killed
+        try:
+            known = {(node["name"], node["pid"]) for node in client.list_nodes()} if wanted else set()
+        except RetryableError:
+            known = set()  # the coordinator is being started again
+        pids = self.pids
+        return {name for name in wanted if (name, pids.get(name)) not in known}
 
     def _program(self, name: str) -> Program:
         return Program(
@@ -266,7 +274,7 @@ class LocalCluster:
 
     def _arguments(self, name: str) -> list[str]:
         role, _, index = name.partition("-")
-        insecure = ["--insecure"] if self._insecure else []
+        insecure = ["--insecure", "--debug"] if self._insecure else ["--debug"]
         if role == "coordinator":
             state = self.directory / "coordinator"
             metrics = ["--metrics", self._coordinator_metrics] if self._coordinator_metrics else []

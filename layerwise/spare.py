@@ -19,8 +19,8 @@ from typing import NoReturn, Self
 from layerwise.lifetime import READY
 
 STANDARD_INPUT = 0
-NICENESS = 10
-"""Of the thread that loads everything: it takes a tenth of a core that others want, the whole of one that nobody wants."""
+NICENESS = 5
+"""Of the thread that loads everything: it takes a quarter of a core that others want, the whole of one that nobody wants."""
 LONGEST_LINE = 1 << 20
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+HANG_SECONDS = 15.0
+"""What commands wait, unless told otherwise, before a process that is stopped counts as ended."""
 QUICK_DEATH_SECONDS = 10.0
 """A process that dies sooner after its start has not done any work to speak of."""
 FIRST_DELAY_SECONDS = 0.5
@@ -219,10 +221,6 @@ class Supervision:
             spare.wanted = False
             return [ReportNoSpare(status=status)]
         return []
-
-    def on_adoption_failed(self, name: str, now: float) -> list[Decision]:
-        """The spare could not become ``name``: start that from nothing."""
-        return [StartProcess(name=name)]
 
     def on_tick(self, now: float) -> list[Decision]:
         """Time passes; called some times a second."""

@@ -18,6 +18,7 @@ from layerwise.cli.options import (
     output_option,
     record_coordinator,
     set_option,
+    supervision_options,
     threads_option,
 )
 
@@ -49,6 +50,7 @@ from layerwise.cli.options import (
 @click.option(
     "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
 )
+@supervision_options
 @click.option("--quiet", is_flag=True, help="No progress.")
 @output_option
 def train_command(
@@ -59,6 +61,8 @@ def train_command(
     devices: tuple[str, ...],
     threads: int | None,
     metrics: str | None,
+    spare: bool,
+    hang_timeout: float,
     quiet: bool,
     output: str,
 ) -> int:
@@ -80,6 +84,8 @@ def train_command(
             "threads": threads,
             "devices": devices,
             "metrics": metrics,
+            "spare": spare,
+            "hang_seconds": hang_timeout or None,
         },
         output,
         quiet=quiet,
@@ -155,6 +161,7 @@ def short(path: Path) -> str:
 @click.option(
     "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
 )
+@supervision_options
 @click.option("--insecure", is_flag=True, help="Agree to listen beyond this machine without encryption or password.")
 @output_option
 def up_command(
@@ -167,6 +174,8 @@ def up_command(
     threads: int | None,
     allow_imports: tuple[str, ...],
     metrics: str | None,
+    spare: bool,
+    hang_timeout: float,
     insecure: bool,
     output: str,
 ) -> int:
@@ -199,6 +208,8 @@ def up_command(
         metrics=metrics,
         insecure=insecure,
         restart=True,
+        spare=spare,
+        hang_seconds=hang_timeout or None,
         on_problem=lambda sentence, last: click.echo(f"warning: {sentence}", err=True),
     )
     with signals_call(end_once), cluster:

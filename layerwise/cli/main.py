@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chaos": ("chaos", "train a job while its processes are killed, paused and cut off, and report"),
     "schema": ("planning", "print the JSON Schema of job files"),
     "coordinator": ("services", "run a coordinator"),
+    "node": ("node", "run a machine's shards and workers and keep them running"),
     "shard": ("services", "run a shard server"),
     "forward": ("services", "run a forward worker"),
     "backward": ("services", "run a detached backward worker"),

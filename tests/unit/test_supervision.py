@@ -98,12 +98,6 @@ def test_no_spare_is_started_while_a_process_starts() -> None:
     assert supervision.keep_spare(3.0) == []
 
 
-def test_an_adoption_that_fails_becomes_a_start_from_nothing() -> None:
-    supervision = running("shard-0", spare=True)
-    supervision.on_end("shard-0", SIGKILL, LONG)
-    assert supervision.on_adoption_failed("shard-0", LONG) == [StartProcess(name="shard-0")]
-
-
 def test_a_crash_loop_is_slowed_down_and_costs_no_spares() -> None:
     supervision = running("shard-0", spare=True)
     delays, now = [], 1.0
