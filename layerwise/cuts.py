@@ -116,6 +116,12 @@ def newest_cut(directory: str | Path) -> int | None:
     return max(durable_cuts(directory), default=None)
 
 
+def is_durable(directory: str | Path, version: int) -> bool:
+    """Whether the cut of ``version`` has a manifest, of whatever life."""
+    folder = cut_folder(directory, version)
+    return folder.is_dir() and any(_MANIFEST.fullmatch(path.name) for path in folder.iterdir())
+
+
 def load_manifest(directory: str | Path, version: int) -> dict[str, Any]:
     """What the cut's manifest says; its own hash is checked.
 
@@ -206,6 +212,18 @@ def delete_cuts(directory: str | Path, oldest: int) -> None:
             _delete_cut(folder)
         except OSError as error:
             log.warning("%s is not cleaned up: %s", folder, error)
+
+
+def delete_layer_files(directory: str | Path, version: int, files: Iterable[LayerFile]) -> None:
+    """Delete files of a cut that will not be finished; what can't be deleted stays for `delete_cuts`."""
+    folder = cut_folder(directory, version)
+    try:
+        for file in files:
+            disk.delete(folder / file.name, "cut")
+        if folder.is_dir() and not any(folder.iterdir()):
+            disk.delete_folder(folder, "cut")
+    except OSError as error:
+        log.warning("%s is not cleaned up: %s", folder, error)
 
 
 def _delete_cut(folder: Path) -> None:

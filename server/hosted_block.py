@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,8 @@ from layerwise.server.shard_role import ShardRole
 from layerwise.server.slots import Slots
 from layerwise.server.task_queue import TaskQueue
 from layerwise.tasks import ForwardTask, Task, TaskResult
+
+log = logging.getLogger(__name__)
 
 
 class HostedBlock:
@@ -85,6 +88,11 @@ class HostedBlock:
         """The block's event log."""
         return self._built.events
 
+    @property
+    def shortage(self) -> str:
+        """Why the disk gives the event log no more room; empty when it does. ``queue.paused`` says if work waits for it."""
+        return self.events.shortage
+
     def begin(self, now: float) -> list[Effect]:
         """Let the slots work and say that the block is ready."""
         self._slots.start()
@@ -92,6 +100,7 @@ class HostedBlock:
 
     def on_task(self, task: Task, outcome: TaskResult | Exception, now: float) -> list[Effect]:
         """A slot has run ``task``."""
+        self._mind_room()
         try:
             if isinstance(outcome, Exception):
                 return self.role.on_task_failed(task, outcome, now)
@@ -102,6 +111,7 @@ class HostedBlock:
 
     def on_tick(self, now: float) -> list[Effect]:
         """Deadlines and reports of the role."""
+        self._mind_room()
         self.role.compute_seconds = self._slots.compute_seconds
         self.role.log_bytes = self.events.num_bytes
         return self.role.on_tick(now)
@@ -121,6 +131,14 @@ class HostedBlock:
             message.keep,
             life=assignment.route[0].life,
         )
+
+    def _mind_room(self) -> None:
+        """Let nothing begin that could not be written down."""
+        full = self.events.full
+        if full != self.queue.paused:
+            self.queue.pause(full)
+            what = "waits until there is" if full else "goes on: there is"
+            log.warning("job %s %s room for its event log in %s", self._assignment.job, what, self.events.directory)
 
     def close(self) -> None:
         """End the slots, save the cuts that wait, close the log. Waits for passes and disk; any thread."""

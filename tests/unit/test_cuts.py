@@ -20,6 +20,7 @@ from layerwise.cuts import (
 )
 from layerwise.errors import ConfigError, CorruptError, NotFoundError
 from layerwise.export import export
+from layerwise.fault_points import FaultPlan, parse_faults, points
 from layerwise.layer import LayerCopy
 from layerwise.layer_file import load_layer, save_layer
 from layerwise.messages import LayerFile
@@ -229,3 +230,26 @@ def test_buffers_that_share_memory_are_saved_each(tmp_path: Path) -> None:
     loaded = load_layer(tmp_path, 3, file)
     assert torch.equal(loaded.buffers["flat"], shared)
     assert torch.equal(loaded.buffers["square"], shared.view(2, 2))
+
+
+def test_cuts_that_fail_do_not_fill_the_disk_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block's disk is full in the middle of a cut; another one's saves go on for cuts that are never finished."""
+    copies = [trained(version).copies(version) for version in range(1, 8)]
+    monkeypatch.setattr(points, "watcher", FaultPlan(parse_faults("cut.write:3-6:partial")))
+    done: list[tuple[int, str]] = []
+    writer = CutWriter(tmp_path, "job")
+    for version, some in enumerate(copies, start=1):
+        writer.save(version, tuple(some), lambda files, error: done.append((len(files), error)))
+    writer.close()
+    assert [count for count, _ in done] == [0, 0, 0, 0, 3, 3, 3]
+    assert done[0][1] == f"cut 1 could not be saved in {tmp_path}: No space left on device"
+    assert sorted(path.name for path in (tmp_path / "cuts").iterdir()) == ["00000005", "00000006", "00000007"]
+    writer = CutWriter(tmp_path, "job")
+    commit_manifest(tmp_path, 5, manifest(5, tuple(save_layer(tmp_path, "job", one) for one in copies[4])), life=1)
+    for version in range(1, 8):
+        if version != 5:
+            writer.save(version, tuple(copies[version - 1]), lambda files, error: None)
+    writer.close()
+    left = sorted(int(path.name) for path in (tmp_path / "cuts").iterdir() if path.name.isdigit())
+    assert left == [3, 4, 5, 6, 7], "the newest four may still be finished, and 5 is durable"
+    assert durable_cuts(tmp_path) == (5,)

@@ -117,3 +117,20 @@ def test_a_held_forward_pass_is_given_out_when_no_backward_pass_follows() -> Non
     queue.hold_forward()
     queue.release_forward()
     assert isinstance(queue.try_pop(), ForwardTask)
+
+
+def test_a_paused_queue_gives_out_evaluations_only_and_goes_on_where_it_was() -> None:
+    queue = TaskQueue(window=4, num_layers=2)
+    for task in (forward(1), backward(0), apply(0), evaluate(0)):
+        queue.push(task)
+    queue.pause(True)
+    assert queue.try_pop() == evaluate(0)
+    assert queue.try_pop() is None
+    assert queue.take_backward() is None
+    found: list[object] = []
+    waiting = threading.Thread(target=lambda: found.append(queue.pop(30)))
+    waiting.start()
+    queue.pause(False)
+    waiting.join()
+    assert found == [apply(0)]
+    assert [queue.try_pop(), queue.try_pop()] == [backward(0), forward(1)]
