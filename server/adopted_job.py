@@ -86,7 +86,7 @@ def with_cuts_on_disk(record: JobRecord) -> JobRecord:
 
 def unused_directory(directory: str | Path) -> str:
     """``directory`` as an absolute path; ``directory-2`` and so on if an earlier job has left its work there."""
-    folder = Path(directory).absolute()
+    folder = Path(directory).expanduser().absolute()
     number = 1
     candidate = folder
     while (candidate / "cuts").exists() or (candidate / "events").exists():

@@ -204,3 +204,8 @@ def test_plan_shows_each_blocks_part(tmp_path: Path) -> None:
     assert sum(block["cost_share"] for block in blocks) == pytest.approx(1.0)
     assert blocks[0]["expected_staleness"] > blocks[-1]["expected_staleness"] == 0.0
     assert document["settings"]["max_staleness"] >= document["settings"]["expected_staleness"]
+    assert (document["settings"]["window"], document["settings_on_slow_links"]["window"]) == (2, 4)
+
+    with Command("plan", write_job(tmp_path), "--set", "async.window=2", folder=tmp_path) as command:
+        assert command.finish() == 0, command.errors
+        assert "on slow links" not in command.output
