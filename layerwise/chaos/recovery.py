@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -92,6 +93,16 @@ class RecoveryWatch:
             replace(one.outcome, stall_seconds=longest_stall(layers, one.begun, end))
             for one, end in zip(self._watched, begun[1:], strict=True)
         )
+
+
+def time_to_updates(layers: Mapping[int, LayerProgress], begun: float) -> float | None:
+    """Seconds from ``begun`` until every layer had made an update after it; ``None``: one never did."""
+    following = [bisect_right(layer.updated_at, begun) for layer in layers.values()]
+    if not layers or any(
+        place == len(layer.updated_at) for place, layer in zip(following, layers.values(), strict=True)
+    ):
+        return None
+    return max(layer.updated_at[place] for place, layer in zip(following, layers.values(), strict=True)) - begun
 
 
 def longest_stall(layers: Mapping[int, LayerProgress], begin: float, end: float) -> float | None:

@@ -11,9 +11,9 @@ from typing import Any
 from layerwise.audit_report import AuditReport
 from layerwise.chaos.injector import Injector
 from layerwise.chaos.log_facts import LogFacts, read_log_facts
-from layerwise.chaos.log_tail import LogTail
+from layerwise.chaos.log_tail import LayerProgress, LogTail
 from layerwise.chaos.plan import ChaosPlan
-from layerwise.chaos.recovery import FaultOutcome, RecoveryWatch
+from layerwise.chaos.recovery import FaultOutcome, RecoveryWatch, time_to_updates
 from layerwise.chaos.report import ChaosReport, Hang
 from layerwise.chaos.stacks import dump_stacks
 from layerwise.chaos.status_watch import StatusWatch
@@ -90,7 +90,7 @@ class ChaosRun:
             directory=str(directory),
             document=document,
             baseline=baseline,
-            faults=(*outcomes, *self._fired_outcomes(began)),
+            faults=(*outcomes, *self._fired_outcomes(began, tail.layers)),
             unfired=(*waiting, *self._unfired()),
             log_facts=self._log_facts(directory, problems),
             audit=self._audit(directory, document, problems),
@@ -145,25 +145,24 @@ class ChaosRun:
         with self._cluster.client() as client:
             client.cancel(job)
 
-    def _fired_outcomes(self, began: float) -> list[FaultOutcome]:
+    def _fired_outcomes(self, began: float, layers: Mapping[int, LayerProgress]) -> list[FaultOutcome]:
         """Faults of frames and disks, as the processes have noted them."""
         if self._fired is None:
             return []
-        epoch = time.time() - time.monotonic() + began
-        frames = [
+        since_epoch = time.time() - time.monotonic()
+        found = [(str(fault), str(fault.kind), fault.receiver, at) for fault, at in fired_faults(self._fired.frames)]
+        first = dict(reversed(fired_disk_faults(self._fired.disk)))
+        found += [(fault, "disk", "", at) for fault, at in first.items()]
+        return [
             FaultOutcome(
-                fault=str(fault),
-                kind=str(fault.kind),
-                process=fault.receiver,
-                at=at - epoch,
+                fault=fault,
+                kind=kind,
+                process=process,
+                at=at - since_epoch - began,
+                recovery_seconds=time_to_updates(layers, at - since_epoch),
             )
-            for fault, at in fired_faults(self._fired.frames)
+            for fault, kind, process, at in sorted(found, key=lambda one: one[3])
         ]
-        disk = [
-            FaultOutcome(fault=text, kind="disk", process="", at=at - epoch)
-            for text, at in dict(reversed(fired_disk_faults(self._fired.disk))).items()
-        ]
-        return sorted([*frames, *disk], key=lambda outcome: outcome.at)
 
     def _unfired(self) -> list[str]:
         if self._fired is None:

@@ -16,7 +16,7 @@ from layerwise.chaos.injector import Injector
 from layerwise.chaos.log_facts import read_log_facts
 from layerwise.chaos.log_tail import LayerProgress, LogTail
 from layerwise.chaos.plan import ChaosPlan, Scenario
-from layerwise.chaos.recovery import RecoveryWatch, longest_stall
+from layerwise.chaos.recovery import RecoveryWatch, longest_stall, time_to_updates
 from layerwise.chaos.report import ChaosReport, Hang, ReplayOutcome
 from layerwise.event_log import EventLog
 from layerwise.events import AccumulateEvent, RestoreEvent, UpdateEvent, WeightMode
@@ -60,6 +60,15 @@ def test_a_rewound_job_catches_up_later_than_it_recovers() -> None:
 )
 def test_a_stall_counts_from_the_last_update_before_the_fault(begun: float, end: float, longest: float | None) -> None:
     assert longest_stall(layers([10.0, 11.0, 12.0, 18.0, 19.0]), begun, end) == longest
+
+
+@pytest.mark.parametrize(("begun", "seconds"), [(0.0, 10.0), (10.5, 1.5), (11.0, 2.0), (12.0, None), (20.0, None)])
+def test_the_next_updates_after_a_moment_are_those_of_the_slowest_layer(begun: float, seconds: float | None) -> None:
+    assert time_to_updates(layers([10.0, 11.0, 13.0], [9.0, 12.0]), begun) == seconds
+
+
+def test_without_layers_nothing_has_been_updated() -> None:
+    assert time_to_updates({}, 0.0) is None
 
 
 class Processes:
