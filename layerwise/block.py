@@ -237,7 +237,7 @@ class Block:
         if not taken:
             if mode is WeightMode.STASHED and forward.stashed is None:
                 mode = WeightMode.LATEST
-            layer.ledger.hand_down(attempt, kept.number, read=read, mode=mode, owners=tuple(owners))
+            layer.hand_down(attempt, kept.number, read=read, mode=mode, owners=tuple(owners))
 
     def _forward_again(self, kept: KeptPass) -> Steps[None]:
         """Build the graphs that were not kept, with the weights of now and the buffers as they were read."""
@@ -260,7 +260,7 @@ class Block:
                     continue
             yield
         reads = tuple(one.reads for one in kept.passes)
-        self.layers[0].ledger.begin_walk(kept.attempt, kept.number, detached=False, reads=reads)
+        self.layers[0].begin_walk(kept.attempt, kept.number, detached=False, reads=reads)
         if self._head is not None:
             with self._transfers.computing():
                 kept.loss, kept.head = run_head(self._head, outputs, kept.targets, self._precision, graph=True)
@@ -304,7 +304,7 @@ class Block:
             (versions[layer.index - self.start], *(versions[owner - self.start] for owner in layer.compute.owners))
             for layer in self.layers
         )
-        self.layers[0].ledger.begin_walk(kept.attempt, kept.number, detached=True, reads=reads)
+        self.layers[0].begin_walk(kept.attempt, kept.number, detached=True, reads=reads)
 
     def apply(self, task: ApplyTask) -> Steps[None]:
         """Take in a pushed gradient; a repeat changes nothing.

@@ -50,6 +50,10 @@ class PulledStates:
             for _, one in sorted(self._states.items())
         )
 
+    def hold(self, state: LayerState) -> None:
+        """``state`` is in place already."""
+        self._states[state.layer] = replace(state, parameters=NamedTensors((), ()))
+
     @torch.no_grad()
     def take(self, layer: LayerCompute, state: LayerState) -> None:
         """Put ``state`` into ``layer``'s parameters; ``RejectedError`` when it does not fit."""
@@ -65,7 +69,7 @@ class PulledStates:
                     raise RejectedError(f"state of layer {layer.index} refused: {name} is not {tuple(parameter.shape)}")
                 parameter.data.copy_(tensor)
         # The tensors are in the layer now; the state's own are not kept.
-        self._states[layer.index] = replace(state, parameters=NamedTensors((), ()))
+        self.hold(state)
 
 
 class DetachedBlock:

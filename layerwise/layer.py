@@ -205,6 +205,18 @@ class TrainedLayer:
                 self._proceed(intake)
             return intake.taken
 
+    def hand_down(
+        self, attempt: Attempt, number: int, *, read: int, mode: WeightMode, owners: tuple[int, ...] = ()
+    ) -> None:
+        """Note a backward pass that had nothing for this layer itself."""
+        with self.compute.lock.shared():  # so that no update is half-way made when it is written down
+            self.ledger.hand_down(attempt, number, read=read, mode=mode, owners=owners)
+
+    def begin_walk(self, attempt: Attempt, number: int, *, detached: bool, reads: tuple[tuple[int, ...], ...]) -> None:
+        """Note that the block that begins here was computed again; see `WalkEvent`."""
+        with self.compute.lock.shared():
+            self.ledger.begin_walk(attempt, number, detached=detached, reads=reads)
+
     def drop(self, attempt: Attempt, reason: str) -> bool:
         """Put a tombstone in the microbatch's place; False when the layer has the microbatch."""
         with self.compute.lock.exclusive():
@@ -236,7 +248,7 @@ class TrainedLayer:
         version = self.ledger.updated(rate, self.digest())
         taker = self._cuts.pop(version, None)
         if taker is not None:
-            taker(self._copy())
+            taker(self._copy(self.ledger.cut()))
 
     def _step(
         self, optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor | None], decision: UpdateDecision
@@ -264,9 +276,10 @@ class TrainedLayer:
 
     def digest(self) -> str:
         """The hash of parameters, buffers and moments as they are. Under the lock."""
-        return state_hash(self._owned_parameters().values(), self.module.buffers, self.moments().values())
+        return state_hash(self.owned_parameters().values(), self.module.buffers, self.moments().values())
 
-    def _owned_parameters(self) -> dict[str, nn.Parameter]:
+    def owned_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that no lower layer owns, by name in the module's order."""
         foreign = {id(parameter) for parameter, _ in self.compute.foreign}
         return {name: one for name, one in self.module.parameters.items() if id(one) not in foreign}
 
@@ -284,14 +297,18 @@ class TrainedLayer:
         with self.compute.lock.exclusive():
             waiting = self._cuts.pop(version, None)
             if waiting is not None and self.ledger.version == version and self.ledger.accumulated == 0:
-                waiting(self._copy())
+                waiting(self._copy(self.ledger.cut()))
 
-    def _copy(self) -> LayerCopy:
+    def copy(self) -> LayerCopy:
+        """The layer as it is, right after an update: a cut of it that nobody hears of. Under the lock, or alone."""
+        return self._copy(self.ledger.state())
+
+    def _copy(self, state: LedgerState) -> LayerCopy:
         return LayerCopy(
             layer=self.index,
             life=self.ledger.life,
-            state=self.ledger.cut(),
-            parameters={name: one.detach().clone() for name, one in self._owned_parameters().items()},
+            state=state,
+            parameters={name: one.detach().clone() for name, one in self.owned_parameters().items()},
             # A buffer tensor is never written once somebody may hold it (`LayerModule`): no copy is needed.
             buffers=dict(zip(self.module.buffer_names, self.module.buffers, strict=True)),
             moments={name: one.clone() for name, one in self.moments().items()},
@@ -305,7 +322,7 @@ class TrainedLayer:
             ValueError: they do not fit the model.
         """
         with self.compute.lock.exclusive():
-            own = self._owned_parameters()
+            own = self.owned_parameters()
             _check_names(self.index, "parameters", own, saved.parameters)
             _check_names(self.index, "buffers", self.module.buffer_names, saved.buffers)
             for name, parameter in own.items():
@@ -337,7 +354,7 @@ class TrainedLayer:
             version = self.compute.version()
             if have == self.ledger.revision:
                 return version, None
-            own = self._owned_parameters()
+            own = self.owned_parameters()
             return version, LayerState(
                 layer=self.index,
                 life=self.ledger.life,

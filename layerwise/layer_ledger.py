@@ -140,6 +140,11 @@ class LayerLedger:
         return self._samples
 
     @property
+    def digest(self) -> str:
+        """The hash of the layer's state after its last update; "" before the first."""
+        return self._digest
+
+    @property
     def learning_rate(self) -> float | None:
         """What the last update of this life used; ``None`` before the first step."""
         return self._learning_rate

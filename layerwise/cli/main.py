@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("results", "compute loss and metrics of a cut with plain PyTorch"),
     "export": ("results", "write a cut as one model.safetensors"),
     "audit": ("results", "check a job's promises against its event log"),
+    "replay": ("replay", "execute a recorded run again, bit for bit"),
     "plan": ("planning", "show how a job would be split and what staleness to expect"),
     "verify": ("planning", "compare window 1 with a plain PyTorch loop, bit for bit"),
     "chaos": ("chaos", "train a job while its processes are killed, paused and cut off, and report"),
