@@ -78,7 +78,7 @@ class BlockPasses:
         needed_from = message.needed_from
         if self._first is not None:
             needed_from = context.num_layers
-            arrived = self._first.on_tensors(message.number, message.attempt, now)
+            arrived = self._first.on_tensors(peer, message.number, message.attempt, now)
             if arrived is None:
                 return context.refuse(peer, message, f"number {message.number} does not wait for it")
             effects = arrived

@@ -216,8 +216,7 @@ class Run:
             case Probed() if self.prepared is None and peer == self.shards[0]:
                 return self._on_probed(message)
             case Ready() if self._route:
-                for text in message.applied_json:
-                    AppliedSet.from_json(json.loads(text))
+                self._check_sets(peer, message)
                 self._ready[peer] = message
                 return self._start_if_ready()
             case LeaseRequest() if peer in self.workers:
@@ -249,6 +248,16 @@ class Run:
             case Stopping() if block == 0:
                 return training.stop_at(message.version, now)
         return []
+
+    def _check_sets(self, peer: str, ready: Ready) -> None:
+        """Refuse sets that are none, or not those of the peer's layers."""
+        assert self.prepared is not None
+        place = next((one for one in self._route if one.shard == peer), None)
+        expected = place.stop - place.start if place is not None else 0
+        if len(ready.applied_json) != expected:
+            raise ValueError(f"it brings the sets of {len(ready.applied_json)} layers, {peer} holds {expected}")
+        for text in ready.applied_json:
+            AppliedSet.parse(text, stop=self.prepared.settings.plan.num_microbatches)
 
     def _on_probed(self, message: Probed) -> list[Effect]:
         if message.error:

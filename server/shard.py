@@ -32,6 +32,7 @@ from layerwise.messages import (
 )
 from layerwise.probe import probe
 from layerwise.profile import Profile
+from layerwise.refusals import Refused
 from layerwise.roles import Effect, Send
 from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
@@ -79,9 +80,10 @@ class ShardServer:
                 return []
         block = self._blocks.get(getattr(message, "job", ""))
         if block is None:
-            log.info("%s from %s dropped: no block of that job is hosted here", type(message).__name__, peer)
+            sentence = f"{type(message).__name__} from {peer} refused: no block of that job is hosted here"
+            self._service.transport.refusals.add(Refused.UNEXPECTED, sentence)
             return []
-        return block.role.on_message(peer, message, now)
+        return block.on_message(peer, message, self._service.transport.refusals, now)
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`. Without the coordinator a job gets no samples: it is given up."""
