@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("startup", "hop", "cpu", "digits", "throughput", "convergence")
+NAMES = ("startup", "restart", "hop", "cpu", "digits", "throughput", "convergence")
+LONG = ("chaos",)
+"""Run only when named."""
 
 
 def main(words: list[str]) -> None:
