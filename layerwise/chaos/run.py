@@ -18,7 +18,7 @@ from layerwise.chaos.report import ChaosReport, Hang, ReplayOutcome
 from layerwise.chaos.stacks import dump_stacks
 from layerwise.chaos.status_watch import StatusWatch
 from layerwise.cluster import LocalCluster
-from layerwise.errors import ConfigError, CorruptError, NotFoundError
+from layerwise.errors import ConfigError, CorruptError, NotFoundError, RetryableError
 from layerwise.fault_points import fired_disk_faults
 from layerwise.faults import fired_faults
 from layerwise.job import JobSpec
@@ -65,6 +65,7 @@ class ChaosRun:
         self._watchdog_seconds = watchdog_seconds
         self._resumes = 0
         self._hang: Hang | None = None
+        self._problems: list[str] = []
 
     def run(
         self,
@@ -90,7 +91,7 @@ class ChaosRun:
             tail.close()
         outcomes = watch.outcomes(tail.layers)
         seconds = time.monotonic() - began
-        problems: list[str] = []
+        problems = self._problems
         return ChaosReport(
             plan=self._plan,
             directory=str(directory),
@@ -140,16 +141,19 @@ class ChaosRun:
             if acted or injector.paused or stand != seen:
                 moved_at, seen = now, stand
             elif now - moved_at > self._watchdog_seconds:
-                self._give_up(str(document.get("message") or "not submitted"), now - moved_at, str(document.get("job")))
+                self._give_up(status.job, str(document.get("message") or "no answer yet"), now - moved_at)
                 return
         now = time.monotonic()
         tail.poll(now)
         watch.observe(tail.layers, tail.lowest_version, now)
 
-    def _give_up(self, phase: str, seconds: float, job: str) -> None:
+    def _give_up(self, job: str, phase: str, seconds: float) -> None:
         self._hang = Hang(seconds=seconds, phase=phase, stacks=dump_stacks(self._cluster))
-        with self._cluster.client() as client:
-            client.cancel(job)
+        try:
+            with self._cluster.client() as client:
+                client.cancel(job)
+        except RetryableError as error:
+            self._problems.append(f"the job that hangs can't be cancelled: {error}")
 
     def _fired_outcomes(self, began: float, layers: Mapping[int, LayerProgress]) -> list[FaultOutcome]:
         """Faults of frames and disks, as the processes have noted them."""
