@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import sqlite3
 import threading
@@ -21,6 +22,17 @@ MAX_WAITING = 10_000
 """Writes that may wait for the disk; with more, the one who writes waits too."""
 FLUSH_SECONDS = 30.0
 BUSY_SECONDS = 10.0
+RETRY_SECONDS = 1.0
+_PASSING = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_BUSY,
+}
+"""Errors of SQLite that are the disk's, which may have room again or be writable again later."""
+
+log = logging.getLogger(__name__)
 
 MIGRATIONS = (
     """
@@ -57,15 +69,18 @@ Write = Callable[[sqlite3.Connection], None]
 class SqliteJobStore:
     """A `JobStore` in ``folder``. Writes return at once; a thread takes what has gathered to disk in one transaction.
 
-    Any thread may call it. After `flush` everything before it is on disk.
+    Any thread may call it. After `flush` everything before it is on disk. While the disk is full or refuses, writes gather
+    and are tried again every ``retry_seconds``: jobs go on meanwhile, and only who waits for `flush` hears of it.
 
     Raises:
         ConfigError: the folder can't be used, or a newer layerwise wrote the store.
         CorruptError: the file is not a job store.
+        RetryableError: the disk is full, or refuses.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, retry_seconds: float = RETRY_SECONDS) -> None:
         self._path = Path(folder) / FILE
+        self._retry_seconds = retry_seconds
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._open()) as connection:
@@ -73,8 +88,12 @@ class SqliteJobStore:
         except OSError as error:
             raise ConfigError(f"--state {folder}: the folder can't be used: {error.strerror}") from error
         except sqlite3.DatabaseError as error:
+            if _may_pass(error):
+                raise RetryableError(f"the job store {self._path} can't be opened: {error}; make room there") from error
             raise CorruptError(f"{self._path} can't be used as a job store: {error}") from error
         self._error: Exception | None = None
+        self._problem = ""
+        self._closing = threading.Event()
         self._writes: queue.Queue[Write | threading.Event | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="layerwise-job-store", daemon=True)
         self._thread.start()
@@ -134,12 +153,16 @@ class SqliteJobStore:
         written = threading.Event()
         self._enqueue(written)
         if not written.wait(FLUSH_SECONDS):
-            raise DeadlineError(f"the job store {self._path} did not take what was written within {FLUSH_SECONDS:g} s")
+            why = f": {self._problem}" if self._problem else ""
+            raise DeadlineError(
+                f"the job store {self._path} did not take what was written within {FLUSH_SECONDS:g} s{why}"
+            )
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
         """Write what waits, end the thread."""
+        self._closing.set()
         if self._thread.is_alive():
             self._writes.put(None)
             self._thread.join()
@@ -162,27 +185,46 @@ class SqliteJobStore:
                 self._write_batch(connection, [one for one in batch if one is not None])
 
     def _write_batch(self, connection: sqlite3.Connection, batch: list[Write | threading.Event]) -> None:
-        """One transaction; on an error the store takes nothing more, and everybody who asks hears why."""
-        try:
-            if self._error is None:
-                self._point("begin")
-                connection.execute("BEGIN IMMEDIATE")
-                for one in batch:
-                    if not isinstance(one, threading.Event):
-                        one(connection)
-                self._point("commit")
-                connection.execute("COMMIT")
-                self._point("committed")
-        except Exception as error:  # whatever it is: a thread that ended unheard would let everybody wait
-            self._error = RetryableError(
-                f"the job store {self._path} can't be written: {error}; free the disk and start the coordinator again"
-            )
-            self._error.__cause__ = error
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        """One transaction, tried until the disk takes it; on any other error the store takes nothing more.
+
+        Then everybody who asks hears why.
+        """
+        while self._error is None:
+            try:
+                self._commit(connection, batch)
+            except Exception as error:  # whatever it is: a thread that ended unheard would let everybody wait
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                if _may_pass(error) and self._wait_for_the_disk(error):
+                    continue
+                self._error = RetryableError(
+                    f"the job store {self._path} can't be written: {error}; free the disk and start the coordinator "
+                    "again"
+                )
+                self._error.__cause__ = error
+            else:
+                self._problem = ""
+                break
         for one in batch:
             if isinstance(one, threading.Event):
                 one.set()
+
+    def _commit(self, connection: sqlite3.Connection, batch: list[Write | threading.Event]) -> None:
+        self._point("begin")
+        connection.execute("BEGIN IMMEDIATE")
+        for one in batch:
+            if not isinstance(one, threading.Event):
+                one(connection)
+        self._point("commit")
+        connection.execute("COMMIT")
+        self._point("committed")
+
+    def _wait_for_the_disk(self, error: Exception) -> bool:
+        """Wait a little before the next try; False when the store is being closed."""
+        if not self._problem:
+            log.warning("the job store %s can't be written: %s; it is tried again until it can", self._path, error)
+        self._problem = str(error)
+        return not self._closing.wait(self._retry_seconds)
 
     def _point(self, kind: str) -> None:
         """SQLite writes by itself; faults can be planned around its transactions."""
@@ -252,6 +294,12 @@ class SqliteJobStore:
             evaluations=tuple(json.loads(row["evaluations"])),
             document=json.loads(row["document"]),
         )
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in _PASSING  # the low byte of an extended code
+    return isinstance(error, OSError)
 
 
 def _put(connection: sqlite3.Connection, record: JobRecord) -> None:

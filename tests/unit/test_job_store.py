@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -8,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.errors import ConfigError, CorruptError, NotFoundError
+from layerwise.errors import ConfigError, CorruptError, DeadlineError, NotFoundError, RetryableError
+from layerwise.fault_points import Operation, points
 from layerwise.messages import Role
 from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState, PlacementRecord
-from layerwise.server.job_store import FILE, SqliteJobStore
+from layerwise.server.job_store import FILE, SqliteJobStore, _may_pass
 from layerwise.server.memory_store import JobStore, MemoryJobStore
 
 RECORD = JobRecord(
@@ -164,3 +168,70 @@ def test_a_write_that_can_never_succeed_does_not_let_anybody_wait(tmp_path: Path
     with pytest.raises(Exception, match=r"can't be written: .*not JSON serializable"):
         store.flush()
     store.close()
+
+
+class Refusals:
+    """A watcher that refuses the store's commits until told otherwise, and says when each was tried."""
+
+    def __init__(self) -> None:
+        self.refuses = True
+        self.tried = threading.Semaphore(0)
+
+    def before(self, operation: Operation) -> None:
+        if operation.point == "job-store.commit":
+            self.tried.release()
+            if self.refuses:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), operation.path)
+
+    def after(self, operation: Operation) -> None:
+        pass
+
+
+def test_what_a_full_disk_refuses_is_written_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = Refusals()
+    monkeypatch.setattr(points, "watcher", refusals)
+    store = SqliteJobStore(tmp_path, retry_seconds=0.001)
+    store.put(RECORD)
+    for _ in range(3):
+        assert refusals.tried.acquire(timeout=60)
+    monkeypatch.setattr("layerwise.server.job_store.FLUSH_SECONDS", 0.01)
+    with pytest.raises(DeadlineError, match=r"did not take what was written within 0\.01 s: .*No space left on device"):
+        store.flush()
+    monkeypatch.setattr("layerwise.server.job_store.FLUSH_SECONDS", 60.0)
+    store.add_event(RECORD.job, JobEvent(sequence=0, time=1.0, level="info", message="meanwhile"))
+    refusals.refuses = False
+    assert [one.job for one in store.load()] == [RECORD.job]
+    assert [event.message for event in store.events(RECORD.job, 0, 9)] == ["meanwhile"]
+    store.close()
+
+
+def test_a_store_that_is_closed_on_a_full_disk_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = Refusals()
+    monkeypatch.setattr(points, "watcher", refusals)
+    store = SqliteJobStore(tmp_path, retry_seconds=1e6)
+    store.put(RECORD)
+    assert refusals.tried.acquire(timeout=60)
+    store.close()
+    with pytest.raises(RetryableError, match="No space left on device"):
+        store.put(RECORD)
+
+
+def test_a_full_database_is_tried_again(tmp_path: Path) -> None:
+    """SQLite's own limit on the file, which it reports as it reports a full disk."""
+    assert _may_pass(_full(tmp_path))
+    assert not _may_pass(sqlite3.IntegrityError("another"))
+
+
+def _full(folder: Path) -> sqlite3.Error:
+    with closing(sqlite3.connect(folder / "small", isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE t (x)")
+        connection.execute("PRAGMA max_page_count = 3")
+        try:
+            connection.execute("INSERT INTO t VALUES (zeroblob(100000))")
+        except sqlite3.Error as error:
+            return error
+    raise AssertionError("it fits")
