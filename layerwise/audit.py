@@ -255,28 +255,29 @@ def _check_chain(chain: list[LayerAudit], findings: Findings) -> None:
         restored = layer.restored
         if restored is None:
             continue
-        found = _saved(chain[:number], restored.version)
+        saved = _saved(chain[:number], restored.version)
         state = CutState(
             samples=restored.samples, digest=restored.digest, applied=restored.applied, buffers=restored.buffers
         )
-        if found is None:
+        if not saved:
             findings.fail("lives", f"{who} begins at version {restored.version}, which no earlier life saved")
-        elif found != state:
+        elif state not in saved:
             findings.fail(
                 "lives",
                 f"{who} begins at version {restored.version} with other contents than were saved: "
-                f"{_difference(found, state)}",
+                f"{_difference(saved[-1], state)}",
             )
 
 
-def _saved(chain: list[LayerAudit], version: int) -> CutState | None:
-    """The newest saved state of ``version`` that a life after ``chain`` may begin with."""
-    for layer in reversed(chain):
-        if version in layer.cuts:
-            return layer.cuts[version]
-        if layer.restored is not None and version > layer.restored.version:
-            return None  # it was passed here and not saved; what older lives had there was rewound
-    return CutState(samples=0, digest="", applied=AppliedSet(), buffers=AppliedSet()) if version == 0 else None
+def _saved(chain: list[LayerAudit], version: int) -> list[CutState]:
+    """The states at ``version`` that a life after ``chain`` may begin with, oldest first.
+
+    Not only the newest: a cut may become durable with the files of a life that was lost meanwhile, while the next life has
+    begun below it and will pass the version once more.
+    """
+    saved = [layer.cuts[version] for layer in chain if version in layer.cuts]
+    initial = CutState(samples=0, digest="", applied=AppliedSet(), buffers=AppliedSet())
+    return [initial, *saved] if version == 0 else saved
 
 
 def _difference(saved: CutState, found: CutState) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from layerwise.applied import AppliedSet
 from layerwise.backward import walk_backward
 from layerwise.cut_shelf import CutShelf
 from layerwise.device import HostTransfers
@@ -97,6 +98,10 @@ class Block:
     def lacking(self, index: int) -> tuple[int, ...]:
         """The block's layers that have neither applied nor dropped microbatch ``index``."""
         return tuple(layer.index for layer in self.layers if layer.ledger.lacks(index))
+
+    def applied(self) -> tuple[AppliedSet, ...]:
+        """A copy of each layer's set. No pass may be under way."""
+        return tuple(layer.ledger.applied.copy() for layer in self.layers)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 

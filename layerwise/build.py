@@ -99,10 +99,12 @@ def build_block(
     moves = transfers(device)
     moves.finish()
     writer = CutWriter(assignment.directory, assignment.job, before_save=events.sync)
+    shelf = CutShelf(len(layers), cut_events, writer.save)
+    shelf.restore([copy.to(device) for copy in copies or ()])
     block = Block(
         layers,
         settings.plan,
-        CutShelf(len(layers), cut_events, writer.save),
+        shelf,
         mode=WeightMode(settings.backward_weights),
         head=head,
         trainable_below=trainable_below,

@@ -318,8 +318,24 @@ class TaskFinished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hosting:
+    """What a process still does for a job while nobody coordinates it: ``block`` in ``life`` (-1 and 0: a forward worker).
+
+    For a backward worker ``block`` is the one that it works for and ``life`` that block's. ``generation`` is that of the route it knows.
+    """
+
+    job: str
+    block: int
+    life: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """A process presents itself. ``address`` is where peers reach it (empty: it accepts no links); ``device`` as in ``--device``."""
+    """A process presents itself. ``address`` is where peers reach it (empty: it accepts no links); ``device`` as in ``--device``.
+
+    ``hosting`` names the jobs that it goes on with: it has only lost its coordinator, or that was started again.
+    """
 
     role: Role
     name: str
@@ -330,6 +346,7 @@ class Hello:
     version: str
     allowed_imports: tuple[str, ...] = ()
     metrics_address: str = ""
+    hosting: tuple[Hosting, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,6 +411,7 @@ class Assignment:
 
     ``block`` is the index into ``route`` for a shard (for a backward worker: the block it works for), -1 for a forward worker.
     ``cut`` is the version to restore (0: the initial weights). ``directory`` is where cuts and event logs go.
+    ``generation`` counts the routes of the job: every admission number and every attempt of this one is above those of the routes before.
     """
 
     job: str
@@ -404,16 +422,45 @@ class Assignment:
     block: int
     cut: int
     directory: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reroute:
+    """Coordinator to a process that keeps what it has: the job goes on over ``route``.
+
+    It aborts what was under way, forgets its leases, connects anew and answers `Ready`. A shard tells again of its cuts above ``durable``, the
+    newest durable version.
+    """
+
+    job: str
+    route: tuple[BlockPlace, ...]
+    block: int
+    generation: int
+    durable: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The assignment is carried out. A shard tells which microbatches each of its layers already has, as JSON of `AppliedSet`."""
+    """The assignment (or the new route) of ``generation`` is carried out.
+
+    A shard tells which microbatches each of its layers already has, as JSON of `AppliedSet`, and the version it has restored.
+    """
 
     job: str
     block: int
+    generation: int
     applied_json: tuple[str, ...] = ()
     version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkDown:
+    """Shard: my link to ``peer``, a neighbour on the route of ``generation``, is gone, so nothing passes between us."""
+
+    job: str
+    peer: str
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -444,10 +491,11 @@ class Unassigned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A role: the job can't go on, and why, in one sentence."""
+    """A role: the job can't go on, and why, in one sentence. ``cut`` names the version of a cut that can't be restored (0: it is not that)."""
 
     job: str
     message: str
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -621,7 +669,7 @@ class BlockReport:
 Message = (
     Offer | Grant | Decline | Closed | Forward | BoundaryGradient | BlockClosed | Abort | NotFinite | StopAt | EvaluateForward | Evaluated
     | TaskRequest | DetachedTask | PushGradient | TaskFinished
-    | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Ready | StartTraining | Unassign | Unassigned | Failure
+    | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | LinkDown | StartTraining | Unassign | Unassigned | Failure
     | LeaseRequest | Lease | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
     | Stop | Stopping | BlockReport
 )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from layerwise.applied import AppliedSet
 from layerwise.ids import Attempt
 from layerwise.messages import DetachedTask, LayerReport, LayerRevision, Metric, PushGradient, Tensors
 
@@ -107,6 +108,10 @@ class BlockCompute(Protocol):
 
     def lacking(self, index: int) -> tuple[int, ...]:
         """The block's layers that have neither applied nor dropped microbatch ``index``."""
+        ...
+
+    def applied(self) -> tuple[AppliedSet, ...]:
+        """A copy of each layer's set. No pass may be under way."""
         ...
 
     def forward(self, task: ForwardTask) -> Steps[ForwardResult]:

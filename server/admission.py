@@ -19,6 +19,9 @@ from layerwise.messages import Metric, Outcome
 from layerwise.plan import TrainingPlan
 from layerwise.server.cut_schedule import CutSchedule
 
+GENERATION_BITS = 32
+"""Below these bits of an admission number is the count of numbers, above them the generation of the route."""
+
 MAX_PENDING_CUTS = 3
 """Admission goes on up to this many cuts beyond the newest durable one: so many copies of every layer may be in memory."""
 
@@ -100,6 +103,7 @@ class Admission:
         schedule: CutSchedule,
         synchronous: bool = False,
         durable: int = 0,
+        generation: int = 0,
     ) -> None:
         if window < 1 or num_blocks < 1:
             raise ValueError(f"window and number of blocks must be at least 1, got {window} and {num_blocks}")
@@ -107,7 +111,7 @@ class Admission:
         self.ordered = synchronous or window == 1
         self.started = False
         self.done = AppliedSet()
-        self.next_number = 0
+        self.next_number = generation << GENERATION_BITS
         self.stop_version: int | None = None
         self._plan = plan
         self._num_blocks = num_blocks

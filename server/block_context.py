@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class BlockContext:
-    """Block ``block`` of ``route`` in ``job``, its neighbours, its arithmetic (``compute``) and its slots' ``queue``."""
+    """Block ``block`` of ``route`` in ``job``, its neighbours, its arithmetic (``compute``) and its slots' ``queue``.
+
+    ``generation`` is that of the route; `take_route` replaces both.
+    """
 
     def __init__(
         self,
@@ -29,12 +32,10 @@ class BlockContext:
         queue: TaskQueue,
         layer_names: Sequence[str],
         coordinator: str,
+        generation: int,
     ) -> None:
         self.job = job
         self.block = block
-        self.place = route[block]
-        self.upstream = route[block - 1] if block > 0 else None
-        self.downstream = route[block + 1] if block + 1 < len(route) else None
         self.num_blocks = len(route)
         self.num_layers = route[-1].stop
         self.plan = plan
@@ -45,6 +46,14 @@ class BlockContext:
         self.coordinator = coordinator
         self.failed = False
         self.num_refused = 0
+        self.take_route(route, generation)
+
+    def take_route(self, route: Sequence[BlockPlace], generation: int) -> None:
+        """The neighbours are those of ``route`` from now on."""
+        self.generation = generation
+        self.place = route[self.block]
+        self.upstream = route[self.block - 1] if self.block > 0 else None
+        self.downstream = route[self.block + 1] if self.block + 1 < len(route) else None
 
     @property
     def life(self) -> int:

@@ -193,6 +193,12 @@ class BlockPasses:
         )
         return effects + self.close(report, now)
 
+    def abort_all(self) -> None:
+        """Free everything that is under way; nobody is told. No slot may be computing."""
+        for one in self._passes.values():
+            self._context.compute.abort(one.attempt)
+        self._passes.clear()
+
     # A loss that is not finite ---------------------------------------------------------------------------------------
 
     def find_not_finite(self, number: int, loss: float | None) -> list[Effect]:

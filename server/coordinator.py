@@ -14,7 +14,7 @@ from typing import IO, Any
 from layerwise.errors import ConfigError
 from layerwise.job import parse_job
 from layerwise.lifetime import Lifetime
-from layerwise.messages import Assignment, Message
+from layerwise.messages import Assignment, Reroute, Message
 from layerwise.metrics_server import MetricsServer
 from layerwise.roles import Connect, Disconnect, Effect, Send
 from layerwise.server.adopted_job import read_job, unused_directory
@@ -192,7 +192,7 @@ class Coordinator:
             self._fail(error)
 
     def _perform(self, effects: list[Effect]) -> None:
-        if any(isinstance(effect, Send) and isinstance(effect.message, Assignment) for effect in effects):
+        if any(isinstance(effect, Send) and isinstance(effect.message, Assignment | Reroute) for effect in effects):
             # A life that a shard has heard of must never be given again, not even after a crash.
             self._flush()
         assert self._transport is not None

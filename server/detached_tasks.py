@@ -123,6 +123,11 @@ class DetachedTasks:
                 effects += self._settle(given, now)
         return effects
 
+    def abort_all(self) -> None:
+        """Forget who works on what; what the workers still send of it is refused."""
+        self._given.clear()
+        self._idle.clear()
+
     def _settle(self, given: _Given, now: float) -> list[Effect]:
         if given.num_applying:
             return []

@@ -65,8 +65,16 @@ class SampleLedger:
     those are leased before anything else, so that a stop can complete them on all layers. Not thread-safe.
     """
 
-    def __init__(self, plan: TrainingPlan, *, done: AppliedSet | None = None, partial: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        *,
+        done: AppliedSet | None = None,
+        partial: Iterable[int] = (),
+        first_attempt: int = 1,
+    ) -> None:
         self.plan = plan
+        self._first_attempt = first_attempt
         self._closed = done.copy() if done is not None else AppliedSet()
         self._first = {index for index in partial if index not in self._closed}
         self._open: dict[int, _Open] = {}
@@ -132,6 +140,11 @@ class SampleLedger:
         """A copy of the set of closed microbatches."""
         return self._closed.copy()
 
+    def explain(self, dropped: Iterable[DroppedMicrobatch]) -> None:
+        """What is known of microbatches that were dropped before this ledger began."""
+        known = {one.microbatch: one for one in dropped}
+        self.dropped = [known.get(one.microbatch, one) for one in self.dropped]
+
     # What happens ----------------------------------------------------------------------------------------------------
 
     def stop_at(self, version: int) -> None:
@@ -147,7 +160,7 @@ class SampleLedger:
             if index is None or (paused and index > max(self._open, default=-1)):
                 break
             self._take(index)
-            attempt = self._attempts.get(index, 0) + 1
+            attempt = self._attempts.get(index, self._first_attempt - 1) + 1
             self._attempts[index] = attempt
             self._open[index] = _Open(attempt, worker, now)
             self._open_samples += self.plan.microbatch(index).num_samples

@@ -33,6 +33,7 @@ class TaskQueue:
         self._changed = threading.Condition()
         self._closed = False
         self._held = 0
+        self._running = 0
 
     @property
     def forward_depth(self) -> int:
@@ -43,6 +44,11 @@ class TaskQueue:
     def backward_depth(self) -> int:
         """Backward passes that wait."""
         return len(self._heaps[1])
+
+    @property
+    def num_running(self) -> int:
+        """Tasks that slots have taken and whose end the role has not heard of (`finish`)."""
+        return self._running
 
     def __len__(self) -> int:
         return sum(len(heap) for heap in self._heaps)
@@ -69,12 +75,23 @@ class TaskQueue:
             self._changed.wait_for(lambda: self._closed or self._first() is not None, timeout_seconds)
             if self._closed:
                 return None
-            return self._take()
+            return self._hand_out()
 
     def try_pop(self) -> Task | None:
         """Take the first task if there is one."""
         with self._changed:
-            return None if self._closed else self._take()
+            return None if self._closed else self._hand_out()
+
+    def finish(self) -> None:
+        """The role has heard how a task that a slot took has ended."""
+        with self._changed:
+            self._running -= 1
+
+    def purge(self) -> None:
+        """Forget all that waits: the route has changed, and with it everything under way is aborted."""
+        with self._changed:
+            for heap in self._heaps:
+                heap.clear()
 
     def take_backward(self) -> BackwardTask | None:
         """Take the first backward pass if one waits: for a detached worker."""
@@ -115,9 +132,12 @@ class TaskQueue:
                 return heap
         return None
 
-    def _take(self) -> Task | None:
+    def _hand_out(self) -> Task | None:
         heap = self._first()
-        return heapq.heappop(heap)[2] if heap is not None else None
+        if heap is None:
+            return None
+        self._running += 1
+        return heapq.heappop(heap)[2]
 
 
 def _order(task: Task) -> int:

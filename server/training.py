@@ -12,7 +12,7 @@ and every block has reported the last version.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from layerwise.applied import AppliedSet
@@ -55,10 +55,10 @@ class Journal(Protocol):
 
 
 class Training:
-    """Decides for one run, from `StartTraining` on. Not thread-safe.
+    """Decides for one run and one route, from `StartTraining` on. Not thread-safe.
 
-    All layers began at version ``restored``; the microbatches in ``done`` are on all of them, those in ``held`` on at
-    least one.
+    No layer began below version ``restored``; the microbatches in ``done`` are on all of them, those in ``held`` on at
+    least one. Attempts are numbered from ``first_attempt``; version ``evaluated`` and those below need no evaluation.
     ``failure`` holds the sentence once the run can't go on; ``finished`` says that nothing is left to do.
     """
 
@@ -72,6 +72,8 @@ class Training:
         durable: tuple[CutRecord, ...],
         done: AppliedSet,
         held: AppliedSet,
+        evaluated: int,
+        first_attempt: int,
         journal: Journal,
         manifest: Callable[[int, tuple[LayerFile, ...]], str],
         now: float,
@@ -79,7 +81,7 @@ class Training:
         self.plan = prepared.settings.plan
         top = max(held.above, default=held.watermark - 1) + 1
         partial = [index for index in done.missing(top) if index in held]
-        self.ledger = SampleLedger(self.plan, done=done, partial=partial)
+        self.ledger = SampleLedger(self.plan, done=done, partial=partial, first_attempt=first_attempt)
         self.cuts = CutLedger(
             len(shards), keep=prepared.spec.checkpoint.keep, durable=tuple(cut.version for cut in durable)
         )
@@ -88,6 +90,8 @@ class Training:
         self.restored = restored
         self.failure: str | None = None
         self.stopping = False
+        self.suspended = False
+        """Nothing is handed out: the route is being changed."""
         self.evaluations: list[Evaluation] = []
         self.reports: dict[int, BlockReport] = {}
         self.round: EvaluationRound | None = None
@@ -105,9 +109,10 @@ class Training:
         self._capacity: dict[str, int] = {}
         self._taken: list[int] = []
         self._due: list[int] = []
-        self._evaluated = restored
-        self._released = restored
+        self._evaluated = evaluated
+        self._released = restored - 1
         self._samples_before = self.ledger.samples_applied + self.ledger.samples_dropped
+        self._active_before = 0.0
         self._active_seconds = 0.0
         self._paused_seconds = 0.0
         self._pause_to_count = 0.0
@@ -128,10 +133,15 @@ class Training:
         """The newest report of every layer, in order."""
         return [layer for block in sorted(self.reports) for layer in self.reports[block].layers]
 
+    def layers_of(self, block: int) -> tuple[LayerReport, ...]:
+        """The newest report of one block's layers."""
+        report = self.reports.get(block)
+        return report.layers if report is not None else ()
+
     @property
     def seconds(self) -> float:
         """From this run's first admission to its last close, without the pauses for evaluations."""
-        return max(self._active_seconds - self._paused_seconds, 0.0)
+        return max(self._active_before + self._active_seconds - self._paused_seconds, 0.0)
 
     @property
     def run_samples(self) -> int:
@@ -164,6 +174,21 @@ class Training:
     def wants_evaluation(self) -> bool:
         """The job has validation samples."""
         return self._num_validation > 0
+
+    def carry_on(self, before: Training, restored: Iterable[int], now: float) -> None:
+        """Take over what ``before``, the training until the route changed, has counted; ``restored`` blocks report anew."""
+        self.loss = before.loss
+        self.ledger.explain(before.ledger.dropped)
+        self.reports = {block: report for block, report in before.reports.items() if block not in set(restored)}
+        self._samples_before = before._samples_before
+        self._active_before, self._active_seconds = before._active_before, before._active_seconds
+        self._paused_seconds, self._pause_to_count = before._paused_seconds, before._pause_to_count
+        if 0 in set(restored):
+            # The new first shard's clock begins at its first admission; the time without one counts as well.
+            self._active_before += self._active_seconds + max(now - before.progressed, 0.0)
+            self._active_seconds = 0.0
+        if before.round is not None:
+            self._pause_to_count += now - before.round.began
 
     # Workers ---------------------------------------------------------------------------------------------------------
 
@@ -292,6 +317,8 @@ class Training:
     def tick(self, now: float) -> list[Effect]:
         """Expire leases, notice that nothing moves."""
         effects: list[Effect] = []
+        if self.suspended:
+            return effects
         if len(self._capacity) > 1 and not self.stopping and self.ledger.expire(now - self._timeouts.lease):
             effects = self._advance(now)
         silent = now - self.progressed
@@ -308,6 +335,8 @@ class Training:
     def _advance(self, now: float) -> list[Effect]:
         """Begin or end an evaluation where it is time, then hand out what may be handed out."""
         effects: list[Effect] = []
+        if self.suspended:
+            return effects
         if self.round is not None and self.round.complete:
             effects += self._end_round(now)
         if self.round is None and self._due and self.ledger.num_open == 0 and self._stop_asked is None:
@@ -360,6 +389,8 @@ class Training:
 
     def _is_due(self, version: int) -> bool:
         if not self._num_validation or (self.stopping and self.final < self.plan.num_updates):
+            return False
+        if version <= self._evaluated:
             return False
         if version == self.plan.num_updates:
             return True

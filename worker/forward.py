@@ -16,7 +16,7 @@ from layerwise.data.dataset import TrainingData
 from layerwise.data.load import load_dataset
 from layerwise.data.sampling import microbatch_indices
 from layerwise.job import parse_job
-from layerwise.messages import Assignment, Message, Role, Tensors, Welcome
+from layerwise.messages import Assignment, Hosting, Message, Role, Tensors, Welcome
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
@@ -53,6 +53,10 @@ class ForwardWorker:
     def on_tick(self, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`."""
         return self._then(self._role.on_tick(now))
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        """See `layerwise.service.ServiceHandler`."""
+        return self._role.hosting
 
     def before_send(self) -> None:
         """A worker writes nothing down."""

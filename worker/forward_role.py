@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from layerwise.ids import Attempt, Microbatch
@@ -36,6 +36,7 @@ from layerwise.messages import (
     Failure,
     Forward,
     Grant,
+    Hosting,
     Lease,
     LeaseKind,
     LeaseRequest,
@@ -43,11 +44,12 @@ from layerwise.messages import (
     Message,
     Offer,
     Ready,
+    Reroute,
     Tensors,
     Unassign,
     Unassigned,
 )
-from layerwise.roles import Connect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, Send
 
 COORDINATOR = "coordinator"
 PREFETCH = 8
@@ -134,6 +136,16 @@ class _Job:
     def life(self) -> int:
         return self.assignment.route[0].life
 
+    def begin_anew(self, message: Reroute) -> None:
+        """Nothing of the route before counts any more; the data stay."""
+        self.assignment = replace(self.assignment, route=message.route, generation=message.generation)
+        self.connected = True
+        self.stopping = False
+        self.leases.clear()
+        self.evaluation = 0
+        self.to_evaluate.clear()
+        self.evaluating.clear()
+
     def best_ready(self) -> Attempt | None:
         """The lowest microbatch that is loaded or offered."""
         states = (_State.READY, _State.OFFERED)
@@ -154,6 +166,13 @@ class ForwardRole:
         self._requests: list[Request] = []
 
     @property
+    def hosting(self) -> tuple[Hosting, ...]:
+        """The jobs that this worker works for, and goes on with should the coordinator be away for a while."""
+        return tuple(
+            Hosting(job=job.job, block=-1, life=0, generation=job.assignment.generation) for job in self._jobs.values()
+        )
+
+    @property
     def num_leases(self) -> int:
         """Leases held, in all jobs."""
         return sum(len(job.leases) for job in self._jobs.values())
@@ -172,6 +191,8 @@ class ForwardRole:
         job = self._jobs.get(getattr(message, "job", ""))
         if isinstance(message, Unassign):
             return self._on_unassign(message)
+        if isinstance(message, Reroute) and peer == self._coordinator:
+            return self._on_reroute(message, now)
         if job is None:
             return []
         if peer == self._coordinator:
@@ -198,7 +219,7 @@ class ForwardRole:
         """A link is gone for good.
 
         If the first shard lives, it has aborted what had not arrived and goes on with the rest; the coordinator hears of both. If it does
-        not, the coordinator ends the run. A new link is tried a little later.
+        not, the coordinator sends a new route. Until then a new link is tried from time to time.
         """
         effects: list[Effect] = []
         for job in self._jobs.values():
@@ -235,11 +256,7 @@ class ForwardRole:
             return []
         state.capacity = window + self._prefetch
         first = state.assignment.route[0]
-        return [
-            Connect(first.shard, first.address),
-            Send(self._coordinator, Ready(job=job, block=-1)),
-            *self._ask(state, now),
-        ]
+        return [Connect(first.shard, first.address), self._ready(state), *self._ask(state, now)]
 
     def on_prepare_failed(self, job: str, sentence: str, now: float) -> list[Effect]:
         """The job's data can't be had."""
@@ -299,6 +316,21 @@ class ForwardRole:
         self._jobs[message.job] = _Job(assignment=message)
         self._requests.append(Prepare(assignment=message))
         return []
+
+    def _on_reroute(self, message: Reroute, now: float) -> list[Effect]:
+        job = self._jobs.get(message.job)
+        if job is None or message.generation <= job.assignment.generation:
+            return []
+        before = job.assignment.route[0]
+        job.begin_anew(message)
+        first = job.assignment.route[0]
+        effects: list[Effect] = [Disconnect(before.shard)] if before.shard != first.shard else []
+        if job.capacity:  # else it says so once its data are there
+            effects += [Connect(first.shard, first.address), self._ready(job), *self._ask(job, now)]
+        return effects
+
+    def _ready(self, job: _Job) -> Send:
+        return Send(self._coordinator, Ready(job=job.job, block=-1, generation=job.assignment.generation))
 
     def _on_unassign(self, message: Unassign) -> list[Effect]:
         if self._jobs.pop(message.job, None) is not None:

@@ -55,7 +55,8 @@ class SimulatedCluster:
         self.scenario = scenario
         self.world = World(scenario.seed, scenario.weather, trace=trace)
         self.disk = Disk(self.world.random, delay=scenario.disk_delay, failure=scenario.disk_failure)
-        self.coordinator = SimulatedCoordinator(self.world, "coordinator")
+        self.store = MemoryJobStore()
+        self._start("coordinator")
         self.works: list[list[Work]] = []
         self.job = ""
         self._profile = _profile(scenario)
@@ -90,7 +91,12 @@ class SimulatedCluster:
             self._perform(lambda: self.coordinator.role.resume(self.job, world.now))
             if resumes == 1 and scenario.stop_after_resume is not None:
                 world.at(scenario.stop_after_resume, self._cancel)
-        self._run_until(lambda: all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now)))
+        self._run_until(
+            lambda: (
+                self.coordinator.alive
+                and all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now))
+            )
+        )
         self._check_resting()
         self._check_end(self.coordinator.role.job(self.job))
         self._check_pace()
@@ -99,6 +105,10 @@ class SimulatedCluster:
 
     def _start(self, name: str) -> None:
         scenario, world = self.scenario, self.world
+        if name == "coordinator":
+            role = CoordinatorRole(self.store, now=world.now)
+            self.coordinator = SimulatedCoordinator(world, name, role=role)
+            return
         hello = Hello(
             role=Role(name.partition("-")[0]),
             name=name,
@@ -130,13 +140,19 @@ class SimulatedCluster:
                 )
 
     def _submit(self) -> None:
+        if not self.coordinator.alive:
+            self.world.at(0.1, self._submit)
+            return
+
         def submit() -> tuple[dict[str, Any], list[Effect]]:
             return self.coordinator.role.submit(json.dumps(self.scenario.spec), self.world.now)
 
         self.job = self._perform(submit)["job"]
 
     def _cancel(self) -> None:
-        if self.job:
+        if not self.coordinator.alive:
+            self.world.at(0.1, self._cancel)
+        elif self.job:
             self._perform(lambda: self.coordinator.role.cancel(self.job, self.world.now))
 
     def _perform(self, act: Callable[[], tuple[dict[str, Any], list[Effect]]]) -> dict[str, Any]:
@@ -163,7 +179,7 @@ class SimulatedCluster:
     # Watching --------------------------------------------------------------------------------------------------------
 
     def _over(self) -> bool:
-        if not self.job:
+        if not self.job or not self.coordinator.alive:
             return False
         return self.coordinator.role.record(self.job).state.final
 
@@ -180,7 +196,7 @@ class SimulatedCluster:
         return "\n".join(states)
 
     def _may_fail(self, message: str) -> bool:
-        return self.scenario.fatal or (self.scenario.disk_failure > 0 and "simulated disk" in message)
+        return self.scenario.disk_failure > 0 and "simulated disk" in message
 
     # Checking --------------------------------------------------------------------------------------------------------
 
@@ -215,9 +231,8 @@ class SimulatedCluster:
         """Everything that must hold when a job has come to a boundary."""
         final = document["steps"]
         works = self._all_works()
-        last = [
-            work for work in works if work.header.life > max(one.header.life for one in works) - self.scenario.shards
-        ]
+        by_life = sorted(works, key=lambda work: work.header.life)
+        last = list({work.header.start: work for work in by_life}.values())  # the newest life of each block
         plan = last[0].plan
         wanted: set[int] | None = None
         for work in last:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from layerwise.applied import AppliedSet
 from layerwise.errors import NotFoundError, NotOwnerError, WrongLifeError
 from layerwise.events import Event, MemoryEventLog, WeightMode
 from layerwise.ids import Attempt
@@ -137,8 +138,10 @@ class CountingBlock:
         self._kept: dict[Attempt, _Kept] = {}
         self._due: set[int] = set()
         self._copies: dict[int, dict[int, LayerCopy]] = {}
-        self._holds: set[int] = set()
-        self._saved: set[int] = set()
+        for copy in restored.values():
+            self._copies.setdefault(copy.state.version, {})[copy.state.layer] = copy
+        self._holds: set[int] = set(self._copies)
+        self._saved: set[int] = set(self._copies)
         self.max_kept = 0
         self.max_copies = 0
         self.not_finite: tuple[int, int] | None = None
@@ -163,6 +166,9 @@ class CountingBlock:
     @property
     def layers(self) -> dict[int, tuple[LayerLedger, Counter[int]]]:
         return {number: (layer.ledger, layer.parameter) for number, layer in self._layers.items()}
+
+    def applied(self) -> tuple[AppliedSet, ...]:
+        return tuple(layer.ledger.applied.copy() for layer in self._layers.values())
 
     def lacking(self, index: int) -> tuple[int, ...]:
         return tuple(number for number, layer in self._layers.items() if layer.ledger.lacks(index))
@@ -263,8 +269,9 @@ class CountingBlock:
         if task.version not in self._copies:
             raise NotFoundError(f"no copy of version {task.version} is held")
         expect(task.inputs, activation(task.start, self._start - 1))
+        copies = self._copies[task.version]
         for number in range(self._start, self._stop):
-            assert self._copies[task.version][number].state.version == task.version
+            assert copies[number].state.version == task.version
             yield
         count = float(task.stop - task.start)
         if self._stop < self._num_layers:

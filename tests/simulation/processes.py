@@ -15,6 +15,7 @@ from layerwise.messages import (
     BlockPlace,
     CommitCut,
     CutCommitted,
+    Hosting,
     LayerFile,
     LayerState,
     Message,
@@ -83,6 +84,9 @@ class SimulatedShard(Process):
                 return []
             case Assignment():
                 self._wanted[message.job] = message
+                work = self._works.pop(message.job, None)
+                if work is not None:
+                    self._leave(work)
                 self.after(self.world.random.uniform(0.001, 0.05), lambda: self._build(message))
                 return []
             case Unassign():
@@ -100,6 +104,9 @@ class SimulatedShard(Process):
         effects = work.role.on_message(peer, message, now)
         self._fill_slots(work)
         return effects
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        return tuple(work.role.hosting for work in self._works.values())
 
     def on_lost(self, peer: str) -> list[Effect]:
         return [
@@ -188,6 +195,7 @@ class SimulatedShard(Process):
             schedule=CutSchedule(final=plan.num_updates, intervals=settings.cut_intervals),
             version=message.cut,
             layer_names=[f"layer-{layer}" for layer in range(num_layers)],
+            generation=message.generation,
             task_seconds=spec.timeouts.task,
         )
         work = Work(message, plan, log, header, block, queue, role)
@@ -288,6 +296,9 @@ class SimulatedForward(Process):
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         return self._with_requests(self.role.on_message(peer, message, self.world.now))
 
+    def hosting(self) -> tuple[Hosting, ...]:
+        return self.role.hosting
+
     def on_lost(self, peer: str) -> list[Effect]:
         return self._with_requests(self.role.on_lost(peer, self.world.now))
 
@@ -335,6 +346,9 @@ class SimulatedBackward(Process):
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         return self._with_requests(self.role.on_message(peer, message, self.world.now))
 
+    def hosting(self) -> tuple[Hosting, ...]:
+        return self.role.hosting
+
     def on_lost(self, peer: str) -> list[Effect]:
         return self._with_requests(self.role.on_lost(peer, self.world.now))
 
@@ -358,8 +372,9 @@ class SimulatedBackward(Process):
     def _execute(self, request: Execute) -> None:
         task, place, states = request.task, self._places[request.job], self._states[request.job]
         states.update({state.layer: state for state in task.states})
+        life = task.life
         assert sorted(states) == list(range(place.start, place.stop)), "a layer's state was never sent"
-        assert all(state.life == place.life for state in states.values())
+        assert all(state.life == life for state in states.values())
         kept = task.inputs.items[0]
         index = kept[1]
         expect(task.inputs, activation(index, place.start - 1))

@@ -52,11 +52,6 @@ class Scenario:
     stops: tuple[float, ...]
     stop_after_resume: float | None
 
-    @property
-    def fatal(self) -> bool:
-        """A shard is killed, or cut off from another: the job fails and is resumed."""
-        return any(fault.kind in ("kill", "sever") and fault.target.startswith("shard") for fault in self.faults)
-
 
 def draw(seed: int) -> Scenario:
     """The scenario of ``seed``."""
@@ -109,6 +104,18 @@ def draw(seed: int) -> Scenario:
             faults.append(Fault(at=at, kind="sever", target=names[index], other=names[index - 1], seconds=0.0))
         else:
             faults.append(Fault(at=at, kind="kill", target=names[index], seconds=rng.uniform(0.01, 0.5)))
+    # Drawn apart from the rest: what only recovery survives.
+    worse = random.Random(f"recovery {seed}")
+    for _ in range(worse.choice((0, 0, 1, 2, 4) if crash else (0, 0, 0, 1, 2))):
+        at = 0.1 + worse.uniform(0, 1.5 * length)
+        target = worse.choice((*names, *names, "coordinator"))
+        kind = worse.choice(("kill", "kill", "kill", "sever", "freeze"))
+        seconds = worse.choice((worse.uniform(0.01, 0.5), worse.uniform(0.5, 6.0)))
+        if kind == "kill":
+            faults.append(Fault(at=at, kind=kind, target=target, seconds=seconds))
+        elif target != "coordinator":
+            other = "coordinator" if kind == "sever" else ""
+            faults.append(Fault(at=at, kind="sever" if other else "pause", target=target, other=other, seconds=3 * seconds))
     stops = (0.1 + rng.uniform(0, length),) if rng.random() < 0.25 else ()
     calm = rng.random() < 0.3
     weather = Weather(

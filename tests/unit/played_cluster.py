@@ -231,11 +231,11 @@ class PlayedCluster:
     def _on_assignment(self, name: str, message: Assignment) -> None:
         settings = ResolvedSettings.from_json(message.settings_json)
         if self.roles[name] is Role.FORWARD:
-            self._answer(name, Ready(job=message.job, block=-1))
+            self._answer(name, Ready(job=message.job, block=-1, generation=message.generation))
             self._answer(name, LeaseRequest(job=message.job, count=3))
             return
         if self.roles[name] is Role.BACKWARD:
-            self._answer(name, Ready(job=message.job, block=message.block))
+            self._answer(name, Ready(job=message.job, block=message.block, generation=message.generation))
             return
         if message.block == 0:
             every = json.loads(message.spec_json)["checkpoint"]["every"]
@@ -245,7 +245,7 @@ class PlayedCluster:
         place = message.route[message.block]
         saved = self._saved.get(message.job, {}).get(message.cut, AppliedSet())
         applied = tuple(json.dumps(saved.to_json()) for _ in range(place.start, place.stop))
-        self._answer(name, Ready(job=message.job, block=message.block, applied_json=applied, version=message.cut))
+        self._answer(name, Ready(job=message.job, block=message.block, generation=message.generation, applied_json=applied, version=message.cut))
 
     def _on_lease(self, worker: str, lease: Lease) -> None:
         if lease.kind is LeaseKind.EVALUATE:

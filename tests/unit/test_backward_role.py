@@ -26,7 +26,7 @@ ROUTE = (
     BlockPlace(start=2, stop=4, shard="shard-1", address="here:1", life=LIFE),
 )
 ASSIGNMENT = Assignment(
-    job="job", spec_json="{}", settings_json="{}", profile_json="{}", route=ROUTE, block=1, cut=0, directory=""
+    job="job", spec_json="{}", settings_json="{}", profile_json="{}", route=ROUTE, block=1, cut=0, directory="", generation=1
 )
 
 
@@ -72,7 +72,7 @@ def built_role() -> BackwardRole:
     role = BackwardRole()
     role.on_message("coordinator", ASSIGNMENT, 0.0)
     assert role.take_requests() == [Build(assignment=ASSIGNMENT)]
-    ready = Send("coordinator", Ready(job="job", block=1))
+    ready = Send("coordinator", Ready(job="job", block=1, generation=1))
     assert role.on_built("job", 0.0) == [Connect("shard-1", "here:1"), ready, request()]
     return role
 

@@ -32,7 +32,7 @@ ROUTE = (
     BlockPlace(start=2, stop=4, shard="shard-1", address="here:1", life=LIFE + 1),
 )
 ASSIGNMENT = Assignment(
-    job="job", spec_json="{}", settings_json="{}", profile_json="{}", route=ROUTE, block=-1, cut=0, directory=""
+    job="job", spec_json="{}", settings_json="{}", profile_json="{}", route=ROUTE, block=-1, cut=0, directory="", generation=1
 )
 DATA = Tensors(("data",))
 
@@ -84,7 +84,7 @@ def test_an_assigned_worker_links_to_the_first_shard_and_asks_for_leases() -> No
     role.on_message("coordinator", ASSIGNMENT, 0.0)
     assert role.on_prepared("job", 3, 0.0) == [
         Connect("shard-0", "here:0"),
-        Send("coordinator", Ready(job="job", block=-1)),
+        Send("coordinator", Ready(job="job", block=-1, generation=1)),
         ask(5),
     ]
 
