@@ -306,8 +306,7 @@ class Run:
             case LinkDown():
                 return self._on_link_down(peer, message)
         if training is None or training.suspended:
-            # The coming training has to hear of cuts; everything else it learns from what is ready.
-            if peer in self.shards and isinstance(message, CutTaken | CutSaved | CutCommitted | BlockReport):
+            if peer in self.shards and self._is_of_this_route(peer, message):
                 self._early.append((peer, message))
             return []
         if peer in self.workers:
@@ -318,6 +317,15 @@ class Run:
                     return training.evaluated(message, now)
             return []
         return self._on_shard_message(peer, message, training)
+
+    def _is_of_this_route(self, peer: str, message: Message) -> bool:
+        """Whether the coming training has to hear of what a shard tells before it begins: of its cuts, and of its layers.
+
+        A block that is being restored tells only of the cut that it is restored from; all else is about the life before.
+        """
+        if self.shards.of(peer).holds or peer in self._ready:
+            return isinstance(message, CutTaken | CutSaved | CutCommitted | BlockReport)
+        return isinstance(message, CutTaken) and message.version == self._cut
 
     def _on_shard_message(self, peer: str, message: Message, training: Training) -> list[Effect]:
         now, here = self._now, self.shards.of(peer).block
@@ -412,9 +420,7 @@ class Run:
         self._began = self._now
         self._note("info", f"measuring the model and the data on {first.process}", shard=first.process)
         peer, address = (second.process, second.address) if second is not None else ("", "")
-        return [
-            Send(first.process, Probe(job=self.job, spec_json=self.record.spec_json, peer=peer, address=address))
-        ]
+        return [Send(first.process, Probe(job=self.job, spec_json=self.record.spec_json, peer=peer, address=address))]
 
     # Assigning -------------------------------------------------------------------------------------------------------
 
@@ -454,7 +460,9 @@ class Run:
             blocks = "all blocks" if len(restored) == len(self.shards) else f"block {', '.join(map(str, restored))}"
             self._note("info", f"assigning {blocks} at version {self._cut}", version=self._cut)
         self._informed.difference_update(self.shards[block].process for block in restored)
-        effects = [effect for place in self._route for effect in self._inform(place.shard, self.shards.of(place.shard).block)]
+        effects = [
+            effect for place in self._route for effect in self._inform(place.shard, self.shards.of(place.shard).block)
+        ]
         return effects + [effect for one in self.workers.records for effect in self._inform(one.process, one.block)]
 
     def _inform(self, name: str, block: int) -> list[Effect]:
@@ -525,19 +533,22 @@ class Run:
         evaluations = self.record.evaluations
         if len(restored) == len(self.shards):
             evaluations = tuple(one for one in evaluations if one["version"] <= self._cut)
-        before, self.training = self.training, Training(
-            job=self.job,
-            prepared=self.prepared,
-            shards=self.shards.names,
-            restored=self._cut,
-            durable=self.record.cuts,
-            done=done,
-            held=held,
-            evaluated=max((one["version"] for one in evaluations), default=0),
-            first_attempt=self._generation * ATTEMPTS_OF_GENERATION + 1,
-            journal=self._note,
-            manifest=self._manifest,
-            now=self._now,
+        before, self.training = (
+            self.training,
+            Training(
+                job=self.job,
+                prepared=self.prepared,
+                shards=self.shards.names,
+                restored=self._cut,
+                durable=self.record.cuts,
+                done=done,
+                held=held,
+                evaluated=max((one["version"] for one in evaluations), default=0),
+                first_attempt=self._generation * ATTEMPTS_OF_GENERATION + 1,
+                journal=self._note,
+                manifest=self._manifest,
+                now=self._now,
+            ),
         )
         if before is not None:
             self.training.carry_on(before, restored, self._now)

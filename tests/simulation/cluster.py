@@ -93,8 +93,7 @@ class SimulatedCluster:
                 world.at(scenario.stop_after_resume, self._cancel)
         self._run_until(
             lambda: (
-                self.coordinator.alive
-                and all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now))
+                self.coordinator.alive and all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now))
             )
         )
         self._check_resting()

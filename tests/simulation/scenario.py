@@ -115,7 +115,9 @@ def draw(seed: int) -> Scenario:
             faults.append(Fault(at=at, kind=kind, target=target, seconds=seconds))
         elif target != "coordinator":
             other = "coordinator" if kind == "sever" else ""
-            faults.append(Fault(at=at, kind="sever" if other else "pause", target=target, other=other, seconds=3 * seconds))
+            faults.append(
+                Fault(at=at, kind="sever" if other else "pause", target=target, other=other, seconds=3 * seconds)
+            )
     stops = (0.1 + rng.uniform(0, length),) if rng.random() < 0.25 else ()
     calm = rng.random() < 0.3
     weather = Weather(
