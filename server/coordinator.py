@@ -14,7 +14,7 @@ from typing import IO, Any
 from layerwise.errors import ConfigError
 from layerwise.job import parse_job
 from layerwise.lifetime import Lifetime
-from layerwise.messages import Assignment, Reroute, Message
+from layerwise.messages import Assignment, Message, Reroute
 from layerwise.metrics_server import MetricsServer
 from layerwise.roles import Connect, Disconnect, Effect, Send
 from layerwise.server.adopted_job import read_job, unused_directory

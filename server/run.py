@@ -15,11 +15,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from layerwise.applied import AppliedSet
 from layerwise.errors import LayerwiseError
 from layerwise.job import JobSpec
 from layerwise.messages import (
-    Assignment,
     AttemptsClosed,
     BlockPlace,
     BlockReport,
@@ -37,7 +35,6 @@ from layerwise.messages import (
     Probe,
     Probed,
     Ready,
-    Reroute,
     Role,
     StartTraining,
     Stop,
@@ -47,11 +44,12 @@ from layerwise.messages import (
 from layerwise.profile import Profile
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_manifest import manifest_json
-from layerwise.server.job_record import JobEvent, JobRecord, JobState, PlacementRecord
+from layerwise.server.job_record import JobEvent, JobRecord, JobState
 from layerwise.server.membership import Process
 from layerwise.server.placement import Places, Vacancy
 from layerwise.server.preparation import Prepared, prepare, prepared_before, restored_sets
 from layerwise.server.recovery import Recovery
+from layerwise.server.routing import Routing
 from layerwise.server.shard_places import ShardPlaces
 from layerwise.server.training import Training
 from layerwise.server.worker_places import WorkerPlaces
@@ -83,12 +81,7 @@ class Run:
         self.shards = ShardPlaces(places.shards, processes, now)
         self.workers = WorkerPlaces(spec, places, processes)
         self.recovery = Recovery()
-        self._generation = 0
-        self._cut = record.durable_cut.version if record.durable_cut is not None else 0
-        self._route: tuple[BlockPlace, ...] = ()
-        self._informed: set[str] = set()
-        self._ready: dict[str, Ready] = {}
-        self._early: list[tuple[str, Message]] = []
+        self._routing = Routing(self.shards)
         self._room: dict[str, int] = {}
         self._began = now
         self._probing = ""
@@ -117,7 +110,7 @@ class Run:
     @property
     def route(self) -> tuple[BlockPlace, ...]:
         """Where each block is, or was last; empty until the processes are assigned."""
-        return self._route
+        return self._routing.route
 
     @property
     def recovering(self) -> bool:
@@ -127,7 +120,7 @@ class Run:
     @property
     def phase(self) -> str:
         """What is going on, in a few words."""
-        if self.shards.empty and (self.training is not None or self._route):
+        if self.shards.empty and (self.training is not None or self.route):
             return f"waiting for a shard to take the place of {', '.join(one.process for one in self.shards.empty)}"
         if self.training is None:
             return "preparing"
@@ -160,8 +153,7 @@ class Run:
         self._now = now
         shards = sorted((one for one in self.record.placement if one.role is Role.SHARD), key=lambda one: one.block)
         self.shards.remember(shards)
-        assert self.prepared is not None
-        self._route = self.shards.route(self.prepared.blocks)
+        self._routing.recall(self.record)
         self._note("warning", "the coordinator was started again; waiting for the processes of the run")
         return []
 
@@ -188,7 +180,7 @@ class Run:
         self.workers.fill(process.name, role, block)
         self._place()
         self._note("info", f"{role} worker {process.name} takes a free place", worker=process.name)
-        return self._inform(process.name, block) if self._generation else []
+        return [self._routing.inform(process.name, block, self.record)] if self._routing.generation else []
 
     def take_back(self, process: Process, hosting: Hosting, now: float) -> list[Effect] | None:
         """A process that still works for the job presents itself again; None: its place is not there any more."""
@@ -200,18 +192,19 @@ class Run:
             if place is None or place.empty_since is None or place.life != hosting.life or not place.life:
                 return None
             self.shards.fill(place.block, process, holds=True)
-            self._informed.add(process.name)
+            self._routing.knows(process.name)
             self._note("info", f"shard {process.name} is back, with block {place.block}", shard=process.name)
             return self._proceed()
         if (process.role, hosting.block) not in self.workers.vacancies():
             return None
         self.workers.fill(process.name, process.role, hosting.block)
-        self._informed.add(process.name)
+        self._routing.knows(process.name)
         self._place()
         self._note("info", f"{process.role} worker {process.name} is back", worker=process.name)
-        if hosting.generation != self._generation:
-            return self._inform(process.name, hosting.block) if self._generation else []
-        self._ready[process.name] = Ready(job=self.job, block=hosting.block, generation=self._generation)
+        generation = self._routing.generation
+        if hosting.generation != generation:
+            return [self._routing.inform(process.name, hosting.block, self.record)] if generation else []
+        self._routing.take_ready(process.name, Ready(job=self.job, block=hosting.block, generation=generation))
         return self._start_if_ready()
 
     def lose(self, name: str, why: str, now: float) -> list[Effect]:
@@ -219,8 +212,7 @@ class Run:
         self._now = now
         if self.over:
             return []
-        self._informed.discard(name)
-        self._ready.pop(name, None)
+        self._routing.forget(name)
         if name in self.shards:
             return self._lose_shard(name, why)
         place = self.workers.empty(name)
@@ -295,19 +287,16 @@ class Run:
                 return self._on_failure(peer, message)
             case Probed() if self.prepared is None and peer == self._probing:
                 return self._on_probed(message)
-            case Ready() if message.generation == self._generation and self._generation:
-                for text in message.applied_json:
-                    AppliedSet.from_json(json.loads(text))
-                self._ready[peer] = message
-                return self._start_if_ready()
+            case Ready():
+                return self._start_if_ready() if self._routing.take_ready(peer, message) else []
             case LeaseRequest() if peer in self.workers:
                 self._room[peer] = message.count
                 return training.offer_room(peer, message.count, now) if training is not None else []
             case LinkDown():
                 return self._on_link_down(peer, message)
         if training is None or training.suspended:
-            if peer in self.shards and self._is_of_this_route(peer, message):
-                self._early.append((peer, message))
+            if peer in self.shards:
+                self._routing.keep(peer, message)
             return []
         if peer in self.workers:
             match message:
@@ -317,15 +306,6 @@ class Run:
                     return training.evaluated(message, now)
             return []
         return self._on_shard_message(peer, message, training)
-
-    def _is_of_this_route(self, peer: str, message: Message) -> bool:
-        """Whether the coming training has to hear of what a shard tells before it begins: of its cuts, and of its layers.
-
-        A block that is being restored tells only of the cut that it is restored from; all else is about the life before.
-        """
-        if self.shards.of(peer).holds or peer in self._ready:
-            return isinstance(message, CutTaken | CutSaved | CutCommitted | BlockReport)
-        return isinstance(message, CutTaken) and message.version == self._cut
 
     def _on_shard_message(self, peer: str, message: Message, training: Training) -> list[Effect]:
         now, here = self._now, self.shards.of(peer).block
@@ -370,7 +350,7 @@ class Run:
         """A role can't go on. If that is because a cut is damaged, the cut before it is used."""
         if not message.cut:
             return self.fail(message.message.rstrip("."), self._now)
-        if message.cut != self._cut or peer not in self.shards:
+        if message.cut != self._routing.cut or peer not in self.shards:
             return []  # the others that found it damaged have been told of another one already
         older = tuple(cut for cut in self.record.cuts if cut.version < message.cut)
         said = f"{message.message.rstrip('.')}"
@@ -395,13 +375,14 @@ class Run:
         return []
 
     def _on_link_down(self, peer: str, message: LinkDown) -> list[Effect]:
-        if message.generation == self._generation and self._link_down is None and not self.recovering:
+        if message.generation == self._routing.generation and self._link_down is None and not self.recovering:
             self._link_down = (f"the link between {peer} and {message.peer} broke", self._now)
         return []
 
     def _mend_link(self) -> list[Effect]:
         """Both shards live, so nothing is lost but what was under way: connect them anew."""
-        assert self._link_down is not None and self.training is not None
+        assert self._link_down is not None
+        assert self.training is not None
         self._note("warning", f"{self._link_down[0]}; what was under way is begun again")
         self._link_down = None
         self.training.suspended = True
@@ -443,108 +424,54 @@ class Run:
             )
         if self.training is not None:
             self.training.suspended = True
-        durable = self.record.durable_cut
-        self._cut = durable.version if durable is not None else 0
-        self._generation = self.record.next_life
-        for place, block in enumerate(restored):
-            self.shards.give_life(block, self._generation + place)
-        self._route = self.shards.route(self.prepared.blocks)
-        self.record = replace(self.record, next_life=self._generation + max(len(restored), 1))
+        next_life = self._routing.begin(self.record, restored)
+        self.record = replace(self.record, next_life=next_life)
         self._place()
-        self._ready.clear()
-        self._early.clear()
         self._room.clear()
         self._began = self._now
         self._link_down = None
         if restored:
+            cut = self._routing.cut
             blocks = "all blocks" if len(restored) == len(self.shards) else f"block {', '.join(map(str, restored))}"
-            self._note("info", f"assigning {blocks} at version {self._cut}", version=self._cut)
-        self._informed.difference_update(self.shards[block].process for block in restored)
-        effects = [
-            effect for place in self._route for effect in self._inform(place.shard, self.shards.of(place.shard).block)
-        ]
-        return effects + [effect for one in self.workers.records for effect in self._inform(one.process, one.block)]
-
-    def _inform(self, name: str, block: int) -> list[Effect]:
-        """Tell a process of the route: one that knows the job keeps what it has."""
-        if name in self._informed:
-            durable = self.record.durable_cut
-            reroute = Reroute(
-                job=self.job,
-                route=self._route,
-                block=block,
-                generation=self._generation,
-                durable=durable.version if durable is not None else 0,
-            )
-            return [Send(name, reroute)]
-        self._informed.add(name)
-        return [Send(name, self._assignment(block))]
-
-    def _assignment(self, block: int) -> Assignment:
-        return Assignment(
-            job=self.job,
-            spec_json=self.record.spec_json,
-            settings_json=self.record.settings_json,
-            profile_json=self.record.profile_json,
-            route=self._route,
-            block=block,
-            cut=self._cut,
-            directory=self.record.directory,
-            generation=self._generation,
-        )
+            self._note("info", f"assigning {blocks} at version {cut}", version=cut)
+        effects = self._routing.inform_shards(self.record)
+        return effects + [self._routing.inform(one.process, one.block, self.record) for one in self.workers.records]
 
     def _place(self) -> None:
-        shards = tuple(
-            PlacementRecord(
-                process=one.shard, role=Role.SHARD, block=block, start=one.start, stop=one.stop, life=one.life
-            )
-            for block, one in enumerate(self._route)
-        )
+        shards = self.shards.records(self.route)
         self.record = replace(self.record, placement=(*shards, *self.workers.records))
 
     def _start_if_ready(self) -> list[Effect]:
-        if self.over or not self._generation or self.shards.empty:
+        if self.over or not self._routing.generation or self.shards.empty:
             return []
         if self.training is not None and not self.training.suspended:
             return []
-        if not self.workers.of_role(Role.FORWARD) or any(name not in self._ready for name in self.names):
+        if not self.workers.of_role(Role.FORWARD) or self._routing.missing(self.names):
             return []
-        assert self.prepared is not None
-        for place in self._route:
-            block = self.shards.of(place.shard)
-            found = self._ready[place.shard]
-            wrong = not block.holds and found.version != self._cut
-            if wrong or len(found.applied_json) != place.stop - place.start:
-                return self.fail(
-                    f"shard {place.shard} restored version {found.version}, and version {self._cut} was asked for",
-                    self._now,
-                )
+        if mismatch := self._routing.mismatch():
+            return self.fail(mismatch, self._now)
         return self._begin_training()
 
     def _begin_training(self) -> list[Effect]:
         assert self.prepared is not None
-        sets = [
-            AppliedSet.from_json(json.loads(text))
-            for place in self._route
-            for text in self._ready[place.shard].applied_json
-        ]
-        done, held = restored_sets(sets)
+        done, held = restored_sets(self._routing.applied_sets())
+        cut = self._routing.cut
         restored = self.shards.lacking
         evaluations = self.record.evaluations
         if len(restored) == len(self.shards):
-            evaluations = tuple(one for one in evaluations if one["version"] <= self._cut)
+            evaluations = tuple(one for one in evaluations if one["version"] <= cut)
         before, self.training = (
             self.training,
             Training(
                 job=self.job,
                 prepared=self.prepared,
                 shards=self.shards.names,
-                restored=self._cut,
+                restored=cut,
                 durable=self.record.cuts,
                 done=done,
                 held=held,
                 evaluated=max((one["version"] for one in evaluations), default=0),
-                first_attempt=self._generation * ATTEMPTS_OF_GENERATION + 1,
+                first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
                 journal=self._note,
                 manifest=self._manifest,
                 now=self._now,
@@ -552,7 +479,7 @@ class Run:
         )
         if before is not None:
             self.training.carry_on(before, restored, self._now)
-        for line, fields in self.recovery.end(restored, self._cut, self._now):
+        for line, fields in self.recovery.end(restored, cut, self._now):
             self._note("info", line, **fields)
         for block in restored:
             self.shards[block].holds = True
@@ -566,18 +493,16 @@ class Run:
         if self._cancelled:
             self.training.stop_asked(self._now)
             effects.append(Send(first, Stop(job=self.job)))
-        early, self._early = self._early, []
-        for peer, message in early:
-            if peer in self.shards:
-                effects += self._on_shard_message(peer, message, self.training)
+        for peer, message in self._routing.take_early():
+            effects += self._on_shard_message(peer, message, self.training)
         for worker, room in self._room.items():
             effects += self.training.offer_room(worker, room, self._now)
         return effects
 
     def _why_not_ready(self, limit: float) -> str:
-        if not self._generation:
+        if not self._routing.generation:
             return f"shard {self.shards[0].process} did not measure the model within {limit:g} s"
-        missing = [name for name in self.names if name not in self._ready]
+        missing = self._routing.missing(self.names)
         return f"{', '.join(missing) or 'a forward worker'} did not get ready within {limit:g} s"
 
     # Ending ----------------------------------------------------------------------------------------------------------
@@ -624,7 +549,7 @@ class Run:
 
     def _manifest(self, version: int, files: tuple[LayerFile, ...]) -> str:
         assert self.training is not None, "only a run that trains has cuts"
-        return manifest_json(self.record, self._route, version, files, self.training.ledger_summary())
+        return manifest_json(self.record, self.route, version, files, self.training.ledger_summary())
 
     def _note(self, level: str, message: str, **fields: object) -> None:
         sequence = self.record.num_events

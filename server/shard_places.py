@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layerwise.messages import BlockPlace
+from layerwise.messages import BlockPlace, Role
 from layerwise.server.job_record import PlacementRecord
 from layerwise.server.membership import Process
 
@@ -96,4 +96,13 @@ class ShardPlaces:
         return tuple(
             BlockPlace(start=start, stop=stop, shard=place.process, address=place.address, life=place.life)
             for (start, stop), place in zip(blocks, self._places, strict=True)
+        )
+
+    def records(self, route: Sequence[BlockPlace]) -> tuple[PlacementRecord, ...]:
+        """The places on ``route``, as the job's record keeps them."""
+        return tuple(
+            PlacementRecord(
+                process=one.shard, role=Role.SHARD, block=block, start=one.start, stop=one.stop, life=one.life
+            )
+            for block, one in enumerate(route)
         )
