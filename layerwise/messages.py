@@ -518,8 +518,15 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """Coordinator to a forward worker: give back the leases that you have not begun to load ("recalled")."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseReturn:
-    """Worker: I no longer work on this attempt (``reason`` as in `Decline`, or "load-failed: ...")."""
+    """Worker: I no longer work on this attempt (``reason`` as in `Decline`, "recalled", or "load-failed: ...")."""
 
     job: str
     attempt: Attempt
@@ -670,6 +677,6 @@ Message = (
     Offer | Grant | Decline | Closed | Forward | BoundaryGradient | BlockClosed | Abort | NotFinite | StopAt | EvaluateForward | Evaluated
     | TaskRequest | DetachedTask | PushGradient | TaskFinished
     | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | LinkDown | StartTraining | Unassign | Unassigned | Failure
-    | LeaseRequest | Lease | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
+    | LeaseRequest | Lease | Recall | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
     | Stop | Stopping | BlockReport
 )  # fmt: skip

@@ -165,10 +165,10 @@ class Run:
         self._cancelled = True
         if self.training is None:
             return self._end(JobState.CANCELLED, "cancelled before training began")
-        self.training.stop_asked(now)
+        recalls = self.training.stop_asked(now)
         self.record = replace(self.record, state=JobState.STOPPING)
         self._note("info", "stopping at the next update")
-        return [] if self.training.suspended else [Send(self.shards[0].process, Stop(job=self.job))]
+        return [] if self.training.suspended else [*recalls, Send(self.shards[0].process, Stop(job=self.job))]
 
     def join(self, process: Process, role: Role, block: int, now: float) -> list[Effect]:
         """A free process takes the place of a lost one."""
@@ -491,7 +491,7 @@ class Run:
         start = StartTraining(job=self.job, done_json=json.dumps(done.to_json()), held_json=json.dumps(held.to_json()))
         effects: list[Effect] = [Send(first, start)]
         if self._cancelled:
-            self.training.stop_asked(self._now)
+            effects += self.training.stop_asked(self._now)
             effects.append(Send(first, Stop(job=self.job)))
         for peer, message in self._routing.take_early():
             effects += self._on_shard_message(peer, message, self.training)

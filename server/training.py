@@ -32,6 +32,7 @@ from layerwise.messages import (
     LeaseKind,
     LeaseReturn,
     Outcome,
+    Recall,
     ReleaseCut,
 )
 from layerwise.roles import Effect, Send
@@ -244,6 +245,7 @@ class Training:
         self._taken.append(message.version)
         if self._is_due(message.version):
             self._due.append(message.version)
+            return self._recall() + self._advance(now)
         return self._advance(now)
 
     def save_cut(self, message: CutSaved, now: float) -> list[Effect]:
@@ -296,11 +298,12 @@ class Training:
         self._progress(now)
         return self._advance(now)
 
-    def stop_asked(self, now: float) -> None:
+    def stop_asked(self, now: float) -> list[Effect]:
         """The first shard was told to stop; nothing is leased until it says at which version."""
         self.stopping = True
         self._stop_asked = now
         self._progress(now)
+        return self._recall()
 
     def stop_at(self, version: int, now: float) -> list[Effect]:
         """The first shard has fixed the last version."""
@@ -331,6 +334,10 @@ class Training:
         return effects
 
     # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _recall(self) -> list[Effect]:
+        """Have the workers give back what they hold for later, so that what is leased closes soon."""
+        return [Send(worker, Recall(job=self._job)) for worker in sorted(self._capacity, key=natural_order)]
 
     def _advance(self, now: float) -> list[Effect]:
         """Begin or end an evaluation where it is time, then hand out what may be handed out."""

@@ -92,19 +92,21 @@ class ForwardWorker:
         job = assignment.job
         self._assigned[job] = assignment
 
-        def work() -> tuple[TrainingData, int, int]:
+        def work() -> tuple[TrainingData, int, int, bool]:
             spec = parse_job(json.loads(assignment.spec_json), source=job)
             allowed = self._service.settings.allow_imports
             data = load_dataset(spec.data, allowed)
             settings = ResolvedSettings.from_json(assignment.settings_json)
-            return data, spec.train.seed, settings.window
+            ordered = settings.mode == "synchronous" or settings.window == 1
+            return data, spec.train.seed, settings.window, ordered
 
-        def done(loaded: tuple[TrainingData, int, int]) -> list[Effect]:
+        def done(loaded: tuple[TrainingData, int, int, bool]) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []  # the job was left meanwhile: nobody would ever drop these data
-            data, seed, window = loaded
+            data, seed, window, ordered = loaded
             self._data[job] = (data, seed)
-            return self._then(self._role.on_prepared(job, window, self._service.loop.time()))
+            now = self._service.loop.time()
+            return self._then(self._role.on_prepared(job, window, now, ordered=ordered))
 
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from layerwise.applied import AppliedSet
@@ -35,7 +36,7 @@ from layerwise.server.task_queue import TaskQueue
 from layerwise.settings import ResolvedSettings
 from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult
 from layerwise.worker.backward_role import BackwardRole, Build, Execute
-from layerwise.worker.forward_role import ForwardRole, Load, LoadEvaluation, Prepare
+from layerwise.worker.forward_role import MAX_AHEAD, ForwardRole, Load, LoadEvaluation, Prepare
 from tests.simulation.counting_block import CountingBlock, FlushedLog, LayerCopy, activation, expect, gradient, target
 from tests.simulation.disk import Disk
 from tests.simulation.world import Process
@@ -310,7 +311,7 @@ class SimulatedForward(Process):
 
     def _with_requests(self, effects: list[Effect]) -> list[Effect]:
         # Closed numbers may be told to the coordinator before they are told to the worker, whose room is then leased again.
-        assert self.role.num_leases <= 2 * self._room, (
+        assert self.role.num_leases <= 2 * (self._room + MAX_AHEAD), (
             f"{self.role.num_leases} leases are held, {self._room} were asked for"
         )
         for request in self.role.take_requests():
@@ -320,7 +321,10 @@ class SimulatedForward(Process):
                     settings = ResolvedSettings.from_json(assignment.settings_json)
                     self._plans[assignment.job] = settings.plan
                     self._room = settings.window + 3
-                    self._answer(delay, self.role.on_prepared, assignment.job, settings.window)
+                    ordered = settings.mode == "synchronous" or settings.window == 1
+                    self._answer(
+                        delay, partial(self.role.on_prepared, ordered=ordered), assignment.job, settings.window
+                    )
                 case Load(job=job, attempt=attempt):
                     index = self._plans[job].index(attempt.microbatch)
                     self._answer(delay, self.role.on_loaded, job, attempt, activation(index, -1), target(index))
