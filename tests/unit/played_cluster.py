@@ -286,9 +286,7 @@ class PlayedCluster:
         self._forget(name)
         if self.roles[name] is not Role.SHARD:
             life = message.route[message.block].life if self.roles[name] is Role.BACKWARD else 0
-            self.workers[name] = Hosting(
-                job=message.job, block=message.block, life=life, generation=message.generation
-            )
+            self.workers[name] = Hosting(job=message.job, block=message.block, life=life, generation=message.generation)
             self._ready_to_work(name)
             return
         if message.cut in self.damaged:
@@ -339,9 +337,7 @@ class PlayedCluster:
     def _say_ready(self, name: str, version: int) -> None:
         one = self.blocks[name]
         applied = tuple(json.dumps(one.applied.to_json()) for _ in range(one.place.start, one.place.stop))
-        ready = Ready(
-            job=one.job, block=one.block, generation=one.generation, applied_json=applied, version=version
-        )
+        ready = Ready(job=one.job, block=one.block, generation=one.generation, applied_json=applied, version=version)
         self._answer(name, ready)
 
     def _on_lease(self, worker: str, lease: Lease) -> None:
@@ -412,9 +408,7 @@ class PlayedCluster:
             for layer in layers
         )
         taken = CutTaken(job=one.job, block=one.block, version=one.version)
-        saved = CutSaved(
-            job=one.job, block=one.block, version=one.version, files=() if error else files, error=error
-        )
+        saved = CutSaved(job=one.job, block=one.block, version=one.version, files=() if error else files, error=error)
         one.cuts[one.version] = [taken, saved]
         for message in one.cuts[one.version]:
             self._answer(name, message)

@@ -20,6 +20,7 @@ from layerwise.messages import (
     LeaseReturn,
     Message,
     Outcome,
+    Probe,
     ReleaseCut,
     Role,
     StartTraining,
@@ -264,16 +265,26 @@ def test_resume_restores_the_newest_durable_cut_in_new_lives_and_leases_only_the
     assert attempts.isdisjoint(attempt for _, attempt in played.leases)
 
 
-def test_a_job_resumed_at_its_last_cut_is_done_and_says_that_this_was_not_evaluated() -> None:
+@pytest.mark.parametrize("last", ["forward-0", "shard-0", "shard-1"])
+def test_a_job_resumed_at_its_last_cut_has_that_evaluated_whoever_is_ready_last(last: str) -> None:
     played = cluster()
     played.hold = lambda worker, lease: lease.kind is LeaseKind.EVALUATE
     job = played.submit()
     played.say("shard-1", Failure(job=job, message="out of memory"))
     assert played.role.job(job)["cuts"][-1]["version"] == 10
+    played.hold = lambda worker, lease: False
+    played.silent.add(last)
+    played.sent.clear()
     played.resume(job)
+    played.silent.clear()
+    for peer, message in sent(played, Probe) + sent(played, Assignment):
+        if peer == last:
+            played._play(peer, message)
+            played.run()
     document = played.role.job(job)
     assert (document["state"], document["ledger"]["samples_applied"]) == ("done", 80)
-    assert "`layerwise evaluate` does it" in document["message"]
+    assert document["validation"] == {"version": 10, "loss": 0.25, "accuracy": 0.5}
+    assert document["message"] == "done: 10 updates of every layer"
 
 
 def test_a_worker_lost_while_the_job_stops_is_replaced_so_that_it_can_stop() -> None:
