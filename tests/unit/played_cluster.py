@@ -128,7 +128,8 @@ class PlayedCluster:
     """Carries out the role's effects at once and in order.
 
     ``hold`` keeps back leases that it says yes to; `play_held` lets them go on. ``refuse_save`` names the error of a
-    block's cut; shards can't restore the versions in ``damaged``.
+    block's cut; shards can't restore the versions in ``damaged``. Processes in ``silent`` do nothing with what they
+    are sent until `wake`.
     """
 
     def __init__(self, store: JobStore | None = None) -> None:
@@ -147,6 +148,7 @@ class PlayedCluster:
         self.damaged: set[int] = set()
         self.probe_error = ""
         self.silent: set[str] = set()
+        self._unheard: list[tuple[str, Message]] = []
         self._inbox: deque[tuple[str, Message]] = deque()
         self._saved: dict[tuple[str, int, int], AppliedSet] = {}
 
@@ -188,6 +190,7 @@ class PlayedCluster:
         self.blocks.pop(name, None)
         self.workers.pop(name, None)
         self.held = [(worker, lease) for worker, lease in self.held if worker != name]
+        self._unheard = [(peer, message) for peer, message in self._unheard if peer != name]
 
     def submit(self, text: str | None = None) -> str:
         document, effects = self.role.submit(text or spec(), self.now)
@@ -213,6 +216,17 @@ class PlayedCluster:
         del self.roles[name]
         self._forget(name)
         self.perform(self.role.on_lost(name, self.now))
+        self.run()
+
+    def wake(self, *names: str) -> None:
+        """Silent processes act on what they have been sent meanwhile."""
+        self.silent.difference_update(names)
+        unheard, self._unheard = self._unheard, []
+        for name, message in unheard:
+            if name in names:
+                self._play(name, message)
+            else:
+                self._unheard.append((name, message))
         self.run()
 
     def restart_coordinator(self) -> None:
@@ -241,7 +255,9 @@ class PlayedCluster:
         for effect in effects:
             if isinstance(effect, Send) and effect.peer in self.roles:
                 self.sent.append((effect.peer, effect.message))
-                if effect.peer not in self.silent:
+                if effect.peer in self.silent:
+                    self._unheard.append((effect.peer, effect.message))
+                else:
                     self._play(effect.peer, effect.message)
             elif isinstance(effect, Disconnect):
                 self.roles.pop(effect.peer, None)
