@@ -143,6 +143,47 @@ def test_returning_what_is_no_microbatch_of_the_plan_changes_nothing() -> None:
     assert ledger.num_open == 0
 
 
+def test_attempts_of_a_later_route_are_numbered_above_those_before() -> None:
+    ledger = SampleLedger(PLAN, first_attempt=3001)
+    [first] = ledger.lease("a", 1, 0.0)
+    assert first.attempt == 3001
+    ledger.lose("a")
+    [again] = ledger.lease("b", 1, 0.0)
+    assert (again.microbatch, again.attempt) == (first.microbatch, 3002)
+    [other] = ledger.lease("b", 2, 0.0)
+    assert other.attempt == 3001
+
+
+def test_an_attempt_of_the_route_before_that_is_reported_late_closes_its_microbatch_once() -> None:
+    ledger = SampleLedger(PLAN, first_attempt=3001)
+    [new] = ledger.lease("a", 1, 0.0)
+    old = Attempt(new.microbatch, 2)
+    ledger.close(old, Outcome.ABORTED)  # nothing: a newer one is under way
+    assert ledger.num_held("a") == 1
+    assert ledger.close(new, Outcome.APPLIED)
+    assert not ledger.close(old, Outcome.APPLIED)
+
+
+def test_what_was_dropped_on_the_route_before_keeps_its_explanation() -> None:
+    before = ledger_with()
+    [attempt] = before.lease("a", 1, 0.0)
+    before.close(attempt, Outcome.DROPPED, reason="not finite", missing_from=3)
+    after = ledger_with(done=before.closed())
+    assert [one.reason for one in after.dropped] == ["dropped before the restore"]
+    after.explain(before.dropped)
+    assert after.dropped == before.dropped
+    assert (after.samples_dropped, after.samples_applied) == (2, 0)
+
+
+def test_what_was_dropped_and_is_lost_in_the_restore_is_not_explained() -> None:
+    before = ledger_with()
+    [attempt] = before.lease("a", 1, 0.0)
+    before.close(attempt, Outcome.DROPPED, reason="not finite")
+    after = ledger_with()
+    after.explain(before.dropped)
+    assert after.dropped == []
+
+
 class LedgerBesideFirstShard(RuleBasedStateMachine):
     """Workers, links with delay, and a first shard that keeps the rules of admission, in any order."""
 
