@@ -138,6 +138,10 @@ class Routing:
             self._early.append((name, message))
 
     def take_early(self) -> list[tuple[str, Message]]:
-        """What was kept, in order, of shards that are still there."""
+        """What was kept of shards that are still there, the oldest cut first.
+
+        A shard may have told of its newest cut just before it was asked to tell of all; cuts are committed in their order.
+        """
         early, self._early = self._early, []
-        return [(name, message) for name, message in early if name in self._shards]
+        there = [(name, message) for name, message in early if name in self._shards]
+        return sorted(there, key=lambda one: getattr(one[1], "version", 0))
