@@ -5,19 +5,21 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-NAMES = ("startup", "hop", "cpu", "digits", "throughput", "convergence")
+NAMES = ("startup", "restart", "hop", "cpu", "digits", "throughput", "convergence")
+LONG = ("chaos",)
+"""Run only when named."""
 
 
 def main(words: list[str]) -> None:
-    """Run those named (all without a name); words after a name that are none go to it."""
+    """Run those named (all of `NAMES` without a name); words after a name that are none go to it."""
     runs: list[tuple[str, list[str]]] = []
     for word in words:
-        if word in NAMES:
+        if word in (*NAMES, *LONG):
             runs.append((word, []))
         elif runs:
             runs[-1][1].append(word)
         else:
-            raise SystemExit(f"no benchmark is called {word!r}; there are {', '.join(NAMES)}")
+            raise SystemExit(f"no benchmark is called {word!r}; there are {', '.join((*NAMES, *LONG))}")
     for name, arguments in runs or [(name, []) for name in NAMES]:
         import_module(f"benchmarks.{name}").main(arguments)
 

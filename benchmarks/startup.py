@@ -69,12 +69,4 @@ def _one(folder: Path, memory: dict[str, list[float]]) -> dict[str, float]:
             time.sleep(0.05)
         for node in client.list_nodes():
             memory.setdefault(str(node["role"]), []).append(node["resident_bytes"] / 1e6)
-        memory.setdefault("coordinator", []).append(_resident_megabytes(cluster.pids["coordinator"]))
     return reached
-
-
-def _resident_megabytes(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1e3
-    raise SystemExit(f"no memory figure for process {pid}")

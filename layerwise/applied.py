@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -53,19 +54,36 @@ class AppliedSet:
         return {"watermark": self.watermark, "above": sorted(self.above), "dropped": sorted(self.dropped)}
 
     @classmethod
+    def parse(cls, text: str, *, stop: int) -> AppliedSet:
+        """The set that a JSON text from another process describes.
+
+        ``ValueError`` when it describes none, or one with an index of ``stop`` or more: what follows from a set may
+        take time and memory in proportion to its largest index.
+        """
+        try:
+            result = cls.from_json(json.loads(text))
+        except RecursionError:
+            raise ValueError(f"not an applied set: {text[:200]}") from None
+        if max(result.above, default=result.watermark - 1) >= stop:
+            raise ValueError(f"not an applied set of {stop} microbatches: {text[:200]}")
+        return result
+
+    @classmethod
     def from_json(cls, value: dict[str, object]) -> AppliedSet:
         """The inverse of `to_json`; ``ValueError`` when the values do not describe such a set."""
+        if not isinstance(value, dict):
+            raise ValueError(f"not an applied set: {str(value)[:200]}")
         watermark, above, dropped = value.get("watermark"), value.get("above"), value.get("dropped", [])
         if type(watermark) is not int or not isinstance(above, list) or not isinstance(dropped, list):
-            raise ValueError(f"not an applied set: {value}")
+            raise ValueError(f"not an applied set: {str(value)[:200]}")
         if watermark < 0 or any(type(index) is not int or index < 0 for index in (*above, *dropped)):
-            raise ValueError(f"not an applied set: {value}")
+            raise ValueError(f"not an applied set: {str(value)[:200]}")
         # The watermark itself is never above it: equal sets have equal values.
         result = cls(watermark, set(above), set(dropped))
         if any(index <= watermark for index in result.above) or len(result.above) != len(above):
-            raise ValueError(f"not an applied set: {value}")
+            raise ValueError(f"not an applied set: {str(value)[:200]}")
         if any(index not in result for index in result.dropped):
-            raise ValueError(f"dropped microbatches that are not in the set: {value}")
+            raise ValueError(f"dropped microbatches that are not in the set: {str(value)[:200]}")
         return result
 
     @classmethod

@@ -97,7 +97,6 @@ def assemble(
                 clip=training.clip,
                 recomputes=profile is not None and profile.derived_weights,
                 activation_bytes=0 if profile is None else profile.activation_bytes,
-                stash_versions=[_version_of(layers[owner - start].ledger) for owner in lower],
             )
         )
     return layers
@@ -124,7 +123,7 @@ def compute_layer(
         precision=precision,
         clones_input=clones_input,
         foreign=foreign,
-        outer_locks=[one.lock for one in lower],
+        owners=lower,
     )
 
 

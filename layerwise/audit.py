@@ -16,7 +16,17 @@ from layerwise.applied import AppliedSet
 from layerwise.audit_report import AuditReport, Findings, LayerFacts
 from layerwise.errors import CorruptError, NotFoundError
 from layerwise.event_log import LogHeader, LogReader, find_logs
-from layerwise.events import AbortEvent, AccumulateEvent, DropEvent, Event, ForwardEvent, Record
+from layerwise.events import (
+    AbortEvent,
+    AccumulateEvent,
+    BackwardEvent,
+    DropEvent,
+    Event,
+    ForwardEvent,
+    PassEvent,
+    Record,
+    WalkEvent,
+)
 from layerwise.ids import Attempt, Microbatch
 from layerwise.layer_audit import CutState, LayerAudit, LearningRate, RateBook
 from layerwise.plan import TrainingPlan
@@ -194,7 +204,10 @@ def _replay(block: BlockEvents, findings: Findings, rates: RateBook, numbers: _N
                     "log", f"{_name(header)}: record {sequence} is of layer {event.layer}, which is in another block"
                 )
                 continue
-            layer.take(event)
+            if isinstance(event, WalkEvent):
+                _check_walk(event, header, layers, findings)
+            else:
+                layer.take(event)
             number = _number(event)
             if number is not None:
                 numbers.take(*number)
@@ -205,8 +218,20 @@ def _replay(block: BlockEvents, findings: Findings, rates: RateBook, numbers: _N
     return layers.values()
 
 
+def _check_walk(event: WalkEvent, header: LogHeader, layers: dict[int, LayerAudit], findings: Findings) -> None:
+    """A walk reads every layer of its block, at versions that they have had."""
+    if event.layer != header.start or len(event.reads) != header.stop - header.start:
+        findings.fail(
+            "log",
+            f"{_name(header)}: a walk of {event.attempt} from layer {event.layer} reads {len(event.reads)} layers",
+        )
+        return
+    for index, versions in enumerate(event.reads, start=header.start):
+        layers[index].read(event.attempt, versions[0], at_most=True)
+
+
 def _number(event: Event) -> tuple[int, Attempt, int] | None:
-    if isinstance(event, ForwardEvent | AccumulateEvent | AbortEvent):
+    if isinstance(event, ForwardEvent | AccumulateEvent | AbortEvent | PassEvent | BackwardEvent | WalkEvent):
         return event.layer, event.attempt, event.number
     if isinstance(event, DropEvent) and event.number is not None:
         return event.layer, event.attempt, event.number

@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from layerwise.gradient_sum import Gradients
-from layerwise.layer_compute import Destination, LayerPass
+from layerwise.ids import Microbatch
+from layerwise.layer_compute import Destination, LayerCompute, LayerPass
+from layerwise.messages import Tensors
 from layerwise.tasks import Steps
 
-Sink = Callable[[LayerPass, Gradients, int], None]
-"""``sink(layer_pass, gradients, read)``: gradients in the order of the layer's own parameters, and the version read."""
+Sink = Callable[[LayerPass, Gradients, tuple[int, ...]], None]
+"""``sink(layer_pass, gradients, reads)``: gradients in the order of the layer's own parameters, and what was read."""
 
 
 def walk_backward(
@@ -27,8 +29,8 @@ def walk_backward(
 
     ``gradients`` belong to the last one's outputs.
 
-    A layer with a ticket reaches ``sink`` as soon as its gradient exists, also when that is empty. A parameter that
-    several layers of the block hold belongs to the lowest: what the others find is carried down to it. ``passes`` is
+    Each layer reaches ``sink`` as soon as its gradient exists, also when that is empty, as it is for a layer without a
+    ticket. A parameter that several layers of the block hold belongs to the lowest: what the others find is carried down to it. ``passes`` is
     emptied on the way, so that each layer's graph is freed when it is done. Yields after each layer.
     """
     carried: dict[Destination, torch.Tensor] = {}
@@ -41,11 +43,39 @@ def walk_backward(
             own = _gather(forward, found.parameters, carried)
         else:
             own = found.parameters
-        if forward.ticket:
-            sink(forward, own, found.read)
+        sink(forward, own, found.reads)
         forward.outputs = None
         yield
     return flowing
+
+
+def forward_again(
+    layers: Sequence[LayerCompute],
+    inputs: Tensors,
+    buffers: Sequence[tuple[torch.Tensor, ...] | None],
+    microbatch: Microbatch,
+    *,
+    tickets: frozenset[int],
+    gradient: bool,
+    passes: list[LayerPass],
+) -> Steps[Tensors]:
+    """The forward pass through ``layers`` once more, for graphs that were not kept; gives the last one's outputs.
+
+    ``buffers`` are each layer's as first read. ``gradient``: that of ``inputs`` will be wanted. ``passes`` gets what
+    `walk_backward` needs. Yields after each layer.
+    """
+    flows: list[bool] | None = None
+    values = inputs
+    for layer, as_read in zip(layers, buffers, strict=True):
+        leaves = layer.prepare(values, gradient=gradient, flows=flows)
+        one = layer.again(leaves, as_read, microbatch, tickets)
+        assert one.outputs is not None
+        passes.append(one)
+        values = one.outputs
+        flows = [item is not None and item.requires_grad for item in values.items]
+        gradient = gradient or bool(one.parameters)
+        yield
+    return values
 
 
 def _gather(

@@ -14,18 +14,20 @@ from collections.abc import Sequence
 import torch
 
 from layerwise.applied import AppliedSet
-from layerwise.backward import walk_backward
+from layerwise.backward import forward_again, walk_backward
+from layerwise.block_evaluation import evaluate_copies, first_not_finite
 from layerwise.cut_shelf import CutShelf
+from layerwise.detached_task import check_pushed, detached_task
 from layerwise.device import HostTransfers
 from layerwise.errors import NotOwnerError, RejectedError, WrongLifeError
 from layerwise.events import WeightMode
 from layerwise.gradient_sum import Gradients
 from layerwise.head import Head, loss_gradients, run_head
-from layerwise.ids import Attempt, Microbatch
+from layerwise.ids import Attempt
 from layerwise.kept_pass import ActivationStore, KeptPass, tensor_bytes
 from layerwise.layer import LayerCopy, TrainedLayer
 from layerwise.layer_compute import LayerPass, Precision
-from layerwise.messages import DetachedTask, LayerReport, LayerRevision, Metric, NamedTensors, Tensors
+from layerwise.messages import DetachedTask, LayerReport, LayerRevision, Tensors
 from layerwise.plan import TrainingPlan
 from layerwise.tasks import (
     ApplyTask,
@@ -208,16 +210,9 @@ class Block:
                 yield from self._forward_again(kept)
             with self._transfers.computing():
                 gradients = self._output_gradients(kept, task.gradients)
-            mode = self.mode
-            layers, start, attempt = self.layers, self.start, task.attempt
 
-            def sink(forward: LayerPass, found: Gradients, read: int) -> None:
-                layer = layers[forward.index - start]
-                if mode is WeightMode.STASHED:
-                    layer.take(attempt, found, read=forward.read, mode=mode)  # without parameters nothing was stashed
-                    return
-                used = WeightMode.RECOMPUTE if layer.recomputes else mode
-                layer.take(attempt, found, read=read, mode=used)
+            def sink(forward: LayerPass, found: Gradients, reads: tuple[int, ...]) -> None:
+                self._take(kept, forward, found, reads)
 
             walk = walk_backward(kept.passes, gradients, sink)
             while True:
@@ -235,24 +230,46 @@ class Block:
         with self._transfers.computing():
             return BackwardResult(gradients=self._transfers.unload(Tensors(flowing, kept.inputs.single)))
 
+    def _take(self, kept: KeptPass, forward: LayerPass, found: Gradients, reads: tuple[int, ...]) -> None:
+        """A layer's gradient exists: take it in. A layer that has the microbatch already only notes what was read."""
+        layer = self.layers[forward.index - self.start]
+        attempt, (read, *owners) = kept.attempt, reads
+        mode = WeightMode.RECOMPUTE if layer.recomputes and self.mode is WeightMode.LATEST else self.mode
+        taken = False
+        if forward.ticket:
+            base = forward.read if mode is WeightMode.STASHED else read  # without parameters nothing was stashed
+            taken = layer.take(attempt, found, read=base, mode=mode, owners=tuple(owners))
+        if not taken:
+            if mode is WeightMode.STASHED and forward.stashed is None:
+                mode = WeightMode.LATEST
+            layer.hand_down(attempt, kept.number, read=read, mode=mode, owners=tuple(owners))
+
     def _forward_again(self, kept: KeptPass) -> Steps[None]:
         """Build the graphs that were not kept, with the weights of now and the buffers as they were read."""
-        flowing = kept.input_gradient
-        flows: list[bool] | None = None
-        values = kept.inputs
-        for layer, buffers in zip(self.layers, kept.buffers, strict=True):
+        steps = forward_again(
+            [layer.compute for layer in self.layers],
+            kept.inputs,
+            kept.buffers,
+            kept.attempt.microbatch,
+            tickets=kept.tickets,
+            gradient=kept.input_gradient,
+            passes=kept.passes,
+        )
+        outputs: Tensors | None = None
+        while outputs is None:
             with self._transfers.computing():
-                leaves = layer.compute.prepare(values, gradient=flowing, flows=flows)
-                one = layer.again(leaves, buffers, kept.attempt, kept.tickets)
-                assert one.outputs is not None
-                kept.passes.append(one)
-                values = one.outputs
-                flows = [item is not None and item.requires_grad for item in values.items]
-                flowing = flowing or bool(one.parameters)
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    outputs = end.value
+                    continue
             yield
+        reads = tuple(one.reads for one in kept.passes)
+        self.layers[0].begin_walk(kept.attempt, kept.number, detached=False, reads=reads)
         if self._head is not None:
             with self._transfers.computing():
-                kept.loss, kept.head = run_head(self._head, values, kept.targets, self._precision, graph=True)
+                kept.loss, kept.head = run_head(self._head, outputs, kept.targets, self._precision, graph=True)
+        yield
 
     def _output_gradients(self, kept: KeptPass, gradients: Tensors | None) -> Sequence[torch.Tensor | None]:
         if kept.loss is not None and kept.head is not None:
@@ -280,25 +297,19 @@ class Block:
         held = {one.layer: one.revision for one in have if one.life == life}
         host = self._transfers
         with host.computing():
-            states = [layer.pull(held.get(layer.index)) for layer in self.layers]
+            pulled = [layer.pull(held.get(layer.index)) for layer in self.layers]
             host.finish()
-        return DetachedTask(
-            job=job,
-            attempt=task.attempt,
-            number=task.number,
-            life=life,
-            inputs=host.unload(kept.inputs),
-            targets=host.unload(kept.targets) if self._head is not None else None,
-            gradients=task.gradients,
-            buffers=tuple(
-                (layer.index, _named(host, layer.module.buffer_names, buffers))
-                for layer, buffers in zip(self.layers, kept.buffers, strict=True)
-                if layer.module.may_write_buffers  # the others the worker has itself
-            ),
-            lacking=tuple(sorted(kept.tickets)),
-            input_gradient=kept.input_gradient,
-            states=tuple(state for state in states if state is not None),
+        self._begin_detached(kept, [version for version, _ in pulled])
+        states = tuple(state for _, state in pulled if state is not None)
+        targets = kept.targets if self._head is not None else None
+        return detached_task(task, job, life, kept, self.layers, states, targets, host)
+
+    def _begin_detached(self, kept: KeptPass, versions: Sequence[int]) -> None:
+        reads = tuple(
+            (versions[layer.index - self.start], *(versions[owner - self.start] for owner in layer.compute.owners))
+            for layer in self.layers
         )
+        self.layers[0].begin_walk(kept.attempt, kept.number, detached=True, reads=reads)
 
     def apply(self, task: ApplyTask) -> Steps[None]:
         """Take in a pushed gradient; a repeat changes nothing.
@@ -315,25 +326,11 @@ class Block:
                 f"gradient for layer {push.layer} refused: it is from life {push.life}, the layer is in life "
                 f"{layer.ledger.life}; fetch the layer again"
             )
-        gradients = self._pushed(layer, push.gradients)
+        check_pushed(layer, push.gradients)
+        gradients = self._transfers.load(Tensors(push.gradients.items, single=False)).items
         with self._transfers.computing():
             layer.take(push.attempt, gradients, read=push.read, mode=WeightMode.RECOMPUTE)
         yield from ()
-
-    def _pushed(self, layer: TrainedLayer, named: NamedTensors) -> Gradients:
-        owned = layer.compute.owned
-        if named.names != tuple(owned):
-            raise RejectedError(
-                f"gradient for layer {layer.index} refused: it names {named.names}, the layer's trainable parameters "
-                f"are {tuple(owned)}"
-            )
-        for (name, parameter), gradient in zip(owned.items(), named.items, strict=True):
-            if gradient is not None and gradient.shape != parameter.shape:
-                raise RejectedError(
-                    f"gradient for layer {layer.index} refused: {name} has shape {tuple(gradient.shape)}, the "
-                    f"parameter {tuple(parameter.shape)}"
-                )
-        return self._transfers.load(Tensors(named.items, single=False)).items
 
     def release(self, attempt: Attempt) -> None:
         """Free what ``attempt`` keeps, once a detached worker has finished it."""
@@ -361,33 +358,7 @@ class Block:
     def evaluate(self, task: EvaluateTask) -> Steps[EvaluateResult]:
         """Run the cut's copy in evaluation mode; ``NotFoundError`` when it is not held."""
         copies = self.shelf.get(task.version)
-        owners = {
-            (copy.layer, position): tensor
-            for copy, layer in zip(copies, self.layers, strict=True)
-            for position, tensor in enumerate(copy.parameters[name] for name in layer.compute.owned)
-        }
-        samples = Microbatch(0, task.start, task.stop)
-        values = self._transfers.load(task.inputs)
-        for copy, layer in zip(copies, self.layers, strict=True):
-            foreign = {id(parameter): owners[where] for parameter, where in layer.compute.foreign}
-            parameters = [
-                foreign[id(parameter)] if id(parameter) in foreign else copy.parameters.get(name, parameter)
-                for name, parameter in layer.module.parameters.items()
-            ]
-            with self._transfers.computing():
-                values = layer.compute.evaluate(values, samples, parameters, tuple(copy.buffers.values()))
-            yield
-        with self._transfers.computing(), torch.no_grad():
-            if self._head is None:
-                return EvaluateResult(outputs=self._transfers.unload(values))
-            targets = self._transfers.load(task.targets)
-            loss, _ = run_head(self._head, values, targets, self._precision, graph=False)
-            count = float(task.stop - task.start)
-            return EvaluateResult(
-                outputs=None,
-                loss=Metric(name="loss", total=float(loss.detach()) * count, count=count),
-                metrics=self._head.metrics(values, targets),
-            )
+        return (yield from evaluate_copies(task, copies, self.layers, self._head, self._transfers, self._precision))
 
     def cut_at(self, version: int) -> None:
         """Every layer copies itself at the update that reaches ``version`` (at once where it is there already).
@@ -425,35 +396,10 @@ class Block:
         -1: the block's input already was not; ``None``: all finite. Outputs that were not kept are computed again,
         with the weights that are there now.
         """
-        kept = self._store.get(attempt)
-        made = {one.index: one.outputs for one in kept.passes if one.outputs is not None}
-        values = kept.inputs
         with self._transfers.computing():
-            if not _finite(values):
-                return -1
-            for layer, buffers in zip(self.layers, kept.buffers, strict=True):
-                found = made.get(layer.index)
-                if found is None:
-                    with layer.compute.guard(exchanges=layer.module.may_write_buffers):
-                        found = layer.compute.run(values, attempt.microbatch, graph=False, buffers=buffers)
-                if not _finite(found):
-                    return layer.index
-                values = found
-        return None
+            return first_not_finite(self._store.get(attempt), self.layers)
 
     def _layer(self, index: int) -> TrainedLayer:
         if not self.start <= index < self.stop:
             raise NotOwnerError(f"layer {index} is not in the block of layers {self.start} to {self.stop - 1}")
         return self.layers[index - self.start]
-
-
-def _named(host: HostTransfers, names: tuple[str, ...], items: tuple[torch.Tensor, ...]) -> NamedTensors:
-    return NamedTensors(names, host.unload(Tensors(items, single=False)).items)
-
-
-def _finite(tensors: Tensors) -> bool:
-    return all(
-        bool(torch.isfinite(one).all())
-        for one in tensors.items
-        if one is not None and (one.is_floating_point() or one.is_complex())
-    )

@@ -14,19 +14,21 @@ from layerwise.assembly import Training, assemble, compute_layer, foreign_parame
 from layerwise.block import Block
 from layerwise.cut_shelf import CutEvents, CutShelf
 from layerwise.cut_writer import CutWriter
-from layerwise.cuts import layer_files, load_manifest
+from layerwise.cuts import cut_folder, layer_files, load_manifest
 from layerwise.data import load_dataset
 from layerwise.data_info import DataInfo
 from layerwise.detached import DetachedBlock, PulledStates
 from layerwise.device import transfers
-from layerwise.errors import ConfigError, CorruptError
+from layerwise.errors import ConfigError, CorruptCutError, CorruptError, NotFoundError
 from layerwise.event_log import EventLog, LogHeader
 from layerwise.events import WeightMode
+from layerwise.fences import Fence, raise_fence
 from layerwise.head import job_head
 from layerwise.job import JobSpec, parse_job
 from layerwise.layer import LayerCopy
 from layerwise.layer_compute import LayerCompute, Precision
 from layerwise.layer_file import load_layer
+from layerwise.machine import Machine, this_machine
 from layerwise.messages import Assignment, BlockPlace
 from layerwise.models import build_model, load_weights
 from layerwise.policies import delay_policy
@@ -61,7 +63,10 @@ def build_block(
 
     Raises:
         ConfigError, NotAllowedError: the job's model, data or initial weights can't be used here.
-        NotFoundError, CorruptError: the cut is not there, or damaged.
+        CorruptCutError: the cut is not there, or damaged; the one before may do.
+        CorruptError: it does not fit the model.
+        WrongLifeError: a later life of one of the layers has begun.
+        OSError: the disk refuses what a life has to leave there before it begins.
     """
     spec, settings, profile = _documents(assignment)
     place = assignment.route[assignment.block]
@@ -74,7 +79,11 @@ def build_block(
     del modules
     copies = _load_cut(assignment, place) if assignment.cut else None
     training = training_of(spec, settings, device)
-    events = EventLog(assignment.directory, _log_header(assignment, place, settings, names))
+    raise_fence(
+        assignment.directory, Fence(life=place.life, start=place.start, stop=place.stop, version=assignment.cut)
+    )
+    machine = this_machine(device, spec.train.precision)
+    events = EventLog(assignment.directory, _log_header(assignment, place, settings, names, machine))
     try:
         layers = assemble(
             own,
@@ -218,17 +227,25 @@ def _check_profile(modules: Sequence[nn.Module], profile: Profile) -> None:
 
 
 def _load_cut(assignment: Assignment, place: BlockPlace) -> list[LayerCopy]:
-    manifest = load_manifest(assignment.directory, assignment.cut)
+    try:
+        manifest = load_manifest(assignment.directory, assignment.cut)
+    except NotFoundError as error:
+        folder = cut_folder(assignment.directory, assignment.cut)
+        raise CorruptCutError(str(error), version=assignment.cut, path=folder) from None
     files = {file.layer: file for file in layer_files(manifest)}
     missing = [index for index in range(place.start, place.stop) if index not in files]
     if missing:
-        raise CorruptError(
-            f"the manifest of cut {assignment.cut} in {assignment.directory} names no file of layers {missing}"
+        raise CorruptCutError(
+            f"the manifest of cut {assignment.cut} in {assignment.directory} names no file of layers {missing}",
+            version=assignment.cut,
+            path=cut_folder(assignment.directory, assignment.cut),
         )
     return [load_layer(assignment.directory, assignment.cut, files[index]) for index in range(place.start, place.stop)]
 
 
-def _log_header(assignment: Assignment, place: BlockPlace, settings: ResolvedSettings, names: list[str]) -> LogHeader:
+def _log_header(
+    assignment: Assignment, place: BlockPlace, settings: ResolvedSettings, names: list[str], machine: Machine
+) -> LogHeader:
     return LogHeader(
         job=assignment.job,
         start=place.start,
@@ -242,4 +259,5 @@ def _log_header(assignment: Assignment, place: BlockPlace, settings: ResolvedSet
         position_order=settings.mode == "synchronous",
         backward_weights=settings.backward_weights,
         layer_names=tuple(names),
+        machine=machine,
     )

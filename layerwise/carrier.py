@@ -41,6 +41,7 @@ class Carrier:
         self._on_written = on_written
         self._wake = asyncio.Event()
         self._frame_due = False
+        self._asks = False
         self._named = False
         self._carries = True
         self._farewell: FrameHeader | None = None
@@ -53,6 +54,16 @@ class Carrier:
                 self._writer.add(packet.sequence, packet.message)
             else:
                 self._frame_due = True
+        self._wake.set()
+
+    @property
+    def open_bytes(self) -> int:
+        """Announced bytes of the message that has not arrived whole."""
+        return self._reader.open_bytes
+
+    def ask(self) -> None:
+        """Ask the peer for a sign of life: it answers with a frame at once."""
+        self._asks = self._frame_due = True
         self._wake.set()
 
     def release(self, farewell: Packet | None = None) -> None:
@@ -114,9 +125,10 @@ class Carrier:
                 receiver=link.peer_incarnation,
                 acknowledged=link.acknowledged,
                 name="" if self._named else self._name,
+                answer=self._asks,
             )
             data = writer.next_frame(header)
-            self._named, self._frame_due, self.received_bytes = True, False, 0
+            self._named, self._frame_due, self._asks, self.received_bytes = True, False, False, 0
             self._on_written(len(data))
             await self._stream.write(data)
         if self._ended:

@@ -14,7 +14,7 @@ import grpc
 
 from layerwise.errors import DeadlineError, UnreachableError
 from layerwise.grpc_status import error_of
-from layerwise.proto.calls import CALLS, ClientRequest, EventDocument
+from layerwise.proto.calls import CALLS, ClientRequest, EventDocument, JobsPage
 
 CALL_SECONDS = 15.0
 RECONNECT_SECONDS = 60.0
@@ -112,8 +112,15 @@ class CoordinatorClient:
         return self._job("Submit", ClientRequest(spec_json=spec_json))
 
     def list_jobs(self) -> list[dict[str, Any]]:
-        """All jobs' documents, oldest first."""
-        return self._list("ListJobs", ClientRequest())
+        """All jobs' documents, oldest first. They come in pages, each a call with a time limit of its own."""
+        documents: list[dict[str, Any]] = []
+        offset = 0
+        while True:
+            page: JobsPage = self._call("ListJobs", ClientRequest(offset=offset))
+            documents += page.documents
+            if page.next_offset <= offset:
+                return documents
+            offset = page.next_offset
 
     def get_job(self, job: str) -> dict[str, Any]:
         """One job's document."""

@@ -13,16 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from layerwise.child import ChildProcess, describe_status, last_lines
-from layerwise.errors import DeadlineError, NotFoundError, UnreachableError
+from layerwise.child import Program, last_lines
+from layerwise.errors import DeadlineError, NotFoundError, RetryableError, UnreachableError
 from layerwise.run_directory import DirectoryLock
+from layerwise.supervision import Supervision
+from layerwise.supervisor import SPARE, Problem, ProcessRecord, Supervisor
 
 if TYPE_CHECKING:
     from layerwise.client import CoordinatorClient
 
 LONGEST_SOCKET_PATH = 100
 """Unix sockets take 107 bytes; the rest is for the longest name."""
-QUICK_DEATH_SECONDS = 10.0
 MOST_QUICK_DEATHS = 3
 
 
@@ -35,8 +36,10 @@ class LocalCluster:
     (default: the cores divided by the shards and detached workers). ``devices`` are given out in turn.
 
     A process that ends by itself is started again under its name with ``restart``, unless it died at once several
-    times. ``on_problem`` hears, from some thread, one sentence about each unexpected end, and whether it was the last
-    of that process.
+    times. One that is stopped for ``hang_seconds``, or gives no sign of life for four times as long, counts as ended
+    (None: never). With ``spare`` a process with torch imported waits to take the place of a shard or worker that ends,
+    from when all have started, or from when `keep_spare` is called. ``on_problem`` hears, from some thread, one sentence
+    about each unexpected end and what follows from it, and whether that process is not started again.
 
     Thread-safe, except for entering and leaving.
     """
@@ -56,6 +59,8 @@ class LocalCluster:
         serve_metrics: bool = True,
         insecure: bool = False,
         restart: bool = False,
+        spare: bool = False,
+        hang_seconds: float | None = None,
         start_seconds: float = 60.0,
         stop_seconds: float = 10.0,
         environment: Mapping[str, str] | None = None,
@@ -71,15 +76,12 @@ class LocalCluster:
         self._serve_metrics = serve_metrics
         self._environment = dict(environment or {})
         self._on_problem = on_problem
+        self._spare, self._hang_seconds = spare, hang_seconds
         self._lock = threading.RLock()
-        self._children: dict[str, ChildProcess] = {}
-        self._ended_children: list[ChildProcess] = []
-        self._quick_deaths: dict[str, int] = {}
-        self._started_at: dict[str, float] = {}
+        self._supervisor: Supervisor | None = None
         self._gone = threading.Event()
         self._problems: list[str] = []
         self._killed: set[str] = set()
-        self._stopping = False
         self._folder: Path | None = None
         self._directory_lock: DirectoryLock | None = None
 
@@ -91,9 +93,19 @@ class LocalCluster:
             if self._wanted_directory is not None:
                 self._directory_lock = DirectoryLock(self._wanted_directory)
             self.logs.mkdir(parents=True, exist_ok=True)
+            self._supervisor = Supervisor(
+                Supervision(
+                    restart=self._restart, most_quick_deaths=MOST_QUICK_DEATHS, hang_seconds=self._hang_seconds
+                ),
+                spare_environment=self._environment_of("shard"),
+                spare_log=self.logs / f"{SPARE}.log",
+                on_problem=self._hear,
+            )
             for name in self.names:
-                self._start(name)
+                self._supervisor.start(self._program(name))
             self._wait_until_ready()
+            if self._spare:
+                self.keep_spare()
         except BaseException:
             self.stop()
             raise
@@ -106,24 +118,8 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End every process: workers first, then the coordinator, each group by force after ``stop_seconds``. May be repeated."""
-        with self._lock:
-            self._stopping = True
-            children = list(self._children.values())
-        workers = [child for child in children if child.name != "coordinator"]
-        for group in (workers, [child for child in children if child.name == "coordinator"]):
-            for child in group:
-                child.signal(signal.SIGTERM)
-                child.signal(signal.SIGCONT)  # a paused one could not hear it
-            deadline = time.monotonic() + self.stop_seconds  # the coordinator's own, however long the workers took
-            for child in group:
-                child.wait(max(0.0, deadline - time.monotonic()))
-        for child in children:
-            child.signal(signal.SIGKILL)
-        for child in [*children, *self._ended_children]:
-            child.close()
-        with self._lock:
-            self._children.clear()
-            self._ended_children.clear()
+        if self._supervisor is not None:
+            self._supervisor.stop(self.stop_seconds, last="coordinator")
         if self._directory_lock is not None:
             self._directory_lock.close()
             self._directory_lock = None
@@ -156,8 +152,17 @@ class LocalCluster:
     @property
     def pids(self) -> dict[str, int]:
         """Process ids by name, of those that run."""
-        with self._lock:
-            return {name: child.pid for name, child in self._children.items() if child.running}
+        return self._supervisor.pids if self._supervisor is not None else {}
+
+    @property
+    def spare_pid(self) -> int | None:
+        """The process id of a spare that is ready; None without one."""
+        return self._supervisor.spare_pid if self._supervisor is not None else None
+
+    @property
+    def records(self) -> tuple[ProcessRecord, ...]:
+        """What has happened to the processes, oldest first, with times: starts, signals, ends, adoptions of the spare."""
+        return self._supervisor.records if self._supervisor is not None else ()
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -178,13 +183,15 @@ class LocalCluster:
     def wait_for_nodes(self, seconds: float | None = None) -> None:
         """Return when every process of the cluster, except for those killed, has presented itself to the coordinator.
 
+        One that was started again counts when it has done so as the process that it is now.
+
         Raises:
             DeadlineError: after ``seconds`` (default: ``start_seconds``), naming those that are missing.
             UnreachableError: one of them ended for good.
         """
         deadline = time.monotonic() + (seconds or self.start_seconds)
         with self.client() as client:
-            while missing := self._wanted_nodes() - {node["name"] for node in client.list_nodes()}:
+            while missing := self._missing_nodes(client):
                 if self._gone.wait(0.05):
                     raise UnreachableError(self.problems[-1])
                 if time.monotonic() > deadline:
@@ -193,65 +200,81 @@ class LocalCluster:
                         f"their logs are in {self.logs}"
                     )
 
+    def wait_for_restart(self, name: str, pid: int, seconds: float | None = None) -> int:
+        """Wait until process ``name`` runs as another one than ``pid``; gives its process id. It may not be registered yet.
+
+        Raises:
+            DeadlineError: after ``seconds`` (default: ``start_seconds``).
+        """
+        return self._running().wait_for_restart(name, pid, seconds or self.start_seconds)
+
+    def keep_spare(self) -> None:
+        """From now on keep a spare process ready, once no other is starting. May be repeated."""
+        self._running().keep_spare()
+
+    def wait_for_spare(self, seconds: float | None = None) -> int:
+        """Wait until the spare is ready; gives its process id.
+
+        Raises:
+            DeadlineError: after ``seconds`` (default: ``start_seconds``).
+        """
+        supervisor = self._running()
+        if not supervisor.wait_for(lambda: supervisor.spare_pid is not None, seconds or self.start_seconds):
+            raise DeadlineError(f"no spare process became ready in time; its log is {self.logs / SPARE}.log")
+        return supervisor.spare_pid or 0
+
     # ---- faults ----
 
-    def kill(self, name: str) -> None:
-        """End process ``name`` by SIGKILL and wait until it is gone. That is no problem; with ``restart`` it comes again."""
-        child = self._child(name)
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """End process ``name`` by a signal and wait until it is gone; gives its process id.
+
+        That is no problem; with ``restart`` the process comes again, see `wait_for_restart`.
+        """
         with self._lock:
-            self._killed.add(name)
-        child.signal(signal.SIGKILL)
-        child.wait()
+            if not self._restart:
+                self._killed.add(name)
+        return self._running().kill(name, number)
 
     def pause(self, name: str) -> None:
-        """Stop process ``name`` where it stands (SIGSTOP)."""
-        self._child(name).signal(signal.SIGSTOP)
+        """Stop process ``name`` where it stands (SIGSTOP); it counts as ended after ``hang_seconds``."""
+        self._running().send(name, signal.SIGSTOP)
 
     def unpause(self, name: str) -> None:
         """Let a paused process go on (SIGCONT)."""
-        self._child(name).signal(signal.SIGCONT)
+        self._running().send(name, signal.SIGCONT)
 
     def start(self, name: str) -> None:
-        """Start process ``name`` again after it ended."""
+        """Start process ``name`` again after it ended; nothing happens while it runs."""
+        if name not in self.names:
+            raise NotFoundError(f"this cluster has no process {name}; it has {', '.join(self.names)}")
         with self._lock:
-            if name not in self.names:
-                raise NotFoundError(f"this cluster has no process {name}; it has {', '.join(self.names)}")
-            child = self._children.get(name)
-            if child is None or not child.running:
-                self._start(name)
+            self._killed.discard(name)
+        self._running().start(self._program(name))
 
     # ---- inside ----
 
-    def _wanted_nodes(self) -> set[str]:
+    def _missing_nodes(self, client: CoordinatorClient) -> set[str]:
         with self._lock:
-            return set(self.names) - {"coordinator"} - self._killed
+            wanted = set(self.names) - {"coordinator"} - self._killed
+        try:
+            known = {(node["name"], node["pid"]) for node in client.list_nodes()} if wanted else set()
+        except RetryableError:
+            known = set()  # the coordinator is being started again
+        pids = self.pids
+        return {name for name in wanted if (name, pids.get(name)) not in known}
 
-    def _child(self, name: str) -> ChildProcess:
-        with self._lock:
-            if name not in self._children:
-                raise NotFoundError(f"this cluster has no running process {name}; it has {', '.join(self._children)}")
-            return self._children[name]
-
-    def _start(self, name: str) -> None:
-        with self._lock:
-            if self._stopping:
-                return
-            old = self._children.pop(name, None)
-            if old is not None:
-                self._ended_children.append(old)
-            self._killed.discard(name)
-            self._started_at[name] = time.monotonic()
-            self._children[name] = ChildProcess(
-                name,
-                self._arguments(name),
-                log=self.logs / f"{name}.log",
-                environment=self._environment_of(name),
-                on_exit=self._on_exit,
-            )
+    def _program(self, name: str) -> Program:
+        return Program(
+            name=name,
+            arguments=tuple(self._arguments(name)),
+            environment=self._environment_of(name),
+            log=self.logs / f"{name}.log",
+            warm=name != "coordinator",
+        )
 
     def _arguments(self, name: str) -> list[str]:
         role, _, index = name.partition("-")
-        insecure = ["--insecure"] if self._insecure else []
+        insecure = ["--insecure", "--debug"] if self._insecure else ["--debug"]
         if role == "coordinator":
             state = self.directory / "coordinator"
             metrics = ["--metrics", self._coordinator_metrics] if self._coordinator_metrics else []
@@ -272,28 +295,18 @@ class LocalCluster:
         threads = str(self._threads if name.startswith(("shard", "backward")) else 1)
         return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **self._environment}
 
-    def _on_exit(self, child: ChildProcess, status: int) -> None:
+    def _hear(self, problem: Problem) -> None:
         with self._lock:
-            if self._stopping or self._children.get(child.name) is not child:
-                return
-            if child.name in self._killed:
-                if self._restart:
-                    self._start(child.name)
-                return
-            quick = time.monotonic() - self._started_at[child.name] < QUICK_DEATH_SECONDS
-            self._quick_deaths[child.name] = self._quick_deaths.get(child.name, 0) + 1 if quick else 0
-            again = self._restart and status != 2 and self._quick_deaths[child.name] < MOST_QUICK_DEATHS
-            sentence = f"{child.name} (process {child.pid}) ended with {describe_status(status)}"
-            words = child.last_words().splitlines()
-            sentence += f": {words[-1]}" if words else ""
-            sentence += f" (log: {child.log})"
-            self._problems.append(sentence)
-            if again:
-                self._start(child.name)
-            else:
-                self._gone.set()
+            self._problems.append(problem.sentence)
+        if problem.for_good and problem.name != SPARE:
+            self._gone.set()
         if self._on_problem is not None:
-            self._on_problem(sentence, not again)
+            self._on_problem(problem.sentence, problem.for_good and problem.name != SPARE)
+
+    def _running(self) -> Supervisor:
+        if self._supervisor is None:
+            raise NotFoundError("the cluster has not been started: use it in a with statement")
+        return self._supervisor
 
     def _wait_until_ready(self) -> None:
         """Wait until the coordinator accepts calls; a process that ends for good in the meantime is an error."""

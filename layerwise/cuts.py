@@ -5,29 +5,34 @@
     <job directory>/cuts/00000100/layer-000.life-1.safetensors   written aside, synced, renamed: by each layer's shard
                                   layer-001.life-1.safetensors
                                   ...
-                                  manifest.json                  written last, the same way: now the cut is durable
+                                  manifest.life-1.json           written last, the same way: now the cut is durable
+                         fences/life-1.layers-0-2.from-0         which life a layer is in: `layerwise.fences`
 
-A folder without a manifest is no cut. The manifest names its files with sizes and hashes, and holds a hash of itself.
+A folder without a manifest is no cut, and one whose manifest names a file of a life that was replaced before is none
+either. The life in a manifest's name is that of the block whose shard wrote it, so that a paused former owner can't
+overwrite its successor's. The manifest names its files with sizes and hashes, and holds a hash of itself.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from layerwise.errors import CorruptError, NotFoundError
+from layerwise import disk
+from layerwise.errors import CorruptCutError, LayerwiseError, NotFoundError, WrongLifeError
+from layerwise.fences import Fence, fences_in, shut_out
 from layerwise.messages import LayerFile
 
-MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
 _FOLDER = re.compile(r"\d{8,}")
+_MANIFEST = re.compile(r"manifest\.life-(\d+)\.json")
+_CHUNK_BYTES = 8 << 20
 
 log = logging.getLogger(__name__)
 
@@ -42,60 +47,68 @@ def layer_file_name(layer: int, life: int) -> str:
     return f"layer-{layer:03d}.life-{life}.safetensors"
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Write ``path`` so that after any crash it is whole or not there: aside, synced, renamed, folder synced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+def manifest_name(life: int) -> str:
+    """The name of the manifest that the first block's shard writes in ``life``."""
+    return f"manifest.life-{life}.json"
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has what was created, renamed or deleted in ``folder``."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def commit_manifest(directory: str | Path, version: int, manifest_json: str, keep: Iterable[int] = ()) -> None:
-    """Make the cut of ``version`` durable: write its manifest, then delete the older cuts that are not in ``keep``.
-
-    ``manifest_json`` is an object with at least ``version`` and ``files``, see `load_manifest`. An old cut that can't
-    be deleted stays for the next time: the new one is durable all the same.
+def write_layer_file(directory: str | Path, version: int, layer: int, life: int, data: bytes) -> LayerFile:
+    """Put one layer's file of a cut on disk durably; says which file it became.
 
     Raises:
-        CorruptError: a file that it names is not there, or has another size.
+        OSError: the disk refused; nothing with the file's name was left.
+    """
+    name = layer_file_name(layer, life)
+    disk.write_durably(cut_folder(directory, version) / name, data, "cut")
+    return LayerFile(layer=layer, life=life, name=name, num_bytes=len(data), digest=file_digest(data))
+
+
+def commit_manifest(
+    directory: str | Path, version: int, manifest_json: str, keep: Iterable[int] = (), *, life: int
+) -> None:
+    """Make the cut of ``version`` durable: write its manifest, then delete the cuts older than all in ``keep``.
+
+    ``manifest_json`` is an object with at least ``version`` and ``files``, see `load_manifest`. ``life`` is that of
+    the block whose shard commits. An old cut that can't be deleted stays for the next time: the new one is durable all
+    the same.
+
+    Raises:
+        WrongLifeError: a layer's file is of a life that was replaced before that version.
+        CorruptCutError: a file that it names is not there, or has another size.
         OSError: the disk refused; the cut is not durable.
     """
     folder = cut_folder(directory, version)
     manifest = json.loads(manifest_json)
-    for file in layer_files(manifest):
+    files = layer_files(manifest)
+    _check_lives(directory, version, files)
+    for file in files:
         path = folder / file.name
         num_bytes = path.stat().st_size if path.is_file() else -1
         if num_bytes != file.num_bytes:
             found = "is missing" if num_bytes < 0 else f"has {num_bytes} bytes"
-            raise CorruptError(f"cut {version} can't be committed: {path} {found}, {file.num_bytes} bytes were saved")
+            raise CorruptCutError(
+                f"cut {version} can't be committed: {path} {found}, {file.num_bytes} bytes were saved",
+                version=version,
+                path=path,
+            )
     manifest[_CHECKSUM] = _checksum(manifest)
-    sync_folder(folder.parent)
-    write_durably(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
-    delete_cuts(directory, {version, *keep})
+    disk.sync_folder(folder.parent, "manifest")
+    disk.sync_folder(Path(directory), "manifest")
+    disk.write_durably(
+        folder / manifest_name(life), json.dumps(manifest, indent=1, sort_keys=True).encode(), "manifest"
+    )
+    # What is below the oldest one to keep is older than anything that a later life can begin at, so that deleting it
+    # late does no harm; who was replaced still has no say in it.
+    _check_lives(directory, version, files)
+    delete_cuts(directory, min({version, *keep}))
 
 
 def durable_cuts(directory: str | Path) -> tuple[int, ...]:
-    """The versions that have a manifest, oldest first."""
+    """The versions of the cuts that count, oldest first. A manifest that can't be read counts: who loads it hears why."""
     cuts = Path(directory) / "cuts"
-    folders = [one for one in cuts.iterdir() if _FOLDER.fullmatch(one.name)] if cuts.is_dir() else []
-    return tuple(sorted(int(one.name) for one in folders if (one / MANIFEST).is_file()))
+    versions = sorted(int(one.name) for one in (cuts.iterdir() if cuts.is_dir() else ()) if _FOLDER.fullmatch(one.name))
+    fences = fences_in(directory) if versions else ()
+    return tuple(version for version in versions if _find_manifest(directory, version, fences) is not None)
 
 
 def newest_cut(directory: str | Path) -> int | None:
@@ -103,26 +116,24 @@ def newest_cut(directory: str | Path) -> int | None:
     return max(durable_cuts(directory), default=None)
 
 
+def is_durable(directory: str | Path, version: int) -> bool:
+    """Whether the cut of ``version`` has a manifest, of whatever life."""
+    folder = cut_folder(directory, version)
+    return folder.is_dir() and any(_MANIFEST.fullmatch(path.name) for path in folder.iterdir())
+
+
 def load_manifest(directory: str | Path, version: int) -> dict[str, Any]:
     """What the cut's manifest says; its own hash is checked.
 
     Raises:
         NotFoundError: there is no such cut.
-        CorruptError: the manifest was cut short or changed.
+        CorruptCutError: the manifest was cut short or changed.
     """
-    path = cut_folder(directory, version) / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    path = _find_manifest(directory, version, fences_in(directory))
+    if path is None:
         there = ", ".join(map(str, durable_cuts(directory))) or "none"
-        raise NotFoundError(f"there is no cut of version {version} in {directory}; there are: {there}") from None
-    except ValueError as error:
-        raise CorruptError(f"{path} is not readable as JSON ({error}); use an older cut") from None
-    if not isinstance(manifest, dict) or manifest.pop(_CHECKSUM, None) != _checksum(manifest):
-        raise CorruptError(f"{path} does not fit its own checksum: it was changed or cut short; use an older cut")
-    if manifest.get("version") != version:
-        raise CorruptError(f"{path} is of version {manifest.get('version')}, not {version}")
-    return manifest
+        raise NotFoundError(f"there is no cut of version {version} in {directory}; there are: {there}")
+    return _read_manifest(path, version)
 
 
 def layer_files(manifest: Mapping[str, Any]) -> tuple[LayerFile, ...]:
@@ -140,54 +151,166 @@ def file_digest(data: bytes | memoryview) -> str:
 
 
 def read_checked(folder: Path, file: LayerFile) -> bytes:
-    """The bytes of ``file``; ``CorruptError`` unless size and hash are those of the manifest."""
-    path = folder / file.name
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CorruptError(f"{path} is missing, but the manifest beside it names it; use an older cut") from None
-    if len(data) != file.num_bytes:
-        raise CorruptError(f"{path} has {len(data)} bytes, the manifest says {file.num_bytes}; use an older cut")
-    if file_digest(data) != file.digest:
-        raise CorruptError(f"{path} does not have the hash that the manifest says; use an older cut")
+    """The bytes of ``file``; ``CorruptCutError`` unless size and hash are those of the manifest."""
+    data = b"".join(_read_chunks(folder, file, file.num_bytes + 1))
+    _compare(folder, file, len(data), file_digest(data))
     return data
 
 
-def delete_cuts(directory: str | Path, keep: Iterable[int]) -> None:
-    """Delete the cuts, finished or not, that are older than the newest in ``keep`` and not in it.
+def check_cut(directory: str | Path, version: int) -> dict[str, Any]:
+    """Read every file of a cut and compare size and hash with the manifest, which is returned.
 
-    In the folders that stay, files that their manifest does not name are deleted. A manifest goes before its files,
-    so that a crash on the way leaves no cut that misses some.
+    As fast as the disk and 8 MB of memory allow; nothing is parsed.
+
+    Raises:
+        NotFoundError: there is no such cut.
+        CorruptCutError: the file at its ``path`` is missing, cut short or changed.
     """
-    kept = set(keep)
-    cuts = Path(directory) / "cuts"
-    for folder in sorted(cuts.iterdir()) if kept and cuts.is_dir() else []:
-        if not _FOLDER.fullmatch(folder.name) or int(folder.name) > max(kept):
+    manifest = load_manifest(directory, version)
+    folder = cut_folder(directory, version)
+    for file in layer_files(manifest):
+        digest, num_bytes = xxhash.xxh3_128(), 0
+        for chunk in _read_chunks(folder, file, _CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+        _compare(folder, file, num_bytes, digest.hexdigest())
+    return manifest
+
+
+def newest_sound_cut(
+    directory: str | Path, *, below: int | None = None
+) -> tuple[int | None, tuple[CorruptCutError, ...]]:
+    """The newest cut whose files are all as they were saved, and what is wrong with those that are newer.
+
+    ``below`` leaves out the cuts from that version on: the one that failed, and those after it. ``None`` when no cut is sound.
+    """
+    damaged: list[CorruptCutError] = []
+    for version in reversed(durable_cuts(directory)):
+        if below is not None and version >= below:
             continue
         try:
-            if int(folder.name) in kept:
-                _delete_strays(directory, int(folder.name), folder)
-            else:
-                _delete_cut(folder)
-        except (OSError, CorruptError) as error:
+            check_cut(directory, version)
+        except CorruptCutError as error:
+            damaged.append(error)
+        except NotFoundError:
+            continue  # deleted while we looked
+        else:
+            return version, tuple(damaged)
+    return None, tuple(damaged)
+
+
+def delete_cuts(directory: str | Path, oldest: int) -> None:
+    """Delete the cuts, finished or not, that are older than version ``oldest``.
+
+    A manifest goes before its files, so that a crash on the way leaves no cut that misses some.
+    """
+    cuts = Path(directory) / "cuts"
+    for folder in sorted(cuts.iterdir()) if cuts.is_dir() else []:
+        if not _FOLDER.fullmatch(folder.name) or int(folder.name) >= oldest:
+            continue
+        try:
+            _delete_cut(folder)
+        except OSError as error:
             log.warning("%s is not cleaned up: %s", folder, error)
 
 
+def delete_layer_files(directory: str | Path, version: int, files: Iterable[LayerFile]) -> None:
+    """Delete files of a cut that will not be finished; what can't be deleted stays for `delete_cuts`."""
+    folder = cut_folder(directory, version)
+    try:
+        for file in files:
+            disk.delete(folder / file.name, "cut")
+        if folder.is_dir() and not any(folder.iterdir()):
+            disk.delete_folder(folder, "cut")
+    except OSError as error:
+        log.warning("%s is not cleaned up: %s", folder, error)
+
+
 def _delete_cut(folder: Path) -> None:
-    (folder / MANIFEST).unlink(missing_ok=True)
-    sync_folder(folder)
-    for path in folder.iterdir():
-        path.unlink(missing_ok=True)
-    folder.rmdir()
+    manifests = [path for path in folder.iterdir() if _MANIFEST.fullmatch(path.name)]
+    for path in manifests:
+        disk.delete(path, "manifest")
+    if manifests:
+        disk.sync_folder(folder, "manifest")
+    for path in sorted(folder.iterdir()):
+        disk.delete(path, "cut")
+    disk.delete_folder(folder, "cut")
 
 
-def _delete_strays(directory: str | Path, version: int, folder: Path) -> None:
-    if not (folder / MANIFEST).is_file():
-        return
-    named = {MANIFEST, *(file.name for file in layer_files(load_manifest(directory, version)))}
-    for path in folder.iterdir():
-        if path.name not in named:
-            path.unlink(missing_ok=True)
+def _find_manifest(directory: str | Path, version: int, fences: Iterable[Fence]) -> Path | None:
+    """The manifest that counts, of the highest life; one that can't be read is not passed over."""
+    folder = cut_folder(directory, version)
+    found: dict[int, Path] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _MANIFEST.fullmatch(path.name)
+        if match:
+            found[int(match[1])] = path
+    above = [fence for fence in fences if fence.version < version]
+    for life in sorted(found, reverse=True):
+        try:
+            files = layer_files(_read_manifest(found[life], version)) if above else ()
+        except (LayerwiseError, FileNotFoundError):
+            return found[life]
+        if not shut_out(above, ((file.layer, file.life) for file in files), version):
+            return found[life]
+    return None
+
+
+def _read_manifest(path: Path, version: int) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFoundError(f"the cut of version {version} is being deleted: {path} is gone") from None
+    except ValueError as error:
+        raise CorruptCutError(
+            f"{path} is not readable as JSON ({error}); use an older cut", version=version, path=path
+        ) from None
+    if not isinstance(manifest, dict) or manifest.pop(_CHECKSUM, None) != _checksum(manifest):
+        raise CorruptCutError(
+            f"{path} does not fit its own checksum: it was changed or cut short; use an older cut",
+            version=version,
+            path=path,
+        )
+    if manifest.get("version") != version:
+        raise CorruptCutError(
+            f"{path} is of version {manifest.get('version')}, not {version}", version=version, path=path
+        )
+    return manifest
+
+
+def _check_lives(directory: str | Path, version: int, files: Iterable[LayerFile]) -> None:
+    reason = shut_out(fences_in(directory), ((file.layer, file.life) for file in files), version)
+    if reason:
+        raise WrongLifeError(f"cut {version} can't be committed: {reason}")
+
+
+def _read_chunks(folder: Path, file: LayerFile, num_bytes: int) -> Iterator[bytes]:
+    path = folder / file.name
+    try:
+        with path.open("rb") as opened:
+            while chunk := opened.read(num_bytes):
+                yield chunk
+    except FileNotFoundError:
+        raise CorruptCutError(
+            f"{path} is missing, but the manifest beside it names it; use an older cut",
+            version=int(folder.name),
+            path=path,
+        ) from None
+    except OSError as error:
+        raise CorruptCutError(
+            f"{path} can't be read ({error.strerror}); use an older cut", version=int(folder.name), path=path
+        ) from error
+
+
+def _compare(folder: Path, file: LayerFile, num_bytes: int, digest: str) -> None:
+    path = folder / file.name
+    found = ""
+    if num_bytes != file.num_bytes:
+        found = f"has {num_bytes} bytes, the manifest says {file.num_bytes}"
+    elif digest != file.digest:
+        found = "does not have the hash that the manifest says"
+    if found:
+        raise CorruptCutError(f"{path} {found}; use an older cut", version=int(folder.name), path=path)
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from layerwise.backward import walk_backward
+from layerwise.backward import forward_again, walk_backward
 from layerwise.device import HostTransfers
 from layerwise.errors import RejectedError
 from layerwise.gradient_sum import Gradients
@@ -22,6 +22,7 @@ from layerwise.messages import (
     TaskFinished,
     Tensors,
 )
+from layerwise.tasks import run_to_end
 
 
 class PulledStates:
@@ -49,6 +50,10 @@ class PulledStates:
             for _, one in sorted(self._states.items())
         )
 
+    def hold(self, state: LayerState) -> None:
+        """``state`` is in place already."""
+        self._states[state.layer] = replace(state, parameters=NamedTensors((), ()))
+
     @torch.no_grad()
     def take(self, layer: LayerCompute, state: LayerState) -> None:
         """Put ``state`` into ``layer``'s parameters; ``RejectedError`` when it does not fit."""
@@ -64,7 +69,7 @@ class PulledStates:
                     raise RejectedError(f"state of layer {layer.index} refused: {name} is not {tuple(parameter.shape)}")
                 parameter.data.copy_(tensor)
         # The tensors are in the layer now; the state's own are not kept.
-        self._states[layer.index] = replace(state, parameters=NamedTensors((), ()))
+        self.hold(state)
 
 
 class DetachedBlock:
@@ -107,7 +112,9 @@ class DetachedBlock:
             gradients = self._output_gradients(task, outputs)
         found: list[PushGradient] = []
 
-        def sink(forward: LayerPass, gradients: Gradients, read: int) -> None:
+        def sink(forward: LayerPass, gradients: Gradients, reads: tuple[int, ...]) -> None:
+            if not forward.ticket:
+                return
             state = self._states[forward.index]
             named = NamedTensors(
                 tuple(forward.compute.owned), self._transfers.unload(Tensors(tuple(gradients), single=False)).items
@@ -120,7 +127,7 @@ class DetachedBlock:
                     layer=forward.index,
                     life=state.life,
                     revision=state.revision,
-                    read=read,
+                    read=reads[0],
                     gradients=named,
                 )
             )
@@ -164,37 +171,21 @@ class DetachedBlock:
             )
 
     def _forward(self, task: DetachedTask) -> tuple[list[LayerPass], Tensors]:
-        tickets = frozenset(task.lacking)
-        buffers = {
+        as_read = {
             index: self._transfers.load(Tensors(named.items, single=False)).items for index, named in task.buffers
         }
-        flowing = task.input_gradient
-        flows: list[bool] | None = None
-        values = self._transfers.load(task.inputs)
         passes: list[LayerPass] = []
-        for layer in self._layers:
-            with self._transfers.computing():
-                leaves = layer.prepare(values, gradient=flowing, flows=flows)
-                parameters, destinations = layer.differentiated(tickets)
-                as_read = buffers.get(layer.index)
-                with layer.guard(exchanges=layer.module.may_write_buffers):
-                    values = layer.run(leaves, task.attempt.microbatch, graph=True, buffers=as_read)
-                passes.append(
-                    LayerPass(
-                        compute=layer,
-                        microbatch=task.attempt.microbatch,
-                        ticket=layer.index in tickets,
-                        inputs=leaves,
-                        outputs=values,
-                        buffers=as_read or (),
-                        read=layer.version(),
-                        parameters=parameters,
-                        destinations=destinations,
-                    )
-                )
-                flows = [item is not None and item.requires_grad for item in values.items]
-                flowing = flowing or bool(parameters)
-        return passes, values
+        steps = forward_again(
+            self._layers,
+            self._transfers.load(task.inputs),
+            [as_read.get(layer.index) for layer in self._layers],
+            task.attempt.microbatch,
+            tickets=frozenset(task.lacking),
+            gradient=task.input_gradient,
+            passes=passes,
+        )
+        with self._transfers.computing():
+            return passes, run_to_end(steps)
 
     def _output_gradients(self, task: DetachedTask, outputs: Tensors) -> Sequence[torch.Tensor | None]:
         if self._head is not None:

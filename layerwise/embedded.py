@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from layerwise.imports import check_allowed
 from layerwise.job import JobSpec
 from layerwise.progress import ProgressView
 from layerwise.run_directory import save_result, save_spec
+from layerwise.supervision import HANG_SECONDS
 
 REFRESH_SECONDS = 0.5
+SPARE_AFTER_SECONDS = 10.0
+"""After the first update: a job that is over by then would only pay for a spare process."""
 
 
 class EmbeddedRun:
@@ -39,6 +43,8 @@ class EmbeddedRun:
         threads: int | None = None,
         devices: Sequence[str] = (),
         metrics: str | None = None,
+        spare: bool = True,
+        hang_seconds: float | None = HANG_SECONDS,
     ) -> None:
         checkpoint = spec.checkpoint.model_copy(update={"path": str(directory)})
         self.spec = spec.model_copy(update={"checkpoint": checkpoint})
@@ -50,6 +56,8 @@ class EmbeddedRun:
         self._follower: JobFollower | None = None
         self._job = ""
         self._over = False
+        self._spare = spare
+        self._first_update: float | None = None
         self._cluster = LocalCluster(
             shards=spec.cluster.shards,
             forward=spec.cluster.forward,
@@ -60,6 +68,7 @@ class EmbeddedRun:
             devices=devices or (spec.cluster.device,),
             metrics=metrics,
             restart=True,
+            hang_seconds=hang_seconds,
             on_problem=self._on_problem,
         )
 
@@ -80,9 +89,9 @@ class EmbeddedRun:
             with self._cluster as cluster, cluster.client() as client:
                 cluster.wait_for_nodes(self.spec.timeouts.start)
                 save_result(self.directory, None)
-                self._job = str(self._begin(client)["job"])
-                watcher = _OwnWords(self._view, self._job, self.directory)
-                self._follower = JobFollower(client, self._job, watcher, refresh_seconds=REFRESH_SECONDS)
+                self._job, offset = self._begin(client)
+                watcher = _OwnWords(self._view, self._job, self.directory, self._on_document)
+                self._follower = JobFollower(client, self._job, watcher, offset=offset, refresh_seconds=REFRESH_SECONDS)
                 document = watcher.reword(self._follower.run())
                 self._over = True
                 save_result(self.directory, document)
@@ -119,18 +128,27 @@ class EmbeddedRun:
         parts = [f"{count} {role}{'s' if count > 1 else ''}" for role, count in counts.items() if count]
         return f"starting a coordinator, {', '.join(parts)}"
 
-    def _begin(self, client: CoordinatorClient) -> dict[str, Any]:
+    def _begin(self, client: CoordinatorClient) -> tuple[str, int]:
+        """Submit the job or resume it; gives its id, and how many events it logged in earlier runs."""
         if not self._resume:
-            return client.submit(self.spec.to_json())
+            return str(client.submit(self.spec.to_json())["job"]), 0
         known = [one for one in client.list_jobs() if one.get("directory") == str(self.directory)]
         if known:
-            return client.resume(job=str(known[-1]["job"]))
-        return client.resume(directory=str(self.directory))
+            return str(client.resume(job=str(known[-1]["job"]))["job"]), int(known[-1]["num_events"])
+        return str(client.resume(directory=str(self.directory))["job"]), 0
 
     def _stop(self) -> None:
         self._view.say("stopping at the next update; interrupt again to end at once")
         with self._cluster.client() as client:
             client.cancel(self._job)
+
+    def _on_document(self, document: dict[str, Any]) -> None:
+        """The job is this far: from some time after its first update on, keep a spare process."""
+        if self._first_update is None:
+            self._first_update = time.monotonic() if document.get("steps") else None
+        elif self._spare and time.monotonic() - self._first_update >= SPARE_AFTER_SECONDS:
+            self._spare = False
+            self._cluster.keep_spare()
 
     def _on_problem(self, sentence: str, for_good: bool) -> None:
         """From a thread of the cluster: a process ended by itself."""
@@ -141,7 +159,7 @@ class EmbeddedRun:
         def tell() -> None:
             if for_good:
                 raise JobFailedError(f"{sentence}; go on with `{self.how_to_resume}`")
-            self._view.say(f"warning: {sentence}; it was started again")
+            self._view.say(f"warning: {sentence}")
 
         follower.interrupt(tell)
 
@@ -152,8 +170,11 @@ class _OwnWords:
     After this cluster only the directory is left.
     """
 
-    def __init__(self, view: ProgressView, job: str, directory: Path) -> None:
+    def __init__(
+        self, view: ProgressView, job: str, directory: Path, on_document: Callable[[dict[str, Any]], None]
+    ) -> None:
         self._view = view
+        self._on_document = on_document
         self._theirs, self._ours = f"layerwise resume {job}", _resume_command(directory)
 
     def on_event(self, event: JobEvent) -> None:
@@ -162,6 +183,7 @@ class _OwnWords:
 
     def on_document(self, document: dict[str, Any]) -> None:
         """Hand it on."""
+        self._on_document(document)
         self._view.on_document(self.reword(document))
 
     def reword(self, document: dict[str, Any]) -> dict[str, Any]:

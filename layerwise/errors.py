@@ -14,10 +14,13 @@ LayerwiseError                 one sentence: what happened, what was received, w
 │   └── BusyError              a bound is reached
 ├── JobFailedError             the job can't go on
 ├── CorruptError               a file or log does not say what it must
+│   └── CorruptCutError        a cut's file; the cut before it can be used
 └── AuditError                 a promise that the event log contradicts
 """
 
 from __future__ import annotations
+
+from os import PathLike, fspath
 
 
 class LayerwiseError(Exception):
@@ -74,6 +77,15 @@ class JobFailedError(LayerwiseError):
 
 class CorruptError(LayerwiseError):
     """A file's content contradicts its own checksum, header or manifest."""
+
+
+class CorruptCutError(CorruptError):
+    """A file of the cut of ``version`` is missing or damaged: the one at ``path``."""
+
+    def __init__(self, message: str, *, version: int, path: str | PathLike[str]) -> None:
+        super().__init__(message)
+        self.version = version
+        self.path = fspath(path)
 
 
 class AuditError(LayerwiseError):

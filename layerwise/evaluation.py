@@ -13,6 +13,7 @@ from torch import nn
 from layerwise.build import build_modules, training_of
 from layerwise.cuts import load_manifest
 from layerwise.data import Batch, load_dataset
+from layerwise.data_info import DataInfo
 from layerwise.errors import ConfigError, CorruptError
 from layerwise.export import cut_state_dict, export
 from layerwise.head import job_head
@@ -56,8 +57,9 @@ def export_cut(
     directory: str | Path, version: int, destination: str | Path, *, allowed_imports: Sequence[str] = ()
 ) -> Path:
     """Write the cut as one file that plain PyTorch loads; see `layerwise.export.export`."""
-    spec, _ = _job_of(directory, version)
-    info = load_dataset(spec.data, allowed_imports).info
+    spec, manifest = _job_of(directory, version)
+    # What the model must know of the data is in the cut: the data themselves may be elsewhere by now.
+    info = DataInfo.from_json(manifest["profile"]["data_json"])
     return export(directory, version, destination, build_modules(spec, info, allowed_imports))
 
 

@@ -1,4 +1,4 @@
-r"""The event log's files.
+r"""The event log's files, and their writer. `layerwise.log_reader` reads them.
 
 One folder for each block and life, segments of bounded size in it; a life is written by one process and never
 reopened::
@@ -10,135 +10,64 @@ reopened::
 
 Records gather in memory until `EventLog.flush`, which the shard calls before anything that follows from them leaves
 the process. So a process crash loses only what nobody has seen, and a power cut at most what came after the last
-`EventLog.sync`; both can leave one incomplete line at the very end, which readers leave out. Anything else that is
-wrong is a `CorruptError`.
+`EventLog.sync`. What that leaves behind is an incomplete line at the very end, or zeros where data never reached the
+disk; readers take it for the end. A segment is called ``.next`` until the disk has all of the one before it, so that
+``.log`` promises whole lines in all segments before. Anything else that is wrong is a `CorruptError`.
+
+Segments that no kept cut needs are removed from the beginning on, and a summary stands for them: see
+`layerwise.log_retention`.
+
+The writer::
+
+    append ─► lines in memory ─► flush: written ─► sync: on the disk
+                                    │
+          keeper's thread ──────────┴── sets room aside ahead of what is written; begins the next segment; seals the last
+
+The log must go on when the disk is full, because nothing may leave the process that is not written down. So room is set
+aside before it is needed. When there is no more to be had, what is left still takes the records of all work that is
+under way: `EventLog.full` says that nothing new must begin, until there is room again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 from zlib import crc32
 
-from layerwise.errors import CorruptError, NotAllowedError, NotFoundError
-from layerwise.events import Event, Record, RestoreEvent, UpdateEvent, record_from_json
-from layerwise.plan import TrainingPlan
+from layerwise import disk
+from layerwise.errors import NotAllowedError, RetryableError
+from layerwise.events import Event, ForwardEvent, PassEvent, RestoreEvent, UpdateEvent
+from layerwise.log_header import FORMAT, FORMAT_VERSION, LogHeader, checked_line
+from layerwise.log_reader import LogReader, events_folder, find_logs, segment_path
 
-FORMAT = "layerwise-events"
-FORMAT_VERSION = 1
-SEGMENT_BYTES = 64 * 2**20
+__all__ = ["FORMAT", "FORMAT_VERSION", "EventLog", "LogHeader", "LogReader", "events_folder", "find_logs"]
+
+SEGMENT_BYTES = 16 * 2**20
 BUFFER_BYTES = 2**20
-_SEGMENT = re.compile(r"segment-(\d{6})\.log")
-_LIFE = re.compile(r"life-(\d+)")
-_BLOCK = re.compile(r"block-(\d+)-(\d+)")
+ROOM_BYTES = 8 * 2**20
+RETRY_SECONDS = 1.0
+_RECORD_BYTES = 512
+_MARGIN_RECORDS = 8
+"""Records that one attempt may still cause on one layer after the log is found full: more than there are."""
 
+_LEAST_MARGIN_BYTES = 2**20
+"""What may be written before anybody looks at `EventLog.full` again."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogHeader:
-    """Who writes this log, and what it promises.
-
-    Block ``[start, stop)`` of the ``num_layers`` layers of ``job`` in ``life``, trained under ``plan`` with
-    ``window`` microbatches open. ``max_staleness`` is the promise in updates. ``position_order``: gradients are
-    summed in position order. ``hash_algorithm`` names that of the updates' digests. ``layer_names`` belong to the
-    block's layers.
-    """
-
-    job: str
-    num_layers: int
-    start: int
-    stop: int
-    life: int
-    hash_algorithm: str
-    plan: TrainingPlan
-    window: int
-    max_staleness: int
-    position_order: bool
-    backward_weights: str
-    layer_names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        names_fit = len(self.layer_names) == self.stop - self.start
-        if not 0 <= self.start < self.stop <= self.num_layers or not names_fit or self.life < 0:
-            raise ValueError(
-                f"not a block's log: layers [{self.start}, {self.stop}), life {self.life}, names {self.layer_names}"
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as in the first line of a segment."""
-        return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "job": self.job,
-            "num_layers": self.num_layers,
-            "block": [self.start, self.stop],
-            "life": self.life,
-            "hash_algorithm": self.hash_algorithm,
-            "num_samples": self.plan.num_samples,
-            "batch": self.plan.batch,
-            "accumulation": self.plan.accumulation,
-            "num_updates": self.plan.num_updates,
-            "window": self.window,
-            "max_staleness": self.max_staleness,
-            "position_order": self.position_order,
-            "backward_weights": self.backward_weights,
-            "layer_names": list(self.layer_names),
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> LogHeader:
-        """The inverse of `to_json`.
-
-        ``ValueError``, ``KeyError`` or ``TypeError`` when it is not such a header, or of another format version.
-        """
-        if value.get("format") != FORMAT or value.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"format {value.get('format')!r} version {value.get('format_version')!r}, "
-                f"this reads {FORMAT!r} {FORMAT_VERSION}"
-            )
-        numbers = {name: value[name] for name in ("num_samples", "batch", "accumulation", "num_updates")}
-        others = [*value["block"], *(value[name] for name in ("num_layers", "life", "window", "max_staleness"))]
-        if any(type(one) is not int for one in (*numbers.values(), *others)):
-            raise ValueError("a number of the header is none")
-        start, stop = value["block"]
-        return cls(
-            job=str(value["job"]),
-            num_layers=value["num_layers"],
-            start=start,
-            stop=stop,
-            life=value["life"],
-            hash_algorithm=str(value["hash_algorithm"]),
-            plan=TrainingPlan(**numbers),
-            window=value["window"],
-            max_staleness=value["max_staleness"],
-            position_order=bool(value["position_order"]),
-            backward_weights=str(value["backward_weights"]),
-            layer_names=tuple(str(name) for name in value["layer_names"]),
-        )
-
-
-def events_folder(job_directory: str | Path, start: int, stop: int, life: int) -> Path:
-    """Where the log of block ``[start, stop)`` in ``life`` lives."""
-    return Path(job_directory) / "events" / f"block-{start}-{stop}" / f"life-{life}"
-
-
-def _line(text: str) -> bytes:
-    data = text.encode()
-    return b"%08x %b\n" % (crc32(data), data)
+log = logging.getLogger(__name__)
 
 
 class EventLog:
-    """Writes one block's records of one life. An `EventSink`.
+    """The records of one block in one life. An `EventSink`.
 
-    `append` may be called from any thread, under a layer's lock: it only gathers (and flushes by itself once
-    ``buffer_bytes`` wait). `flush`, `sync` and `close` may be called from any thread. After a failed write every call
-    raises the same ``OSError``: what is on disk is then unknown, and the shard must not go on.
+    `append` may be called from any thread, under a layer's lock: it only gathers (and writes by itself once
+    ``buffer_bytes`` wait). `flush`, `sync` and `close` may be called from any thread. No lock that they need is held
+    while anybody waits for the disk. After a failed write every call raises the same ``OSError``: what is on disk is
+    then unknown, and the shard must not go on.
     """
 
     def __init__(
@@ -148,47 +77,98 @@ class EventLog:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         buffer_bytes: int = BUFFER_BYTES,
+        room_bytes: int = ROOM_BYTES,
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
-        """Begin the log. `NotAllowedError` when this life has one already: two owners must never write as one."""
+        """Begin the log.
+
+        Raises:
+            NotAllowedError: this life has one already; two owners must never write as one.
+            RetryableError: the disk has no room for it, or refuses.
+        """
         self.directory = events_folder(job_directory, header.start, header.stop, header.life)
         self._header = header
         self._segment_bytes = segment_bytes
         self._buffer_bytes = buffer_bytes
-        self._gather = threading.Lock()  # guards _lines, _waiting_bytes, _sequence, _versions
-        self._file_lock = threading.Lock()  # guards the file; taken before _gather, never after
+        records = header.window * (header.stop - header.start) * _MARGIN_RECORDS
+        self._margin_bytes = max(records * _RECORD_BYTES, _LEAST_MARGIN_BYTES)
+        self._room_bytes = max(room_bytes, 4 * self._margin_bytes)
+        self._retry_seconds = retry_seconds
+        self._gather = threading.Lock()  # guards _lines, _waiting_bytes, _sequence, _versions, _begun
+        self._file_lock = threading.Lock()  # guards the file and what is counted of it; taken before _gather
+        self._sealing = threading.Lock()  # one at a time syncs and renames; taken before _file_lock
+        self._wake = threading.Event()
+        self._ends = threading.Event()
         self._lines: list[bytes] = []
         self._waiting_bytes = 0
         self._sequence = 0
         self._versions = [0] * (header.stop - header.start)
+        # Attempts are open within a span of ``window`` numbers, so those that began before twice as many are over.
+        self._begun: deque[int] = deque(maxlen=2 * header.window)
         self._error: OSError | None = None
         self._written_bytes = 0
         self._closed = False
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if any(self.directory.iterdir()):
+        self._shortage = ""
+        self._segment = 0
+        self._segment_written = 0
+        self._head_bytes = 0
+        self._room_until: int | None = 0  # ``None``: the file system can't set room aside
+        self._unsealed: tuple[int, Path] | None = None  # the segment before, not on the disk yet
+        self._path = segment_path(self.directory, 0)
+        self._file = -1
+        if self.directory.is_dir() and any(self.directory.iterdir()):
             raise NotAllowedError(
                 f"life {header.life} of block {header.start}-{header.stop} has a log already: {self.directory}"
             )
-        self._segment = -1
-        self._file = -1
-        self._segment_written = 0
-        self._open_segment(0, self._versions)
+        try:
+            disk.make_folder(self.directory, "event-log")
+            self._file = disk.create(self._path, "event-log")
+            self._room_until = self._set_aside(self._file, 0, self._path)
+            start = self._start(0, 0, self._versions, 0)
+            self._write(start)
+            self._head_bytes = len(start)
+            disk.sync_folder(self.directory, "event-log")
+        except OSError as error:
+            if self._file >= 0:
+                os.close(self._file)
+            raise RetryableError(
+                f"no event log can be begun in {self.directory}: {error.strerror or error}; make room there and resume "
+                "the job"
+            ) from error
+        self._keeper = threading.Thread(
+            target=self._keep, name=f"event-log-{header.start}-{header.stop}-{header.life}", daemon=True
+        )
+        self._keeper.start()
 
     @property
     def num_bytes(self) -> int:
         """Bytes written to all segments."""
         return self._written_bytes
 
+    @property
+    def shortage(self) -> str:
+        """Why no room can be set aside for what comes; empty when there is enough."""
+        return self._shortage
+
+    @property
+    def full(self) -> bool:
+        """There is room for the records of what is under way, and for nothing that begins now."""
+        until = self._room_until
+        return bool(self._shortage) and until is not None and until - self._segment_written < self._margin_bytes
+
     def append(self, event: Event) -> None:
         """Gather ``event`` as the next record; on disk after the next `flush`."""
         with self._gather:
             data = event.to_json(self._sequence).encode()
+            if type(event) is UpdateEvent or type(event) is RestoreEvent:
+                self._versions[event.layer - self._header.start] = event.version
+            elif (type(event) is ForwardEvent or type(event) is PassEvent) and event.layer == self._header.start:
+                self._begun.append(self._sequence)
             self._sequence += 1
             self._lines.append(b"%08x %b\n" % (crc32(data), data))
             self._waiting_bytes += len(data) + 10
-            if type(event) is UpdateEvent or type(event) is RestoreEvent:
-                self._versions[event.layer - self._header.start] = event.version
-            full = self._waiting_bytes >= self._buffer_bytes
-        if full:
+            much = self._waiting_bytes >= self._buffer_bytes
+        if much:
             self.flush()
 
     def flush(self) -> None:
@@ -199,29 +179,35 @@ class EventLog:
 
     def sync(self) -> None:
         """`flush`, and wait until the disk has it: it survives a power cut. Who flushes meanwhile does not wait."""
-        with self._file_lock:
-            if self._closed:
-                return
-            self._flush()
-            file = os.dup(self._file)
-        try:
-            os.fdatasync(file)
-        finally:
-            os.close(file)
+        self.flush()
+        with self._sealing:
+            with self._file_lock:
+                if self._closed:
+                    return
+            self._seal()
+            self._sync_file(self._file, self._path)  # changed under the lock that is held
 
     def close(self) -> None:
-        """`sync` and close the file; calling it again does nothing."""
+        """`sync`, give back what room is left, and close the file; calling it again does nothing."""
         with self._file_lock:
             if self._closed:
                 return
             self._closed = True
+            flushed = self._try_flush()
+        self._ends.set()
+        self._wake.set()
+        self._keeper.join()
+        with self._sealing:
             try:
-                self._flush()
-                os.fdatasync(self._file)
+                if flushed is not None:
+                    raise flushed
+                self._seal()
+                os.ftruncate(self._file, self._segment_written)
+                self._sync_file(self._file, self._path)
             finally:
-                if self._file >= 0:
-                    os.close(self._file)
-                    self._file = -1
+                os.close(self._file)
+                if self._unsealed is not None:
+                    os.close(self._unsealed[0])
 
     def __enter__(self) -> EventLog:
         return self
@@ -231,148 +217,149 @@ class EventLog:
     ) -> None:
         self.close()
 
+    # Writing: under _file_lock ---------------------------------------------------------------------------------------
+
+    def _sync_file(self, file: int, path: Path) -> None:
+        try:
+            disk.sync_file(file, path, "event-log")
+        except OSError as error:  # what the disk has not taken it may never take, whatever it says the next time
+            self._error = error
+            raise
+
+    def _try_flush(self) -> OSError | None:
+        try:
+            self._flush()
+        except OSError as error:
+            return error
+        return None
+
     def _flush(self) -> None:
         if self._error is not None:
             raise self._error
         with self._gather:
             lines, self._lines, self._waiting_bytes = self._lines, [], 0
-            sequence, versions = self._sequence, list(self._versions)
         if lines:
             self._write(b"".join(lines))
-        if self._segment_written >= self._segment_bytes and not self._closed:
-            try:
-                os.fdatasync(self._file)
-                done, self._file = self._file, -1  # its number may be another file's as soon as it is closed
-                os.close(done)
-                self._open_segment(sequence, versions)
-            except OSError as error:
-                self._error = error
-                raise
-
-    def _open_segment(self, sequence: int, versions: list[int]) -> None:
-        self._segment += 1
-        path = self.directory / f"segment-{self._segment:06d}.log"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._segment_written = 0
-        folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        first = {**self._header.to_json(), "segment": self._segment, "sequence": sequence, "versions": versions}
-        self._write(_line(json.dumps(first, separators=(",", ":"))))
+            if self._needs_room() or self._ends_segment():
+                self._wake.set()
 
     def _write(self, data: bytes) -> None:
-        """Write all of ``data``; one system call unless the file system takes less."""
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self._file, view) :]
+            disk.write(self._file, data, self._path, "event-log")
         except OSError as error:
             self._error = error
             raise
         self._segment_written += len(data)
         self._written_bytes += len(data)
 
+    def _ends_segment(self) -> bool:
+        return self._segment_written > max(self._segment_bytes, self._head_bytes)
 
-class LogReader:
-    """Reads one block's log of one life; each use of `records` reads it anew.
+    def _needs_room(self) -> bool:
+        until = self._room_until
+        return until is not None and until - self._segment_written < self._room_bytes // 2
 
-    ``torn_bytes``: length of the incomplete last line that a crash left, known once `records` has come to the end.
-    """
+    def _start(self, segment: int, sequence: int, versions: list[int], oldest: int) -> bytes:
+        first = {
+            **self._header.to_json(),
+            "segment": segment,
+            "sequence": sequence,
+            "versions": versions,
+            "oldest": oldest,
+        }
+        return checked_line(json.dumps(first, separators=(",", ":")))
 
-    def __init__(self, directory: str | Path) -> None:
-        """`NotFoundError` when no log begins in ``directory``; `CorruptError` when its first line can't be read."""
-        self.directory = Path(directory)
-        self.torn_bytes = 0
-        self._segments = self._find_segments()
-        header = None
-        if self._segments:
-            for _, _, text in self._lines(self._segments[0], last=len(self._segments) == 1):
-                header = self._parse_header(self._segments[0], text)[0]
-                break
-        if header is None:
-            raise NotFoundError(
-                f"no event log begins in {self.directory}: nothing was written, or a crash came before the first line"
-            )
-        self.header: LogHeader = header
+    # The keeper's thread ---------------------------------------------------------------------------------------------
 
-    @property
-    def records(self) -> Iterator[Record]:
-        """Every record in order, read as it is asked for."""
-        sequence = 0
-        self.torn_bytes = 0
-        for number, path in enumerate(self._segments):
-            for line, offset, text in self._lines(path, last=number == len(self._segments) - 1):
-                if line == 1:
-                    header, segment, starts = self._parse_header(path, text)
-                    if header != self.header or segment != number or starts != sequence:
-                        raise _corrupt(
-                            path,
-                            line,
-                            offset,
-                            f"its header does not continue the log at segment {number}, record {sequence}",
-                        )
-                    continue
-                try:
-                    record = record_from_json(json.loads(text))
-                except ValueError as error:
-                    raise _corrupt(path, line, offset, str(error)) from error
-                if record.sequence != sequence:
-                    raise _corrupt(
-                        path, line, offset, f"record {sequence} is expected, this is record {record.sequence}"
-                    )
-                sequence += 1
-                yield record
+    def _keep(self) -> None:
+        while not self._ends.is_set():
+            if self._shortage:
+                self._ends.wait(self._retry_seconds)
+            else:
+                self._wake.wait()
+            self._wake.clear()
+            if not self._ends.is_set():
+                self.tend()
 
-    def _find_segments(self) -> list[Path]:
-        found: dict[int, Path] = {}
-        for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            match = _SEGMENT.fullmatch(path.name)
-            if match:
-                found[int(match[1])] = path
-        if sorted(found) != list(range(len(found))):
-            raise CorruptError(f"segments are missing in {self.directory}: there are {sorted(found)}")
-        return [found[number] for number in range(len(found))]
+    def tend(self) -> None:
+        """Set room aside, begin the next segment where it is time: what the keeper's thread does when it is woken.
 
-    def _parse_header(self, path: Path, text: bytes) -> tuple[LogHeader, int, int]:
+        What the disk refuses is noted in `shortage`, and tried again after ``retry_seconds``. Any thread may call.
+        """
+        with self._sealing:
+            if self._closed or self._error is not None:
+                return
+            problem = None
+            try:
+                self._seal()
+                if self._ends_segment():
+                    self._begin_segment()
+                    self._seal()
+            except OSError as error:
+                problem = error
+            try:
+                if self._needs_room():
+                    self._room_until = self._set_aside(self._file, self._segment_written, self._path)
+            except OSError as error:
+                problem = error
+            self._note_shortage(problem)
+
+    def _note_shortage(self, error: OSError | None) -> None:
+        before = self._shortage
+        self._shortage = (
+            "" if error is None else f"no more room for the event log in {self.directory}: {error.strerror or error}"
+        )
+        if self._shortage != before:
+            if error is None:
+                log.info("there is room for the event log in %s again", self.directory)
+            else:
+                log.warning("%s; training goes on for as long as what was set aside lasts", self._shortage)
+
+    def _set_aside(self, file: int, written: int, path: Path) -> int | None:
+        """Where the room for the file ends from now on."""
+        done = disk.reserve(file, written, self._room_bytes, path, "event-log")
+        return written + self._room_bytes if done else None
+
+    def _begin_segment(self) -> None:
+        """Let the next records go to a new file, if there is room for one; the old one is not on the disk yet."""
+        number = self._segment + 1
+        path = segment_path(self.directory, number).with_suffix(".next")
+        path.unlink(missing_ok=True)  # of an attempt for which there was no room
+        file = disk.create(path, "event-log")
         try:
-            value = json.loads(text)
-            return LogHeader.from_json(value), int(value["segment"]), int(value["sequence"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _corrupt(path, 1, 0, f"not a header that can be read: {error}") from error
+            room = self._set_aside(file, 0, path)
+            with self._file_lock:
+                if self._error is not None:
+                    raise self._error
+                with self._gather:
+                    lines, self._lines, self._waiting_bytes = self._lines, [], 0
+                    sequence, versions = self._sequence, list(self._versions)
+                    oldest = self._begun[0] if len(self._begun) == self._begun.maxlen else 0
+                if lines:
+                    self._write(b"".join(lines))
+                start = self._start(number, sequence, versions, oldest)
+                disk.write(file, start, path, "event-log")
+                self._unsealed = self._file, self._path
+                self._file, self._path, self._segment = file, path, number
+                self._segment_written, self._room_until = len(start), room
+                self._head_bytes = len(start)
+                self._written_bytes += len(start)
+        except OSError:
+            os.close(file)
+            path.unlink(missing_ok=True)
+            raise
 
-    def _lines(self, path: Path, *, last: bool) -> Iterator[tuple[int, int, bytes]]:
-        """Line number, byte offset and JSON of each whole line."""
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    if not last:
-                        raise _corrupt(
-                            path, number, offset, "the line is incomplete, and the log goes on in another segment"
-                        )
-                    self.torn_bytes = len(line)
-                    return
-                text = line[9:-1]
-                if line[8:9] != b" " or line[:8] != b"%08x" % crc32(text):
-                    raise _corrupt(path, number, offset, "its checksum does not fit")
-                yield number, offset, text
-                offset += len(line)
-
-
-def _corrupt(path: Path, line: int, offset: int, what: str) -> CorruptError:
-    return CorruptError(f"event log {path}, line {line} (byte {offset}): {what}")
-
-
-def find_logs(job_directory: str | Path) -> list[Path]:
-    """Every block's and life's log folder of a job, by life, then by block."""
-    found: list[tuple[int, int, int, Path]] = []
-    events = Path(job_directory) / "events"
-    for block in events.iterdir() if events.is_dir() else ():
-        place = _BLOCK.fullmatch(block.name)
-        for folder in block.iterdir() if place and block.is_dir() else ():
-            life = _LIFE.fullmatch(folder.name)
-            if place and life and folder.is_dir():
-                found.append((int(life[1]), int(place[1]), int(place[2]), folder))
-    return [folder for *_, folder in sorted(found)]
+    def _seal(self) -> None:
+        """Wait until the disk has the segment before, then let the current one promise that by its name."""
+        if self._unsealed is None:
+            return
+        old, old_path = self._unsealed
+        os.ftruncate(old, os.fstat(old).st_size)  # gives back the room that it did not need
+        self._sync_file(old, old_path)
+        path = segment_path(self.directory, self._segment)
+        if self._path != path:
+            disk.rename(self._path, path, "event-log")
+            self._path = path
+        disk.sync_folder(self.directory, "event-log")
+        self._unsealed = None
+        os.close(old)

@@ -3,21 +3,23 @@
     restore ─► forward ─► accumulate ─► ... ─► update ─► (cut) ─► forward ...
                      ├──► drop      the microbatch is given up: a tombstone fills its place in the update
                      └──► abort     the attempt is given up: the microbatch may come again
+               pass ─► backward     the layer has the microbatch already: it only hands on outputs and a gradient
+               walk                 a backward pass through the whole block begins by computing it anew
 
-Each event says which versions were read and written. The sink numbers the records of one block and life 0, 1, 2, ...
+Each event says which versions were read and written. Together with the seed they fix every bit that was computed: see
+`layerwise.replay`. The sink numbers the records of one block and life 0, 1, 2, ...
 without gaps. The JSON form is frozen (``FORMAT_VERSION``): other programs read these files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from layerwise.applied import AppliedSet
-from layerwise.ids import Attempt, Microbatch
+from layerwise.ids import Attempt
 
 
 class WeightMode(StrEnum):
@@ -35,6 +37,10 @@ class WeightMode(StrEnum):
 def _subject(attempt: Attempt) -> str:
     microbatch = attempt.microbatch
     return f'"microbatch":[{microbatch.epoch},{microbatch.start},{microbatch.stop}],"attempt":{attempt.attempt}'
+
+
+def _owners(versions: tuple[int, ...]) -> str:
+    return f',"owners":[{",".join(map(str, versions))}]' if versions else ""
 
 
 def _optional(value: int | None) -> str:
@@ -99,7 +105,10 @@ class ForwardEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccumulateEvent:
-    """A gradient joins update ``update``: its forward pass read version ``base``, its backward pass ``read``."""
+    """A gradient joins update ``update``: its forward pass read version ``base``, its backward pass ``read``.
+
+    ``owners`` are the versions that the backward pass read of the lower layers whose parameters this layer shares.
+    """
 
     event: ClassVar[str] = "accumulate"
     layer: int
@@ -109,12 +118,80 @@ class AccumulateEvent:
     read: int
     mode: WeightMode
     update: int
+    owners: tuple[int, ...] = ()
 
     def to_json(self, sequence: int) -> str:
         """The record as compact JSON."""
         return (
             f'{{"sequence":{sequence},"event":"accumulate","layer":{self.layer},{_subject(self.attempt)},'
-            f'"number":{self.number},"base":{self.base},"read":{self.read},"mode":"{self.mode}","update":{self.update}}}'
+            f'"number":{self.number},"base":{self.base},"read":{self.read},"mode":"{self.mode}","update":{self.update}'
+            f"{_owners(self.owners)}}}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassEvent:
+    """A forward pass of a layer that has the microbatch already: it read version ``read``, and changed nothing."""
+
+    event: ClassVar[str] = "pass"
+    layer: int
+    attempt: Attempt
+    number: int
+    read: int
+
+    def to_json(self, sequence: int) -> str:
+        """The record as compact JSON."""
+        return (
+            f'{{"sequence":{sequence},"event":"pass","layer":{self.layer},{_subject(self.attempt)},'
+            f'"number":{self.number},"read":{self.read}}}'
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardEvent:
+    """A backward pass read version ``read`` of a layer that has the microbatch already: only what it hands down counts.
+
+    ``owners`` as in `AccumulateEvent`.
+    """
+
+    event: ClassVar[str] = "backward"
+    layer: int
+    attempt: Attempt
+    number: int
+    read: int
+    mode: WeightMode
+    owners: tuple[int, ...] = ()
+
+    def to_json(self, sequence: int) -> str:
+        """The record as compact JSON."""
+        return (
+            f'{{"sequence":{sequence},"event":"backward","layer":{self.layer},{_subject(self.attempt)},'
+            f'"number":{self.number},"read":{self.read},"mode":"{self.mode}"{_owners(self.owners)}}}'
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkEvent:
+    """A backward pass through the block whose first layer is ``layer`` has computed the block's forward pass again.
+
+    ``reads`` has what that read of each of the block's layers: its version, then those of the layers that own
+    parameters of its. ``detached``: they are what a worker was given, so its backward pass reads the same; if the
+    worker is lost, another walk of the attempt follows.
+    """
+
+    event: ClassVar[str] = "walk"
+    layer: int
+    attempt: Attempt
+    number: int
+    detached: bool
+    reads: tuple[tuple[int, ...], ...]
+
+    def to_json(self, sequence: int) -> str:
+        """The record as compact JSON."""
+        reads = ",".join(f"[{','.join(map(str, one))}]" for one in self.reads)
+        return (
+            f'{{"sequence":{sequence},"event":"walk","layer":{self.layer},{_subject(self.attempt)},'
+            f'"number":{self.number},"detached":{"true" if self.detached else "false"},"reads":[{reads}]}}'
         )
 
 
@@ -209,7 +286,18 @@ class CutEvent:
         )
 
 
-Event = RestoreEvent | ForwardEvent | AccumulateEvent | UpdateEvent | DropEvent | AbortEvent | CutEvent
+Event = (
+    RestoreEvent
+    | ForwardEvent
+    | AccumulateEvent
+    | UpdateEvent
+    | DropEvent
+    | AbortEvent
+    | CutEvent
+    | PassEvent
+    | BackwardEvent
+    | WalkEvent
+)
 
 
 class Record(NamedTuple):
@@ -236,61 +324,3 @@ class MemoryEventLog:
     def append(self, event: Event) -> None:
         """Keep ``event``."""
         self.records.append(Record(len(self.records), event))
-
-
-_EVENTS: dict[str, type[Event]] = {
-    kind.event: kind
-    for kind in (RestoreEvent, ForwardEvent, AccumulateEvent, UpdateEvent, DropEvent, AbortEvent, CutEvent)
-}
-_KEYS: dict[str, frozenset[str]] = {
-    name: frozenset(one.name for one in fields(kind))
-    | {"sequence", "event"}
-    | ({"microbatch"} if "attempt" in {one.name for one in fields(kind)} else set())
-    for name, kind in _EVENTS.items()
-}
-_OTHER_TYPES: dict[str, tuple[type, ...]] = {
-    "event": (str,),
-    "digest": (str,),
-    "reason": (str,),
-    "mode": (str,),
-    "buffers": (bool, dict),
-    "applied": (dict,),
-    "microbatch": (list,),
-    "learning_rate": (float, int, type(None)),
-}
-_OPTIONAL_IN_DROP = {"number", "base"}
-
-
-def record_from_json(value: Any) -> Record:
-    """The inverse of ``to_json`` for parsed JSON; ``ValueError`` says what is wrong with it."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("event"), str):
-        raise ValueError("not a record: an object with an event is expected")
-    name: str = value["event"]
-    kind = _EVENTS.get(name)
-    if kind is None:
-        raise ValueError(f"no event is called {name!r}")
-    if value.keys() != _KEYS[name]:
-        raise ValueError(
-            f"a record of event {name!r} has other fields: {sorted(value.keys() ^ _KEYS[name])} are missing or too many"
-        )
-    for key, one in value.items():
-        allowed = _OTHER_TYPES.get(key, (int,))
-        if type(one) not in allowed and not (one is None and name == "drop" and key in _OPTIONAL_IN_DROP):
-            raise ValueError(f"{key} of event {name!r} can't be {one!r}")
-    arguments: dict[str, Any] = {
-        key: one for key, one in value.items() if key not in ("sequence", "event", "microbatch")
-    }
-    if "microbatch" in value:
-        arguments["attempt"] = Attempt(_microbatch(value["microbatch"]), value["attempt"])
-    if kind is RestoreEvent:
-        arguments["applied"] = AppliedSet.from_json(value["applied"])
-        arguments["buffers"] = AppliedSet.from_json(value["buffers"])
-    elif kind is AccumulateEvent:
-        arguments["mode"] = WeightMode(value["mode"])
-    return Record(value["sequence"], kind(**arguments))
-
-
-def _microbatch(value: list[Any]) -> Microbatch:
-    if len(value) != 3 or any(type(one) is not int for one in value):
-        raise ValueError(f"not a microbatch: {value!r}")
-    return Microbatch(*value)

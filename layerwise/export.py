@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from layerwise.cuts import layer_files, load_manifest, write_durably
+from layerwise.cuts import layer_files, load_manifest
+from layerwise.disk import write_durably
 from layerwise.errors import ConfigError
 from layerwise.layer_file import load_layer
 
@@ -66,6 +67,6 @@ def export(directory: str | Path, version: int, destination: str | Path, layers:
         "model": manifest.get("spec", {}).get("model"),
         "spec": manifest.get("spec"),
     }
-    write_durably(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
-    write_durably(folder / WEIGHTS, safetensors.torch.save(state, {"format": "pt"}))
+    write_durably(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode(), "export")
+    write_durably(folder / WEIGHTS, safetensors.torch.save(state, {"format": "pt"}), "export")
     return folder / WEIGHTS

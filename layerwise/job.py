@@ -89,11 +89,14 @@ class JobSpec(Section):
         return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
 
     def with_absolute_paths(self, folder: Path) -> JobSpec:
-        """The same job with its relative paths read from ``folder``, for a process that runs elsewhere."""
+        """The same job with its relative paths read from ``folder``, for a process that runs elsewhere.
+
+        ``~`` stands for the home of the user who calls.
+        """
         values = self.model_dump(mode="json", by_alias=True)
-        values["checkpoint"]["path"] = str(folder / self.checkpoint_path)
+        values["checkpoint"]["path"] = str(folder / Path(self.checkpoint_path).expanduser())
         if self.init is not None:
-            values["init"] = str(folder / self.init)
+            values["init"] = str(folder / Path(self.init).expanduser())
         if isinstance(self.data, (Text, Cifar10, Cifar100, Arrays)):
             for key in ("path", "validation_path"):
                 path = values["data"].get(key)

@@ -79,13 +79,11 @@ class TrainedLayer:
         clip: float | None = None,
         recomputes: bool = False,
         activation_bytes: int = 0,
-        stash_versions: Sequence[Callable[[], int]] = (),
     ) -> None:
         """Put a layer together.
 
         ``aliases`` are those of ``compute.owned``, which ``optimizer`` steps on; ``rate(samples)`` is the schedule's
         factor. ``recomputes``: autograd can't keep `latest` here, so the layer's forward pass is done again.
-        ``stash_versions`` are the versions of the layers that own foreign parameters.
         """
         self.compute = compute
         self.module = compute.module
@@ -104,7 +102,6 @@ class TrainedLayer:
         self._waiting: dict[int, tuple[Gradients, int]] = {}
         self._cuts: dict[int, Callable[[LayerCopy], None]] = {}
         self._stashes: dict[tuple[int, ...], _Stash] = {}
-        self._stash_versions = tuple(stash_versions)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -130,7 +127,9 @@ class TrainedLayer:
         with compute.guard(exchanges=stash or self.module.may_write_buffers):
             with self._mutex:
                 writes = self.ledger.open(attempt, number) if ticket else False
-                read = self.ledger.version
+                if not ticket:
+                    self.ledger.hand_on(attempt, number)
+                reads = compute.reads()
             try:
                 buffers = self.module.buffers
                 stashed = self._stash() if stash else None
@@ -155,35 +154,15 @@ class TrainedLayer:
             inputs=inputs,
             outputs=outputs,
             buffers=buffers,
-            read=read,
+            reads=reads,
             parameters=parameters,
             destinations=destinations,
             stashed=None if stashed is None else stashed.copies,
         )
 
-    def again(
-        self, inputs: Tensors, buffers: tuple[torch.Tensor, ...], attempt: Attempt, tickets: frozenset[int]
-    ) -> LayerPass:
-        """The forward pass once more for its graph, with the weights of now and the buffers as first read."""
-        parameters, destinations = self.compute.differentiated(tickets)
-        with self.compute.guard(exchanges=self.module.may_write_buffers):
-            outputs = self.compute.run(inputs, attempt.microbatch, graph=True, buffers=buffers)
-            read = self.ledger.version
-        return LayerPass(
-            compute=self.compute,
-            microbatch=attempt.microbatch,
-            ticket=self.index in tickets,
-            inputs=inputs,
-            outputs=outputs,
-            buffers=buffers,
-            read=read,
-            parameters=parameters,
-            destinations=destinations,
-        )
-
     def _stash(self) -> _Stash:
         """The copies of the current version; made by the first pass that reads it. Under the lock held alone."""
-        key = (self.ledger.version, *(version() for version in self._stash_versions))
+        key = self.compute.reads()
         found = self._stashes.get(key)
         if found is None:
             copies: list[torch.Tensor] = []
@@ -213,17 +192,19 @@ class TrainedLayer:
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
-    def take(self, attempt: Attempt, gradients: Gradients, *, read: int, mode: WeightMode) -> bool:
+    def take(
+        self, attempt: Attempt, gradients: Gradients, *, read: int, mode: WeightMode, owners: tuple[int, ...] = ()
+    ) -> bool:
         """Take one gradient in; the one that completes an update makes it, visible to readers before this returns.
 
-        ``gradients`` are in the order of ``compute.owned`` with the parameters' shapes. False (and no change) for a
-        repeat.
+        ``gradients`` are in the order of ``compute.owned`` with the parameters' shapes. ``read`` and ``owners`` are
+        the `LayerCompute.reads` of the backward pass. False (and no change) for a repeat.
 
         Raises:
             RejectedError: the attempt's ticket is not open any more.
         """
         with self.compute.lock.exclusive():
-            intake = self.ledger.take(attempt, read=read, mode=mode)
+            intake = self.ledger.take(attempt, read=read, mode=mode, owners=owners)
             if intake.taken:
                 laid_out = [
                     None if gradient is None else _laid_out(gradient, alias)
@@ -233,6 +214,18 @@ class TrainedLayer:
                 self._waiting[self._plan.index(microbatch)] = laid_out, microbatch.num_samples
                 self._proceed(intake)
             return intake.taken
+
+    def hand_down(
+        self, attempt: Attempt, number: int, *, read: int, mode: WeightMode, owners: tuple[int, ...] = ()
+    ) -> None:
+        """Note a backward pass that had nothing for this layer itself."""
+        with self.compute.lock.shared():  # so that no update is half-way made when it is written down
+            self.ledger.hand_down(attempt, number, read=read, mode=mode, owners=owners)
+
+    def begin_walk(self, attempt: Attempt, number: int, *, detached: bool, reads: tuple[tuple[int, ...], ...]) -> None:
+        """Note that the block that begins here was computed again; see `WalkEvent`."""
+        with self.compute.lock.shared():
+            self.ledger.begin_walk(attempt, number, detached=detached, reads=reads)
 
     def drop(self, attempt: Attempt, reason: str) -> bool:
         """Put a tombstone in the microbatch's place; False when the layer has the microbatch."""
@@ -265,7 +258,7 @@ class TrainedLayer:
         version = self.ledger.updated(rate, self.digest())
         taker = self._cuts.pop(version, None)
         if taker is not None:
-            taker(self._copy())
+            taker(self._copy(self.ledger.cut()))
 
     def _step(
         self, optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor | None], decision: UpdateDecision
@@ -293,9 +286,10 @@ class TrainedLayer:
 
     def digest(self) -> str:
         """The hash of parameters, buffers and moments as they are. Under the lock."""
-        return state_hash(self._owned_parameters().values(), self.module.buffers, self.moments().values())
+        return state_hash(self.owned_parameters().values(), self.module.buffers, self.moments().values())
 
-    def _owned_parameters(self) -> dict[str, nn.Parameter]:
+    def owned_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that no lower layer owns, by name in the module's order."""
         foreign = {id(parameter) for parameter, _ in self.compute.foreign}
         return {name: one for name, one in self.module.parameters.items() if id(one) not in foreign}
 
@@ -313,14 +307,18 @@ class TrainedLayer:
         with self.compute.lock.exclusive():
             waiting = self._cuts.pop(version, None)
             if waiting is not None and self.ledger.version == version and self.ledger.accumulated == 0:
-                waiting(self._copy())
+                waiting(self._copy(self.ledger.cut()))
 
-    def _copy(self) -> LayerCopy:
+    def copy(self) -> LayerCopy:
+        """The layer as it is, right after an update: a cut of it that nobody hears of. Under the lock, or alone."""
+        return self._copy(self.ledger.state())
+
+    def _copy(self, state: LedgerState) -> LayerCopy:
         return LayerCopy(
             layer=self.index,
             life=self.ledger.life,
-            state=self.ledger.cut(),
-            parameters={name: one.detach().clone() for name, one in self._owned_parameters().items()},
+            state=state,
+            parameters={name: one.detach().clone() for name, one in self.owned_parameters().items()},
             # A buffer tensor is never written once somebody may hold it (`LayerModule`): no copy is needed.
             buffers=dict(zip(self.module.buffer_names, self.module.buffers, strict=True)),
             moments={name: one.clone() for name, one in self.moments().items()},
@@ -334,7 +332,7 @@ class TrainedLayer:
             ValueError: they do not fit the model.
         """
         with self.compute.lock.exclusive():
-            own = self._owned_parameters()
+            own = self.owned_parameters()
             _check_names(self.index, "parameters", own, saved.parameters)
             _check_names(self.index, "buffers", self.module.buffer_names, saved.buffers)
             for name, parameter in own.items():
@@ -357,17 +355,21 @@ class TrainedLayer:
         """Which state the layer is in."""
         return LayerRevision(layer=self.index, life=self.ledger.life, revision=self.ledger.revision)
 
-    def pull(self, have: int | None) -> LayerState | None:
-        """The parameters, whole, for a worker that holds revision ``have``; ``None`` when that is the current one."""
+    def pull(self, have: int | None) -> tuple[int, LayerState | None]:
+        """The version, and the parameters, whole, for a worker that holds revision ``have``.
+
+        ``None`` instead of the state when that is the current one.
+        """
         with self.compute.lock.shared():
+            version = self.compute.version()
             if have == self.ledger.revision:
-                return None
-            own = self._owned_parameters()
-            return LayerState(
+                return version, None
+            own = self.owned_parameters()
+            return version, LayerState(
                 layer=self.index,
                 life=self.ledger.life,
                 revision=self.ledger.revision,
-                version=self.ledger.version,
+                version=version,
                 parameters=NamedTensors(tuple(own), tuple(one.detach().clone() for one in own.values())),
             )
 

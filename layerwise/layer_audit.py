@@ -18,10 +18,12 @@ from layerwise.event_log import LogHeader
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
+    BackwardEvent,
     CutEvent,
     DropEvent,
     Event,
     ForwardEvent,
+    PassEvent,
     RestoreEvent,
     UpdateEvent,
     WeightMode,
@@ -149,6 +151,15 @@ class LayerAudit:
                 self._abort(event)
             case CutEvent():
                 self._cut(event)
+            case PassEvent():
+                self._pass(event)
+            case BackwardEvent():
+                self.read(event.attempt, event.read, at_most=True)
+
+    def read(self, attempt: Attempt, version: int, *, at_most: bool) -> None:
+        """A pass of ``attempt`` read ``version``: the one that the layer is at, or with ``at_most`` an earlier one."""
+        if version > self.version or (version < self.version and not at_most):
+            self._fail_version(f"a pass of {attempt} reads version {version}")
 
     def finish(self) -> None:
         """The log of this life ends here."""
@@ -194,6 +205,13 @@ class LayerAudit:
             what = "writes the buffers a second time" if event.buffers else "leaves the buffers unwritten"
             self._findings.fail("buffers", f"{self._who}: forward of {event.attempt} {what}")
         self.open[index] = event
+
+    def _pass(self, event: PassEvent) -> None:
+        self._findings.count("tickets")
+        self.read(event.attempt, event.read, at_most=False)
+        index = self._index(event.attempt)
+        if index is not None and index not in self.applied:
+            self._fail_ticket(event.attempt, "passes without a ticket, though the layer lacks the microbatch")
 
     def _accumulate(self, event: AccumulateEvent) -> None:
         self._findings.count("tickets")

@@ -44,7 +44,7 @@ class LayerPass:
     """What one layer's forward pass leaves for its backward pass.
 
     ``outputs`` carry the graph; ``None`` where the backward pass must build it again from ``inputs`` and the
-    ``buffers`` as they were read. ``parameters`` are differentiated, each for its ``destination``; ``stashed`` ones
+    ``buffers`` as they were read. ``reads`` is `LayerCompute.reads` then. ``parameters`` are differentiated, each for its ``destination``; ``stashed`` ones
     are copies that only this version's passes use. ``ticket``: the layer lacks the microbatch, so it takes a gradient
     in, be it empty.
     """
@@ -55,7 +55,7 @@ class LayerPass:
     inputs: Tensors
     outputs: Tensors | None
     buffers: tuple[torch.Tensor, ...]
-    read: int
+    reads: tuple[int, ...]
     parameters: tuple[torch.Tensor, ...] = ()
     destinations: tuple[Destination, ...] = ()
     stashed: tuple[torch.Tensor, ...] | None = None
@@ -66,6 +66,11 @@ class LayerPass:
         return self.compute.index
 
     @property
+    def read(self) -> int:
+        """The layer's version as read."""
+        return self.reads[0]
+
+    @property
     def needs_graph(self) -> bool:
         """Whether anything asks for a gradient here."""
         return bool(self.parameters) or any(one is not None and one.requires_grad for one in self.inputs.items)
@@ -73,11 +78,11 @@ class LayerPass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerGradients:
-    """``inputs`` go to the layer below, ``parameters`` to their destinations; ``read`` is the backward's version."""
+    """``inputs`` go to the layer below, ``parameters`` to their destinations; ``reads`` is what the backward pass read."""
 
     inputs: tuple[torch.Tensor | None, ...]
     parameters: tuple[torch.Tensor | None, ...]
-    read: int
+    reads: tuple[int, ...]
 
 
 class LayerCompute:
@@ -98,9 +103,9 @@ class LayerCompute:
         precision: Precision | None = None,
         clones_input: bool = False,
         foreign: Sequence[tuple[str, Destination]] = (),
-        outer_locks: Sequence[SharedLock] = (),
+        owners: Sequence[LayerCompute] = (),
     ) -> None:
-        """``foreign`` names parameters that belong to lower layers, whose locks are ``outer_locks`` (lowest first)."""
+        """``foreign`` names parameters that belong to lower layers, which are ``owners`` (lowest first)."""
         self.module = module
         self.index = module.index
         self.lock = SharedLock()
@@ -108,7 +113,8 @@ class LayerCompute:
         self.version = version
         self._seed = seed
         self._clones_input = clones_input
-        self._outer_locks = tuple(outer_locks)
+        self._owners = tuple(owners)
+        self._outer_locks = tuple(one.lock for one in owners)
         foreign_names = {name for name, _ in foreign}
         self.owned = {
             name: parameter
@@ -135,6 +141,44 @@ class LayerCompute:
             if where[0] in tickets:
                 parameters, destinations = (*parameters, parameter), (*destinations, where)
         return parameters, destinations
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The lower layers that own parameters of this one."""
+        return tuple(owner.index for owner in self._owners)
+
+    def reads(self) -> tuple[int, ...]:
+        """The layer's version and those of the layers that own parameters of its. Under `guard`."""
+        if not self._owners:
+            return (self.version(),)
+        return (self.version(), *(owner.version() for owner in self._owners))
+
+    def again(
+        self,
+        inputs: Tensors,
+        buffers: tuple[torch.Tensor, ...] | None,
+        microbatch: Microbatch,
+        tickets: frozenset[int],
+    ) -> LayerPass:
+        """The forward pass once more for its graph, with the weights of now and the buffers as first read.
+
+        ``buffers`` ``None``: the layer's own, which no pass writes.
+        """
+        parameters, destinations = self.differentiated(tickets)
+        with self.guard(exchanges=self.module.may_write_buffers):
+            outputs = self.run(inputs, microbatch, graph=True, buffers=buffers)
+            reads = self.reads()
+        return LayerPass(
+            compute=self,
+            microbatch=microbatch,
+            ticket=self.index in tickets,
+            inputs=inputs,
+            outputs=outputs,
+            buffers=buffers or (),
+            reads=reads,
+            parameters=parameters,
+            destinations=destinations,
+        )
 
     def prepare(self, inputs: Tensors, *, gradient: bool, flows: Sequence[bool] | None = None) -> Tensors:
         """``inputs`` cut off from the graph that made them, one leaf for each distinct tensor.
@@ -218,14 +262,15 @@ class LayerCompute:
         inputs = forward.inputs.items
         if not forward.needs_graph or all(one is None for one in outputs):
             with self.lock.shared():
-                read = forward.read if forward.stashed is not None else self.version()
-            return LayerGradients(inputs=(None,) * len(inputs), parameters=(None,) * len(forward.parameters), read=read)
+                reads = forward.reads if forward.stashed is not None else self.reads()
+            nothing = (None,) * len(forward.parameters)
+            return LayerGradients(inputs=(None,) * len(inputs), parameters=nothing, reads=reads)
         rebuild = forward.outputs is None
         with self.guard(exchanges=rebuild and self.module.may_write_buffers):
             made = forward.outputs
             if made is None:
                 made = self.run(forward.inputs, forward.microbatch, graph=True, buffers=forward.buffers)
-            read = forward.read if forward.stashed is not None else self.version()
+            reads = forward.reads if forward.stashed is not None else self.reads()
             pairs = [
                 (output, gradient)
                 for output, gradient in zip(made.items, outputs, strict=True)
@@ -248,7 +293,7 @@ class LayerCompute:
             # A tensor that was given twice has one gradient: it goes with its first place.
             inputs=tuple(by_leaf.pop(id(item), None) for item in inputs),
             parameters=tuple(found[len(leaves) :]),
-            read=read,
+            reads=reads,
         )
 
 

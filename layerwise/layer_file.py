@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from layerwise.cuts import cut_folder, file_digest, layer_file_name, read_checked, write_durably
-from layerwise.errors import CorruptError
+from layerwise.cuts import cut_folder, read_checked, write_layer_file
+from layerwise.errors import CorruptCutError
 from layerwise.layer import LayerCopy
 from layerwise.layer_ledger import LedgerState
 from layerwise.messages import LayerFile
@@ -51,16 +51,14 @@ def save_layer(directory: str | Path, job: str, copy: LayerCopy) -> LayerFile:
             memory.add(alone.data_ptr())
             tensors[prefix + name] = alone
     data = safetensors.torch.save(tensors, {_METADATA: json.dumps(metadata, separators=(",", ":"))})
-    name = layer_file_name(copy.layer, copy.life)
-    write_durably(cut_folder(directory, version) / name, data)
-    return LayerFile(layer=copy.layer, life=copy.life, name=name, num_bytes=len(data), digest=file_digest(data))
+    return write_layer_file(directory, version, copy.layer, copy.life, data)
 
 
 def load_layer(directory: str | Path, version: int, file: LayerFile) -> LayerCopy:
     """Read one layer of a cut, size and hash checked first.
 
     Raises:
-        CorruptError: the file is missing, cut short or changed, or is not what its name says.
+        CorruptCutError: the file is missing, cut short or changed, or is not what its name says.
     """
     folder = cut_folder(directory, version)
     data = read_checked(folder, file)
@@ -80,11 +78,15 @@ def load_layer(directory: str | Path, version: int, file: LayerFile) -> LayerCop
             moments=_group(tensors, MOMENT, metadata["orders"]["moments"]),
         )
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CorruptError(f"{path} is not a layer's file that this version reads: {error}") from error
+        raise CorruptCutError(
+            f"{path} is not a layer's file that this version reads: {error}", version=version, path=path
+        ) from error
     if (copy.layer, copy.life, copy.state.version) != (file.layer, file.life, version):
-        raise CorruptError(
+        raise CorruptCutError(
             f"{path} holds layer {copy.layer} of life {copy.life} at version {copy.state.version}, not layer "
-            f"{file.layer} of life {file.life} at version {version}"
+            f"{file.layer} of life {file.life} at version {version}",
+            version=version,
+            path=path,
         )
     return copy
 

@@ -18,12 +18,15 @@ from layerwise.errors import RejectedError
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
+    BackwardEvent,
     CutEvent,
     DropEvent,
     EventSink,
     ForwardEvent,
+    PassEvent,
     RestoreEvent,
     UpdateEvent,
+    WalkEvent,
     WeightMode,
 )
 from layerwise.ids import Attempt
@@ -137,6 +140,11 @@ class LayerLedger:
         return self._samples
 
     @property
+    def digest(self) -> str:
+        """The hash of the layer's state after its last update; "" before the first."""
+        return self._digest
+
+    @property
     def learning_rate(self) -> float | None:
         """What the last update of this life used; ``None`` before the first step."""
         return self._learning_rate
@@ -186,8 +194,28 @@ class LayerLedger:
         )
         return writes
 
-    def take(self, attempt: Attempt, *, read: int, mode: WeightMode) -> Intake:
+    def hand_on(self, attempt: Attempt, number: int) -> int:
+        """A forward pass reads the layer, which has the microbatch already, for others. Gives the version read."""
+        version = self.version
+        self._events.append(PassEvent(layer=self.layer, attempt=attempt, number=number, read=version))
+        return version
+
+    def hand_down(
+        self, attempt: Attempt, number: int, *, read: int, mode: WeightMode, owners: tuple[int, ...] = ()
+    ) -> None:
+        """A backward pass read the layer at ``read`` without a gradient for it: for what it hands down only."""
+        self._events.append(
+            BackwardEvent(layer=self.layer, attempt=attempt, number=number, read=read, mode=mode, owners=owners)
+        )
+
+    def begin_walk(self, attempt: Attempt, number: int, *, detached: bool, reads: tuple[tuple[int, ...], ...]) -> None:
+        """The block that begins with this layer was computed again for a backward pass; see `WalkEvent`."""
+        self._events.append(WalkEvent(layer=self.layer, attempt=attempt, number=number, detached=detached, reads=reads))
+
+    def take(self, attempt: Attempt, *, read: int, mode: WeightMode, owners: tuple[int, ...] = ()) -> Intake:
         """Take in ``attempt``'s gradient, computed with weights of version ``read``. A repeat changes nothing.
+
+        ``owners`` are the versions read of the layers that own parameters of this one.
 
         Layers without trainable parameters take in their empty gradients the same way, so that every layer counts
         alike.
@@ -221,6 +249,7 @@ class LayerLedger:
                 read=read,
                 mode=mode,
                 update=version,
+                owners=owners,
             )
         )
         self._held.add(index)

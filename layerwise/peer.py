@@ -24,9 +24,12 @@ class Peer:
         """Set while nothing carries the link."""
         self.heard = False
         """A frame of this link has arrived."""
+        self.up = False
+        """One has arrived on the stream that carries it now."""
         self.reason = "nobody answered"
         """Why the last stream ended."""
         self._loop = loop
+        self._asked_at: float | None = None
         self._loss_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
 
@@ -36,6 +39,7 @@ class Peer:
         if older is not None:
             older.release()
         self.down.clear()
+        self.up, self._asked_at = False, None
         self.push(self.link.reconnect(self._loop.time()))
 
     def detach(self, carrier: Carrier) -> bool:
@@ -43,8 +47,17 @@ class Peer:
         if self.carrier is not carrier:
             return False
         self.carrier = None
+        self.up = False
         self.down.set()
         return True
+
+    def silent_for(self) -> float:
+        """Somebody else says this peer's name: ask the one that has it for an answer; seconds without one."""
+        now = self._loop.time()
+        if self._asked_at is None and self.carrier is not None:
+            self._asked_at = now
+            self.carrier.ask()
+        return 0.0 if self._asked_at is None else now - self._asked_at
 
     def push(self, packets: list[Packet]) -> None:
         """Hand packets to the carrier. Without one nothing is lost: `Link.reconnect` gives them again."""
@@ -69,7 +82,8 @@ class Peer:
 
     def hear(self) -> None:
         """A frame has arrived."""
-        self.heard = True
+        self.heard = self.up = True
+        self._asked_at = None
         if self._loss_timer is not None:
             self._loss_timer.cancel()
             self._loss_timer = None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from layerwise.assembly import compute_layer, foreign_parameters
 from layerwise.build import build_modules, precision_of
-from layerwise.data import TrainingData, load_dataset, microbatch_indices
+from layerwise.data import TrainingData, load_dataset
 from layerwise.derived_weights import derives_weights
 from layerwise.device import transfers
 from layerwise.errors import ConfigError, LayerwiseError
@@ -23,7 +23,7 @@ from layerwise.layer_compute import LayerCompute, LayerPass, Precision
 from layerwise.messages import Tensors
 from layerwise.models import layer_names, shared_tensors
 from layerwise.optimizers import ADAM_MARK
-from layerwise.profile import LayerProfile, Profile
+from layerwise.profile import LayerProfile, Profile, TensorProfile
 from layerwise.randomness import layer_randomness
 from layerwise.sections import AdamW, OptimizerSettings, Sgd
 from layerwise.settings import resolve
@@ -68,13 +68,19 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
     runner = _Runner(modules, names, spec, head, microbatch, device, inputs, targets)
     runner.look()
     _measure(runner)
+    single = Microbatch(microbatch.epoch, microbatch.start, microbatch.start + 1)
+    lone, single_sample_error = _look_at(modules, names, spec, head, single, device, data)
     shares: dict[int, set[int]] = {}
     for shared in shared_tensors(modules):
         for index in shared.layers:
             shares.setdefault(index, set()).update(other for other in shared.layers if other != index)
     layers = tuple(
-        _profile(index, names[index], module, seen, spec.train.optimizer, tuple(sorted(shares.get(index, ()))))
-        for index, (module, seen) in enumerate(zip(modules, runner.seen, strict=True))
+        replace(
+            _profile(index, names[index], module, seen, spec.train.optimizer, tuple(sorted(shares.get(index, ())))),
+            outputs=_outputs(seen.outputs, microbatch.num_samples, alone.outputs),
+            single_output=seen.outputs.single,
+        )
+        for index, (module, seen, alone) in enumerate(zip(modules, runner.seen, lone, strict=True))
     )
     return Profile(
         layers=layers,
@@ -83,8 +89,47 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
         microbatch_samples=microbatch.num_samples,
         input_bytes=tensor_bytes(inputs) + tensor_bytes(targets),
         data_json=data.info.to_json(),
+        single_sample_error=single_sample_error,
         notes=_notes(layers),
     )
+
+
+def _outputs(seen: Tensors, num_samples: int, alone: Tensors) -> tuple[TensorProfile | None, ...]:
+    """What a layer puts out: by ``num_samples`` samples, and by a single one (nothing, where that could not be run)."""
+    found: list[TensorProfile | None] = []
+    for position, one in enumerate(seen.items):
+        if one is None:
+            found.append(None)
+            continue
+        other = alone.items[position] if position < len(alone.items) else None
+        sizes: list[tuple[int, int] | None] = [None] * one.ndim
+        if other is not None and other.ndim == one.ndim and num_samples > 1:
+            for dimension, (size, with_one) in enumerate(zip(one.shape, other.shape, strict=True)):
+                if size == with_one:
+                    sizes[dimension] = (size, 0)
+                elif size == with_one * num_samples:
+                    sizes[dimension] = (0, with_one)
+        found.append(TensorProfile(dtype=str(one.dtype).removeprefix("torch."), sizes=tuple(sizes)))
+    return tuple(found)
+
+
+def _look_at(
+    modules: list[nn.Module],
+    names: list[str],
+    spec: JobSpec,
+    head: JobHead,
+    microbatch: Microbatch,
+    device: torch.device,
+    data: TrainingData,
+) -> tuple[list[_Seen], str]:
+    """What each layer does with ``microbatch`` in training, and what goes wrong, if anything does."""
+    inputs, targets = _samples(spec, data, microbatch)
+    runner = _Runner(modules, names, spec, head, microbatch, device, inputs, targets)
+    try:
+        runner.look()
+    except ConfigError as error:
+        return runner.seen, str(error)
+    return runner.seen, ""
 
 
 def _measure(runner: _Runner) -> None:
@@ -193,7 +238,7 @@ class _Runner:
                         inputs=leaves,
                         outputs=values,
                         buffers=(),
-                        read=0,
+                        reads=(0,),
                         parameters=parameters,
                         destinations=destinations,
                     )
@@ -273,8 +318,7 @@ class _KeptBytes:
 
 
 def _samples(spec: JobSpec, data: TrainingData, microbatch: Microbatch) -> tuple[Tensors, Tensors]:
-    indices = microbatch_indices(spec.train.seed, microbatch, data.info.num_train)
-    inputs, targets = data.train.batch(indices)
+    inputs, targets = data.training_batch(spec.train.seed, microbatch)
     return Tensors(tuple(inputs), len(inputs) == 1), Tensors(tuple(targets), len(targets) == 1)
 
 
@@ -309,7 +353,13 @@ def _profile(
         shares_with=shares_with,
         derived_weights=seen.derived_weights,
         clones_input=seen.clones_input,
+        batch_statistics=any(_normalises_batches(one) for one in module.modules()),
     )
+
+
+def _normalises_batches(module: nn.Module) -> bool:
+    # The common class of all BatchNorms has no public name.
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _moments(optimizer: OptimizerSettings, parameter: torch.Tensor) -> int:

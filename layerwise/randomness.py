@@ -7,15 +7,21 @@ nothing else.
 
 from __future__ import annotations
 
+import random
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
+import numpy as np
 import torch
 import xxhash
 
 from layerwise.ids import Microbatch
 
+SAMPLES = -1
+"""In the place of a layer's index: the randomness of loading a microbatch's samples."""
 _SEED_BITS = 63
 _GENERATORS_LOCK = threading.Lock()
 
@@ -52,3 +58,15 @@ class layer_randomness:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _GENERATORS_LOCK.release()
+
+
+@contextmanager
+def loading_randomness(seed: int) -> Iterator[None]:
+    """Within it the default generators of torch, numpy and Python start from ``seed``, for a dataset of the user's own.
+
+    As `layer_randomness`, it keeps other threads from torch's generator; numpy's and Python's are left where they end.
+    """
+    with layer_randomness(seed):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield

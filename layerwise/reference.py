@@ -15,7 +15,7 @@ from torch import nn
 
 from layerwise.assembly import Training
 from layerwise.build import build_modules, training_of
-from layerwise.data import Batch, Dataset, load_dataset, microbatch_indices
+from layerwise.data import Batch, Dataset, load_dataset
 from layerwise.head import Head, job_head
 from layerwise.ids import Microbatch
 from layerwise.job import JobSpec
@@ -168,7 +168,7 @@ def train_reference(
         build_modules(spec, data.info, allowed_imports),
         training_of(spec, settings, device if device is not None else torch.device("cpu")),
         job_head(spec, allowed_imports),
-        lambda microbatch: data.train.batch(microbatch_indices(seed, microbatch, plan.num_samples)),
+        lambda microbatch: data.training_batch(seed, microbatch),
     )
     for _ in range(plan.num_updates if updates is None else updates):
         loop.step()

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from layerwise import disk
 from layerwise.errors import BusyError, ConfigError, CorruptError, NotAllowedError, NotFoundError
 from layerwise.job import JobSpec, load_job, parse_job
 
@@ -56,9 +57,8 @@ def _taken(path: Path) -> bool:
 
 def save_spec(directory: Path, spec: JobSpec) -> None:
     """Keep the job beside its run, for `resume`."""
-    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(json.loads(spec.to_json()), indent=2) + "\n"
-    (directory / JOB_FILE).write_text(text, encoding="utf-8")
+    disk.write_durably(directory / JOB_FILE, text.encode(), "spec")
 
 
 def spec_in(directory: Path) -> JobSpec:
@@ -84,9 +84,9 @@ def save_result(directory: Path, document: dict[str, Any] | None) -> None:
     """Keep the document of a job that has ended; None: it has not, whatever an earlier one said."""
     path = directory / RESULT_FILE
     if document is None:
-        path.unlink(missing_ok=True)
+        disk.delete(path, "result")
     else:
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        disk.write_durably(path, (json.dumps(document, indent=2) + "\n").encode(), "result")
 
 
 def load_result(directory: Path) -> dict[str, Any] | None:

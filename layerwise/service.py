@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from layerwise.address import parse_address
 from layerwise.errors import RejectedError, UnreachableError
 from layerwise.lifetime import Lifetime
 from layerwise.memory import keep_freed_memory
@@ -103,8 +104,10 @@ class Service:
         Raises:
             UnreachableError: the coordinator was not found, or stayed away, for ``reach_seconds``.
             RejectedError: it is of another wire version.
+            ConfigError: an address can't be read, or is taken.
         """
         keep_freed_memory()
+        parse_address(self.settings.coordinator)
         self.loop = asyncio.get_running_loop()
         self._lifetime = Lifetime(exit_with_parent=self.settings.exit_with_parent)
         self._handler = self._make_handler(self)
@@ -114,13 +117,14 @@ class Service:
             on_lost=self._on_lost,
             before_send=self._handler.before_send,
             on_error=self.fail,
+            dialed_only=(COORDINATOR,),
         )
         try:
             if self.settings.listen:
                 bound = await self.transport.listen(self.settings.listen, insecure=self.settings.insecure)
                 self.address = self.settings.advertise or bound
             metrics_address = (
-                serve_metrics(self.settings.metrics, self._handler.collect, insecure=self.settings.insecure)
+                serve_metrics(self.settings.metrics, self._collect, insecure=self.settings.insecure)
                 if self.settings.metrics
                 else ""
             )
@@ -170,6 +174,9 @@ class Service:
         if self._error is None:
             self._error = error
         self._lifetime.end(f"{type(error).__name__}: {error}")
+
+    def _collect(self) -> Iterable[object]:
+        return [*self._handler.collect(), *self.transport.refusals.collect()]
 
     def _reach_coordinator(self) -> None:
         self._welcomed = False

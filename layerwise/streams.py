@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
@@ -25,6 +26,12 @@ _SIZES: Options = (
 )
 _PINGS = ("grpc.http2.min_ping_interval_without_data_ms", 10_000)
 """Clients that follow a quiet job ping every 20 s; without this a server takes that for an attack after a while."""
+_CONNECTIONS: Options = (
+    ("grpc.max_concurrent_streams", 128),  # of one connection; a link has a connection of its own, a client needs few
+    ("grpc.max_connection_idle_ms", 60_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+)
+_MOST_CONNECTIONS = 4096
 # On TCP a larger read-ahead helps chunks of a megabyte; elsewhere the defaults are as good.
 _TCP: Options = (("grpc.http2.lookahead_bytes", 16 << 20),)
 
@@ -36,7 +43,6 @@ _TERMINAL_CODES = frozenset(
         grpc.StatusCode.PERMISSION_DENIED,
         grpc.StatusCode.UNAUTHENTICATED,
         grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
 
@@ -156,7 +162,10 @@ def open_channel(address: Address) -> grpc.aio.Channel:
 
 async def make_server(handle: Callable[[Any, Any], Awaitable[None]]) -> grpc.aio.Server:
     """A server (not started) with the health service, whose links are served by ``handle(request_iterator, context)``."""
-    server = grpc.aio.server(options=[*_SIZES, *_TCP, _PINGS, ("grpc.so_reuseport", 0)])
+    # Half of the files that a process may have open: strangers must not keep it from opening its own.
+    connections = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, _MOST_CONNECTIONS)
+    limits = (*_CONNECTIONS, ("grpc.max_allowed_incoming_connections", connections))
+    server = grpc.aio.server(options=[*_SIZES, *_TCP, _PINGS, *limits, ("grpc.so_reuseport", 0)])
     method: Any = grpc.stream_stream_rpc_method_handler(cast(Any, handle))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {_METHOD: method}),))
     servicer: Any = health.aio.HealthServicer()

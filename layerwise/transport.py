@@ -14,7 +14,8 @@ import asyncio
 import itertools
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import grpc
@@ -23,11 +24,23 @@ import grpc.aio
 from layerwise.address import Address, check_may_listen, parse_address
 from layerwise.buffers import BufferPool
 from layerwise.carrier import Carrier
-from layerwise.errors import MalformedMessageError, RejectedError
+from layerwise.disturbed_carrier import DisturbedCarrier
+from layerwise.entrance import Entrance, Limits
+from layerwise.errors import (
+    BusyError,
+    ConfigError,
+    LayerwiseError,
+    MalformedMessageError,
+    RejectedError,
+    UnreachableError,
+)
+from layerwise.faults import frame_faults_of
+from layerwise.grpc_status import status_of
 from layerwise.link import Link, LinkLost, LinkTable, Packet
 from layerwise.messages import Message
 from layerwise.peer import Peer
 from layerwise.proto.frames import (
+    MAX_FRAME_PACKETS,
     MAX_MESSAGE_BYTES,
     Frame,
     FrameHeader,
@@ -36,6 +49,7 @@ from layerwise.proto.frames import (
     WireVersionError,
     encode_message,
 )
+from layerwise.refusals import Refusals, Refused
 from layerwise.streams import (
     AcceptedStream,
     BrokenStreamError,
@@ -48,8 +62,8 @@ from layerwise.streams import (
 
 _ACKNOWLEDGE_SECONDS = 0.05
 _BACKOFF_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2)
-_MAX_PEERS = 4096
 _MAX_REASONS = 256
+_LONGEST_REASON = 500
 
 
 class Transport:
@@ -59,7 +73,9 @@ class Transport:
     gone for good (`lost_reason` says why), after which the peer may be connected again. ``before_send()`` runs before
     each batch of frames leaves the process. An exception in a callback goes to ``on_error`` (default: the loop's
     exception handler). ``credit_bytes`` bounds what is sent and not acknowledged on a link; more waits in its outbox
-    (`outbox_bytes`), at most ``max_outbox_bytes``, beyond which the link is given up.
+    (`outbox_bytes`), at most ``max_outbox_bytes``, beyond which the link is given up: a peer that does not read costs
+    no more memory than that. ``limits`` bound what strangers can do; peers named in ``dialed_only`` never call.
+    ``refusals`` counts what was not acted on.
 
     The tensors of a message that is sent must not change until the peer has it.
     """
@@ -75,15 +91,20 @@ class Transport:
         grace_seconds: float = 0.5,
         connect_seconds: float = 5.0,
         credit_bytes: int = 32 << 20,
-        max_outbox_bytes: int = 4 << 30,
+        max_outbox_bytes: int = 2 * MAX_MESSAGE_BYTES,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         pool: BufferPool | None = None,
+        limits: Limits | None = None,
+        dialed_only: Collection[str] = (),
+        refusals: Refusals | None = None,
     ) -> None:
         self.name = name
         self.sent_bytes = 0
         self.received_bytes = 0
         self.dropped_messages = 0
         """Messages sent to peers without a link."""
+        self.refusals = refusals or Refusals()
+        self._entrance = Entrance(name, limits or Limits(), self.refusals, dialed_only=dialed_only)
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
         self._on_lost = on_lost
@@ -95,6 +116,7 @@ class Transport:
         self._max_outbox_bytes = max_outbox_bytes
         self._max_message_bytes = max_message_bytes
         self._pool = pool or BufferPool()
+        self._faults = frame_faults_of(name)
         self._table = LinkTable(self._new_link)
         self._peers: dict[str, Peer] = {}
         self._reasons: OrderedDict[str, str] = OrderedDict()
@@ -133,8 +155,7 @@ class Transport:
     def connect(self, peer: str, address: str) -> None:
         """Open a link to ``peer``; nothing happens when there is one that is up.
 
-        Raises:
-            ConfigError: the address can't be read.
+        An address that can't be read comes from somebody else's mouth, as a rule: the link is lost, with that reason.
         """
         if self._closed:
             return
@@ -143,7 +164,11 @@ class Transport:
             state = self._add_peer(peer, self._table.open(peer))
             state.expect(self._connect_seconds, self._expire)
         if state.dialing is None and state.carrier is None:
-            state.address = parse_address(address)
+            try:
+                state.address = parse_address(address)
+            except ConfigError as error:
+                self._loop.call_soon(partial(self._lose, state, f"{peer} can't be reached: {error}", refused=True))
+                return
             state.dialing = self._loop.create_task(self._dial(state), name=f"layerwise dial {peer}")
             state.dialing.add_done_callback(self._on_dialing_ended)
 
@@ -209,7 +234,7 @@ class Transport:
             secrets.randbits(63) | 1,
             resend_seconds=float("inf"),  # a stream loses nothing; after a break everything goes again
             acknowledge_seconds=_ACKNOWLEDGE_SECONDS,
-            max_packets=4096,
+            max_packets=MAX_FRAME_PACKETS,
             max_size=self._credit_bytes,
         )
 
@@ -227,6 +252,7 @@ class Transport:
         """End a link that can't go on, and say so once."""
         if self._peers.get(state.name) is not state:
             return
+        reason = reason[:_LONGEST_REASON]
         self._remove(state, reason)
         self._reasons[state.name] = reason
         (self._refused.add if refused else self._refused.discard)(state.name)
@@ -262,7 +288,7 @@ class Transport:
     async def _dial_once(self, state: Peer, address: Address) -> None:
         channel = open_channel(address)
         stream = DialedStream(channel)
-        carrier = self._carrier(state.link, stream, self._reader())
+        carrier = self._carrier(state, stream, self._reader())
         state.attach(carrier)
         try:
             await carrier.run(lambda frame, num_bytes: self._take(state, carrier, frame, num_bytes))
@@ -270,7 +296,10 @@ class Transport:
             state.reason = str(error)
             if error.refused:
                 self._lose(state, f"{state.name} at {address} refused the link: {error}", refused=True)
+        except BusyError as error:
+            state.reason = str(error)
         except RejectedError as error:
+            self.refusals.add(_reason(error), f"a frame of {state.name} at {address} was refused: {error}")
             self._lose(state, f"{state.name} at {address} can't be understood: {error}", refused=True)
         finally:
             stream.cancel()
@@ -282,43 +311,53 @@ class Transport:
         self._track()
         stream, reader = AcceptedStream(context), self._reader()
         try:
-            data = await asyncio.wait_for(stream.read(), self._connect_seconds)
+            data = await self._entrance.first_frame(stream, self._connect_seconds)
             if data is None:
                 return
             frame = reader.read(data)
-            state = await self._admit(frame, stream, context)
-            if state is None:
-                return
-            carrier = self._carrier(state.link, stream, reader)
-            state.attach(carrier)
-            try:
-                self._take(state, carrier, frame, len(data))
-                await carrier.run(lambda frame, num_bytes: self._take(state, carrier, frame, num_bytes))
-            except BrokenStreamError as error:
-                state.reason = str(error)
-            finally:
-                self._detach(state, carrier)
+            with self._entrance.stream_of(frame.header.name):
+                state = await self._admit(frame, stream, context)
+                if state is None:
+                    return
+                carrier = self._carrier(state, stream, reader)
+                state.attach(carrier)
+                try:
+                    self._take(state, carrier, frame, len(data))
+                    await carrier.run(lambda frame, num_bytes: self._take(state, carrier, frame, num_bytes))
+                except BrokenStreamError as error:
+                    state.reason = str(error)
+                finally:
+                    self._detach(state, carrier)
         except BrokenStreamError:
             return  # gone before it said who it was
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was said on this stream")
-        except WireVersionError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        except MalformedMessageError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except (WireVersionError, MalformedMessageError) as error:
+            self.refusals.add(_reason(error), f"a frame from {context.peer()} was refused: {error}")
+            malformed = isinstance(error, MalformedMessageError)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT if malformed else status_of(error), str(error))
+        except LayerwiseError as error:
+            await context.abort(status_of(error), str(error))
 
     async def _admit(self, frame: Frame, stream: AcceptedStream, context: Any) -> Peer | None:
         """The peer to whose link the stream's first frame belongs; ``None``: the stream was answered."""
         header = frame.header
-        if not header.name or header.lost:
-            raise MalformedMessageError("the first frame of a stream must say its sender's name")
+        if header.lost:
+            raise MalformedMessageError("the first frame of a stream ends a link: it must begin or go on with one")
         packet = Packet(sender=header.sender, receiver=header.receiver, acknowledged=0)
         state = self._peers.get(header.name)
-        if self._closed or (state is None and len(self._peers) >= _MAX_PEERS):
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self.name} takes no more links")
+        if self._closed:
+            raise UnreachableError(f"{self.name} takes no more links: it ends")
+        if state is None:
+            self._entrance.check_room(len(self._peers))
         dialing = state is not None and state.dialing is not None and state.link.peer_incarnation in (0, header.sender)
         if dialing and self.name < header.name:  # both have dialed: the stream of the smaller name is kept
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{self.name} is opening this link itself")
+        claimed = state is not None and state.up and header.receiver == 0
+        if claimed and state is not None and header.sender != state.link.peer_incarnation:
+            silent = state.silent_for()
+            if silent < self._entrance.limits.answer_seconds:
+                sentence = f"{header.name} has a link to {self.name}; another one takes its place only when it is gone"
+                self.refusals.add(Refused.NAME, sentence)
+                await context.abort(grpc.StatusCode.ALREADY_EXISTS, sentence)
         admission = self._table.admit(header.name, packet)
         if admission.refusal is not None or admission.link is None:
             writer = FrameWriter()
@@ -335,10 +374,13 @@ class Transport:
     def _reader(self) -> FrameReader:
         return FrameReader(self._pool, max_message_bytes=self._max_message_bytes)
 
-    def _carrier(self, link: Link, stream: Stream, reader: FrameReader) -> Carrier:
-        return Carrier(
+    def _carrier(self, state: Peer, stream: Stream, reader: FrameReader) -> Carrier:
+        make: Callable[..., Carrier] = Carrier
+        if self._faults is not None:
+            make = partial(DisturbedCarrier, sender=state.name, faults=self._faults)
+        return make(
             self.name,
-            link,
+            state.link,
             stream,
             reader,
             linger_seconds=self._grace_seconds,
@@ -368,11 +410,13 @@ class Transport:
         header, link, now = frame.header, state.link, self._loop.time()
         try:
             if header.lost:
-                link.receive(
-                    Packet(sender=header.sender, receiver=header.receiver, acknowledged=0, lost=header.lost), now
-                )
+                lost = header.lost[:_LONGEST_REASON]
+                link.receive(Packet(sender=header.sender, receiver=header.receiver, acknowledged=0, lost=lost), now)
                 return
             state.hear()
+            if carrier.open_bytes:
+                links = (one.carrier.open_bytes for one in self._peers.values() if one.carrier is not None)
+                self._entrance.check_receiving(state.name, sum(links))
             for sequence, message in frame.messages or _NOTHING:
                 packet = Packet(
                     sender=header.sender,
@@ -388,7 +432,7 @@ class Transport:
         except LinkLost as error:
             self._lose(state, f"{state.name} gave the link up: {error}")
             return
-        if carrier.received_bytes >= self._credit_bytes // 4:
+        if header.answer or carrier.received_bytes >= self._credit_bytes // 4:
             link.acknowledge_now(now)
         state.tick()
 
@@ -414,6 +458,10 @@ class Transport:
         if task not in self._closings:
             self._closings.add(task)
             task.add_done_callback(self._closings.discard)
+
+
+def _reason(error: RejectedError) -> Refused:
+    return Refused.VERSION if isinstance(error, WireVersionError) else Refused.MALFORMED
 
 
 _NOTHING: list[tuple[int, Any]] = [(0, None)]

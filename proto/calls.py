@@ -26,6 +26,7 @@ class ClientRequest:
     job: str = ""
     directory: str = ""
     offset: int = 0
+    """Of events: the first that is wanted; of jobs: how many of the oldest to leave out."""
     wire_version: int = WIRE_VERSION
 
     def check_version(self) -> None:
@@ -43,6 +44,14 @@ class EventDocument:
 
     offset: int
     event: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobsPage:
+    """Some of the jobs' documents, oldest first; the next page begins at ``next_offset`` (0: this is the last one)."""
+
+    documents: list[dict[str, Any]]
+    next_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +79,12 @@ class ClientCall:
         return ClientRequest(**{name: getattr(message, name) for name in self.request.DESCRIPTOR.fields_by_name})
 
     def encode_reply(self, document: Any) -> bytes:
-        """The answer's bytes: a JSON document, or an `EventDocument`."""
+        """The answer's bytes: a JSON document, a `JobsPage`, or an `EventDocument`."""
         if isinstance(document, EventDocument):
             return self.reply(offset=document.offset, event_json=json.dumps(document.event)).SerializeToString()
+        if isinstance(document, JobsPage):
+            jobs_json = json.dumps(document.documents)
+            return self.reply(jobs_json=jobs_json, next_offset=document.next_offset).SerializeToString()
         return self.reply(**{self.field: json.dumps(document)}).SerializeToString()
 
     def decode_reply(self, data: bytes) -> Any:
@@ -96,6 +108,8 @@ class ClientCall:
         wanted = dict if self.reply is pb2.JobReply else list
         if not isinstance(document, wanted):
             raise MalformedMessageError(f"the coordinator answered {text[:80]!r} where a {wanted.__name__} belongs")
+        if self.reply is pb2.JobsReply:
+            return JobsPage(documents=document, next_offset=message.next_offset)  # type: ignore[attr-defined]
         return document
 
     def _parse(self, kind: type[Message], data: bytes) -> Message:

@@ -20,6 +20,9 @@ from layerwise.messages import Message
 from layerwise.proto import layerwise_pb2 as pb2
 from layerwise.tensors import MAX_TENSOR_BYTES, TensorHeader, check_header, tensor_from_bytes, tensor_to_bytes
 
+MAX_TENSORS = 1 << 16
+"""The most tensors in one place of a message; the ones that are absent take no bytes, so bytes alone don't bound them."""
+
 
 class PayloadWriter:
     """Collects the bytes of a message's tensors, each at the next multiple of 64."""
@@ -278,6 +281,8 @@ def _pair_decoder(arguments: tuple[Any, ...]) -> FromProto:
 
 def _tensor_items(headers: Any, payload: PayloadReader, where: str) -> tuple[Any, ...]:
     items: list[Any] = []
+    if len(headers) > MAX_TENSORS:
+        raise MalformedMessageError(f"{where} refused: {len(headers)} tensors, the limit is {MAX_TENSORS}")
     for index, proto in enumerate(headers):
         if proto.absent:
             if proto.dtype or proto.shape or proto.strides or proto.num_bytes:

@@ -29,6 +29,8 @@ MAX_FRAME_BYTES = 4 << 20
 """The most that a frame may have; gRPC refuses larger ones unread."""
 MAX_MESSAGE_BYTES = 1 << 30
 """The most tensor bytes of one message."""
+MAX_FRAME_PACKETS = 4096
+"""The most messages that begin in one frame, which is also the most that a link may have unacknowledged."""
 _FULL_HEADER = 1 << 18
 
 # Tags of the fields that are written by hand: number << 3 | 2 (length-delimited) or 0 (varint).
@@ -56,13 +58,17 @@ class EncodedMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameHeader:
-    """What a frame says about its link; ``name`` (in the first frame of a stream) and ``lost`` are mostly empty."""
+    """What a frame says about its link; ``name`` (in the first frame of a stream) and ``lost`` are mostly empty.
+
+    ``answer``: the receiver is to send a frame at once.
+    """
 
     sender: int
     receiver: int
     acknowledged: int
     name: str = ""
     lost: str = ""
+    answer: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +139,7 @@ class FrameWriter:
             acknowledged=header.acknowledged,
             name=header.name,
             lost=header.lost,
+            answer=header.answer,
         )
         chunks: list[memoryview] = []
         packets: list[bytes] = []
@@ -191,6 +198,11 @@ class FrameReader:
         self._buffer: Bytes | None = None
         self._filled = 0
 
+    @property
+    def open_bytes(self) -> int:
+        """Bytes taken for the message whose payload is incomplete."""
+        return 0 if self._open is None else self._open.payload_bytes
+
     def read(self, data: bytes) -> Frame:
         """Decode one frame.
 
@@ -212,6 +224,10 @@ class FrameReader:
             )
         if header.sender == 0 and not header.lost:
             raise MalformedMessageError("frame refused: it has no sender incarnation")
+        if len(header.packets) > MAX_FRAME_PACKETS:
+            raise MalformedMessageError(
+                f"frame refused: {len(header.packets)} messages in it, the limit is {MAX_FRAME_PACKETS}"
+            )
         self._check_place(header, len(payload))
         return Frame(
             header=FrameHeader(
@@ -220,6 +236,7 @@ class FrameReader:
                 acknowledged=header.acknowledged,
                 name=header.name,
                 lost=header.lost,
+                answer=header.answer,
             ),
             messages=self._messages(header.packets, payload) if header.packets or payload else [],
             payload_bytes=len(payload),

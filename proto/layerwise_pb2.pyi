@@ -51,7 +51,7 @@ class Frame(_message.Message):
     def __init__(self, header: _Optional[_Union[FrameHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class FrameHeader(_message.Message):
-    __slots__ = ("wire_version", "sender", "receiver", "acknowledged", "name", "lost", "packets", "payload_sequence", "payload_offset")
+    __slots__ = ("wire_version", "sender", "receiver", "acknowledged", "name", "lost", "packets", "payload_sequence", "payload_offset", "answer")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SENDER_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class FrameHeader(_message.Message):
     PACKETS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     sender: int
     receiver: int
@@ -70,7 +71,8 @@ class FrameHeader(_message.Message):
     packets: _containers.RepeatedCompositeFieldContainer[Packet]
     payload_sequence: int
     payload_offset: int
-    def __init__(self, wire_version: _Optional[int] = ..., sender: _Optional[int] = ..., receiver: _Optional[int] = ..., acknowledged: _Optional[int] = ..., name: _Optional[str] = ..., lost: _Optional[str] = ..., packets: _Optional[_Iterable[_Union[Packet, _Mapping]]] = ..., payload_sequence: _Optional[int] = ..., payload_offset: _Optional[int] = ...) -> None: ...
+    answer: bool
+    def __init__(self, wire_version: _Optional[int] = ..., sender: _Optional[int] = ..., receiver: _Optional[int] = ..., acknowledged: _Optional[int] = ..., name: _Optional[str] = ..., lost: _Optional[str] = ..., packets: _Optional[_Iterable[_Union[Packet, _Mapping]]] = ..., payload_sequence: _Optional[int] = ..., payload_offset: _Optional[int] = ..., answer: _Optional[bool] = ...) -> None: ...
 
 class Packet(_message.Message):
     __slots__ = ("sequence", "envelope", "payload_bytes")
@@ -927,10 +929,12 @@ class SubmitRequest(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., spec_json: _Optional[str] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
-    __slots__ = ("wire_version",)
+    __slots__ = ("wire_version", "offset")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
-    def __init__(self, wire_version: _Optional[int] = ...) -> None: ...
+    offset: int
+    def __init__(self, wire_version: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class JobRequest(_message.Message):
     __slots__ = ("wire_version", "job")
@@ -973,10 +977,12 @@ class JobReply(_message.Message):
     def __init__(self, job_json: _Optional[str] = ...) -> None: ...
 
 class JobsReply(_message.Message):
-    __slots__ = ("jobs_json",)
+    __slots__ = ("jobs_json", "next_offset")
     JOBS_JSON_FIELD_NUMBER: _ClassVar[int]
+    NEXT_OFFSET_FIELD_NUMBER: _ClassVar[int]
     jobs_json: str
-    def __init__(self, jobs_json: _Optional[str] = ...) -> None: ...
+    next_offset: int
+    def __init__(self, jobs_json: _Optional[str] = ..., next_offset: _Optional[int] = ...) -> None: ...
 
 class NodesReply(_message.Message):
     __slots__ = ("nodes_json",)

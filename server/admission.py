@@ -188,6 +188,13 @@ class Admission:
         entry.arrived = True
         return self._settle(now)
 
+    def give_up(self, number: int, attempt: Attempt, peer: str) -> OpenNumber | None:
+        """The number to abort because what ``peer`` sent for it can't be used; ``None``: it does not wait for that."""
+        entry = self._open.get(number)
+        if entry is None or entry.attempt != attempt or entry.peer != peer:
+            return None
+        return entry if self._abort(entry) else None
+
     def lose(self, peer: str, now: float) -> tuple[list[OpenNumber], list[Decision]]:
         """``peer`` is gone: its offer is forgotten; gives the numbers to abort, those whose tensors had not arrived."""
         self._waiting.pop(peer, None)

@@ -1,34 +1,37 @@
-"""A job that only its directory remembers: the newest cut's manifest says how to go on."""
+"""What a job's directory remembers of it: the newest sound cut's manifest says how to go on."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from layerwise.cuts import durable_cuts, load_manifest
-from layerwise.errors import CorruptError, NotFoundError
+from layerwise.cuts import durable_cuts, load_manifest, newest_sound_cut
+from layerwise.errors import CorruptCutError, CorruptError, NotFoundError
+from layerwise.fences import fences_in
 from layerwise.server.job_record import CutRecord, JobRecord, JobState
 
 _LIFE = re.compile(r"life-(\d+)")
 
 
 def read_job(directory: str | Path) -> JobRecord:
-    """The record of the job whose cuts are in ``directory``, as a cancelled job at its newest durable cut.
+    """The record of the job whose cuts are in ``directory``, as a cancelled job at its newest sound cut.
 
-    Its next life is above every life that has left an event log there, whatever the manifest knew.
+    Cuts that are damaged are named in its warnings. Its next life is above every life that has left an event log or a
+    fence there, whatever the manifest knew.
 
     Raises:
         NotFoundError: there is no durable cut in it.
-        CorruptError: the newest cut's manifest can't be read.
+        CorruptError: no cut is sound, or the newest sound one's manifest does not say enough.
     """
     folder = Path(directory).absolute()
-    versions = durable_cuts(folder)
-    if not versions:
+    version, warnings = _newest(folder)
+    if version is None:
         raise NotFoundError(
             f"there is no durable cut in {folder}, so there is nothing to go on from; submit the job instead"
         )
-    manifest = load_manifest(folder, versions[-1])
+    manifest = load_manifest(folder, version)
     try:
         return JobRecord(
             job=manifest["job"],
@@ -36,6 +39,7 @@ def read_job(directory: str | Path) -> JobRecord:
             name=manifest["name"],
             state=JobState.CANCELLED,
             message=f"found in {folder}",
+            warnings=warnings,
             spec_json=json.dumps(manifest["spec"], sort_keys=True, separators=(",", ":")),
             settings_json=json.dumps(manifest["settings"], sort_keys=True, separators=(",", ":")),
             profile_json=json.dumps(manifest["profile"], separators=(",", ":")),
@@ -45,18 +49,44 @@ def read_job(directory: str | Path) -> JobRecord:
             started=manifest["started"],
             next_life=max(manifest["next_life"], _newest_life(folder) + 1),
             resume_count=manifest["resume_count"],
-            cuts=tuple(_cut(folder, version) for version in versions),
+            cuts=_cuts(folder, version, ()),
             evaluations=tuple(manifest["evaluations"]),
         )
     except (KeyError, TypeError) as error:
-        raise CorruptError(
-            f"the manifest of cut {versions[-1]} in {folder} lacks {error}; it can't be resumed"
-        ) from error
+        raise CorruptError(f"the manifest of cut {version} in {folder} lacks {error}; it can't be resumed") from error
+
+
+def with_cuts_on_disk(record: JobRecord) -> JobRecord:
+    """``record`` with the cuts that its directory really has, up to the newest sound one, before the job goes on.
+
+    A coordinator that was killed between a commit and its own note of it knows a cut that may be deleted by now, and
+    not the one that is there. Where the directory can't be seen from here, the record stands.
+
+    Raises:
+        NotFoundError: none of the recorded cuts is there any more, nor a newer one.
+        CorruptError: no cut is sound.
+    """
+    folder = Path(record.directory)
+    if not (folder / "cuts").is_dir():
+        return record
+    version, warnings = _newest(folder)
+    if version is None and record.cuts:
+        recorded = ", ".join(str(cut.version) for cut in record.cuts)
+        raise NotFoundError(
+            f"none of the cuts {recorded} of job {record.job} is in {folder} any more; put them back, or submit the "
+            "job again"
+        )
+    return replace(
+        record,
+        cuts=_cuts(folder, version, record.cuts) if version is not None else (),
+        next_life=max(record.next_life, _newest_life(folder) + 1),
+        warnings=(*record.warnings, *(one for one in warnings if one not in record.warnings)),
+    )
 
 
 def unused_directory(directory: str | Path) -> str:
     """``directory`` as an absolute path; ``directory-2`` and so on if an earlier job has left its work there."""
-    folder = Path(directory).absolute()
+    folder = Path(directory).expanduser().absolute()
     number = 1
     candidate = folder
     while (candidate / "cuts").exists() or (candidate / "events").exists():
@@ -65,12 +95,30 @@ def unused_directory(directory: str | Path) -> str:
     return str(candidate)
 
 
-def _cut(folder: Path, version: int) -> CutRecord:
-    manifest = load_manifest(folder, version)
+def _newest(folder: Path) -> tuple[int | None, tuple[str, ...]]:
+    """The newest sound cut, and a sentence about each damaged one that is newer."""
+    version, damaged = newest_sound_cut(folder)
+    if version is None and damaged:
+        raise CorruptError(f"no cut in {folder} is sound: {damaged[0]}")
+    return version, tuple(f"cut {one.version} is damaged, cut {version} is used instead: {one}" for one in damaged)
+
+
+def _cuts(folder: Path, newest: int, known: tuple[CutRecord, ...]) -> tuple[CutRecord, ...]:
+    """The cuts up to ``newest``, as they were recorded where they were."""
+    found = {cut.version: cut for cut in known}
+    versions = [version for version in durable_cuts(folder) if version <= newest]
+    return tuple(found.get(version) or cut for version in versions if (cut := _cut(folder, version)) is not None)
+
+
+def _cut(folder: Path, version: int) -> CutRecord | None:
+    try:
+        manifest = load_manifest(folder, version)
+    except CorruptCutError:
+        return None  # an old one that nobody goes on from
     num_bytes = sum(one["bytes"] for one in manifest["files"])
     return CutRecord(version=version, time=0.0, num_bytes=num_bytes, ledger=manifest["ledger"])
 
 
 def _newest_life(folder: Path) -> int:
-    found = (_LIFE.fullmatch(path.name) for path in folder.glob("events/*/*"))
-    return max((int(match.group(1)) for match in found if match), default=0)
+    logs = [int(match[1]) for path in folder.glob("events/*/*") if (match := _LIFE.fullmatch(path.name))]
+    return max((*logs, *(fence.life for fence in fences_in(folder))), default=0)

@@ -78,7 +78,7 @@ class BlockPasses:
         needed_from = message.needed_from
         if self._first is not None:
             needed_from = context.num_layers
-            arrived = self._first.on_tensors(message.number, message.attempt, now)
+            arrived = self._first.on_tensors(peer, message.number, message.attempt, now)
             if arrived is None:
                 return context.refuse(peer, message, f"number {message.number} does not wait for it")
             effects = arrived
@@ -223,8 +223,8 @@ class BlockPasses:
             where = "all layers' outputs are finite, the loss function's result is not"
         said = "" if loss is None else f" ({loss})"
         return context.fail(
-            f"the loss of microbatch {one.attempt.microbatch} is not finite{said}: {where}; "
-            f"lower the learning rate or the window, or resume from the last cut with other settings"
+            f"the loss of microbatch {one.attempt.microbatch} is not finite{said}: {where} "
+            f"(a lower learning rate or a smaller window may help)"
         )
 
     # Inside ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
@@ -11,10 +12,15 @@ import grpc.aio
 
 from layerwise.errors import ConfigError, LayerwiseError
 from layerwise.grpc_status import status_of
-from layerwise.proto.calls import CALLS, CLIENT_SERVICE, ClientRequest, EventDocument
+from layerwise.proto.calls import CALLS, CLIENT_SERVICE, ClientCall, ClientRequest, EventDocument, JobsPage
 from layerwise.server.job_record import JobEvent
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+PAGE_JOBS = 100
+"""The most jobs in one answer: to build their documents takes the event loop's time."""
+PAGE_BYTES = 1 << 20
+"""About the most bytes in one answer; a job that is larger comes alone. gRPC takes messages of up to 4 MB."""
 
 
 class Desk(Protocol):
@@ -32,8 +38,8 @@ class Desk(Protocol):
         """Queue a job again; by its name, or by the directory of its cuts."""
         ...
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """All jobs' documents."""
+    def jobs(self, offset: int, limit: int) -> list[dict[str, Any]]:
+        """The documents of at most ``limit`` jobs, oldest first, without the ``offset`` oldest."""
         ...
 
     def job(self, job: str) -> dict[str, Any]:
@@ -67,24 +73,29 @@ class ClientService:
         }
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(
-                _answering(answer),
-                request_deserializer=CALLS[name].decode_request,
-                response_serializer=CALLS[name].encode_reply,
+                _answering(CALLS[name], answer), response_serializer=CALLS[name].encode_reply
             )
             for name, answer in answers.items()
         }
         handlers["FollowEvents"] = grpc.unary_stream_rpc_method_handler(
-            self._follow_events,
-            request_deserializer=CALLS["FollowEvents"].decode_request,
-            response_serializer=CALLS["FollowEvents"].encode_reply,
+            self._follow_events, response_serializer=CALLS["FollowEvents"].encode_reply
         )
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(CLIENT_SERVICE, handlers),))
 
     async def _submit(self, request: ClientRequest) -> dict[str, Any]:
         return await self._desk.submit(request.spec_json)
 
-    async def _list_jobs(self, request: ClientRequest) -> list[dict[str, Any]]:
-        return self._desk.jobs()
+    async def _list_jobs(self, request: ClientRequest) -> JobsPage:
+        found = self._desk.jobs(request.offset, PAGE_JOBS + 1)
+        page: list[dict[str, Any]] = []
+        room = PAGE_BYTES
+        for document in found[:PAGE_JOBS]:
+            room -= len(json.dumps(document))
+            if page and room < 0:
+                break
+            page.append(document)
+        more = len(page) < len(found)
+        return JobsPage(documents=page, next_offset=request.offset + len(page) if more else 0)
 
     async def _get_job(self, request: ClientRequest) -> dict[str, Any]:
         return self._desk.job(request.job)
@@ -100,22 +111,28 @@ class ClientService:
     async def _list_nodes(self, request: ClientRequest) -> list[dict[str, Any]]:
         return self._desk.nodes()
 
-    async def _follow_events(self, request: ClientRequest, context: Context) -> AsyncIterator[EventDocument]:
+    async def _follow_events(self, data: bytes, context: Context) -> AsyncIterator[EventDocument]:
         try:
-            request.check_version()
+            request = _request(CALLS["FollowEvents"], data)
             async for event in self._desk.follow(request.job, request.offset):
                 yield EventDocument(offset=event.sequence, event=event.to_json())
         except LayerwiseError as error:
             await context.abort(status_of(error), str(error))
 
 
+def _request(call: ClientCall, data: bytes) -> ClientRequest:
+    """Decoded here and not by gRPC, which would answer bytes that are no request with a traceback in the log."""
+    request = call.decode_request(data)
+    request.check_version()
+    return request
+
+
 def _answering(
-    answer: Callable[[ClientRequest], Awaitable[Any]],
-) -> Callable[[ClientRequest, Context], Awaitable[Any]]:
-    async def call(request: ClientRequest, context: Context) -> Any:
+    method: ClientCall, answer: Callable[[ClientRequest], Awaitable[Any]]
+) -> Callable[[bytes, Context], Awaitable[Any]]:
+    async def call(data: bytes, context: Context) -> Any:
         try:
-            request.check_version()
-            return await answer(request)
+            return await answer(_request(method, data))
         except asyncio.CancelledError:
             raise
         except LayerwiseError as error:

@@ -24,11 +24,14 @@ from layerwise.server.job_record import JobEvent
 from layerwise.server.job_store import SqliteJobStore
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.server.metrics import coordinator_metrics
+from layerwise.server.node_document import coordinator_document
 from layerwise.transport import Transport
 
 NAME = "coordinator"
 TICK_SECONDS = 0.1
 LOCK = "coordinator.lock"
+MAX_OUTBOX_BYTES = 64 << 20
+"""For one process; what the coordinator says is small."""
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +85,7 @@ class Coordinator:
         self._lock = _lock(Path(state)) if state is not None else None
         self._store = SqliteJobStore(state) if state is not None else MemoryJobStore()
         self._epoch = time.time() - time.monotonic()
+        self._started = self._now()
         self._role = CoordinatorRole(self._store, now=self._now(), heartbeat_timeout=heartbeat_timeout)
         self._transport: Transport | None = None
         self._metrics: MetricsServer | None = None
@@ -95,12 +99,20 @@ class Coordinator:
 
     async def open(self, *, listen: str, metrics: str = "", insecure: bool = False) -> None:
         """Listen for processes and clients; see `run_coordinator` for what is refused."""
-        transport = Transport(NAME, on_message=self._on_message, on_lost=self._on_lost, on_error=self._fail)
+        transport = Transport(
+            NAME,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            on_error=self._fail,
+            max_outbox_bytes=MAX_OUTBOX_BYTES,
+        )
         self._transport = transport
         transport.add_servicer(ClientService(self).add_to)
         if metrics:
             self._metrics = MetricsServer(
-                metrics, lambda: coordinator_metrics(self._role, self._now()), insecure=insecure
+                metrics,
+                lambda: [*coordinator_metrics(self._role, self._now()), *transport.refusals.collect()],
+                insecure=insecure,
             )
             self.metrics_address = self._metrics.address
         self.address = await transport.listen(listen, insecure=insecure)
@@ -129,7 +141,9 @@ class Coordinator:
 
     async def submit(self, spec_json: str) -> dict[str, Any]:
         """Queue a job; its directory is one that no earlier job has left its work in."""
-        directory = unused_directory(parse_job(spec_json).checkpoint_path)
+        # A large job takes a while to check; training must not wait for it.
+        spec = await asyncio.to_thread(parse_job, spec_json)
+        spec_json, directory = spec.to_json(), unused_directory(spec.checkpoint_path)
         document, effects = self._role.submit(spec_json, self._now(), directory=directory)
         return await self._stored(document, effects)
 
@@ -144,17 +158,25 @@ class Coordinator:
         record = await asyncio.to_thread(read_job, directory)
         return await self._stored(*self._role.adopt(record, self._now()))
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """All jobs' documents."""
-        return self._role.jobs()
+    def jobs(self, offset: int, limit: int) -> list[dict[str, Any]]:
+        """The documents of some jobs, oldest first."""
+        return self._role.jobs(offset, limit)
 
     def job(self, job: str) -> dict[str, Any]:
         """One job's document."""
         return self._role.job(job)
 
     def nodes(self) -> list[dict[str, Any]]:
-        """The processes."""
-        return self._role.nodes(self._now())
+        """The processes; this one first."""
+        assert self._transport is not None
+        own = coordinator_document(
+            address=self.address,
+            metrics_address=self.metrics_address,
+            started=self._started,
+            sent_bytes=self._transport.sent_bytes,
+            received_bytes=self._transport.received_bytes,
+        )
+        return [own, *self._role.nodes(self._now())]
 
     async def follow(self, job: str, offset: int) -> AsyncIterator[JobEvent]:
         """A job's events from ``offset`` on, until it has ended; looks for new ones at each tick."""

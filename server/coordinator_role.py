@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from layerwise.errors import NotAllowedError, NotFoundError
+from layerwise.errors import BusyError, NotAllowedError, NotFoundError
 from layerwise.job import JobSpec, parse_job
 from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Unassign, Unassigned, Welcome
 from layerwise.roles import Disconnect, Effect, Send
@@ -22,6 +23,8 @@ HEARTBEAT_SECONDS = 1.0
 STORE_SECONDS = 2.0
 """How old the stored document of a running job may be."""
 EVENTS_AT_ONCE = 1000
+MAX_QUEUED = 1000
+"""Jobs that may wait at the same time: a script that submits without end must not fill the store."""
 
 
 class CoordinatorRole:
@@ -106,9 +109,11 @@ class CoordinatorRole:
 
         Raises:
             ConfigError: the job can't be meant.
+            BusyError: too many jobs wait already.
         """
         spec = parse_job(spec_json)
         check_can_be_placed(spec)
+        self._check_queue()
         number = self._next_number
         self._next_number += 1
         record = JobRecord(
@@ -143,7 +148,9 @@ class CoordinatorRole:
         Raises:
             NotFoundError: there is no such job.
             NotAllowedError: it is not over, or it is done.
+            BusyError: too many jobs wait already.
         """
+        self._check_queue()
         record = self._record(job)
         if not record.state.final:
             raise NotAllowedError(f"job {job} is {record.state}; only a failed or cancelled job can be resumed")
@@ -179,14 +186,17 @@ class CoordinatorRole:
             effects = self._schedule(now)
         return self.job(job), effects
 
-    def jobs(self) -> list[dict[str, Any]]:
-        """The documents of all jobs, oldest first."""
-        return [self.job(job) for job in self._jobs]
+    def jobs(self, offset: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
+        """The documents of at most ``limit`` jobs, oldest first, without the ``offset`` oldest."""
+        chosen = list(self._jobs.values())[offset : None if limit is None else offset + limit]
+        queue = {one.job: position for position, one in enumerate(self._queue())}
+        return [self._document(one, self.runs.get(one.job), queue) for one in chosen]
 
     def job(self, job: str) -> dict[str, Any]:
         """The document of one job; ``NotFoundError`` when there is none."""
         record = self._record(job)
-        return self._document(record, self.runs.get(job))
+        queue = {one.job: position for position, one in enumerate(self._queue())}
+        return self._document(record, self.runs.get(job), queue)
 
     def record(self, job: str) -> JobRecord:
         """What is stored of a job; ``NotFoundError`` when there is none."""
@@ -356,6 +366,14 @@ class CoordinatorRole:
         self._jobs[record.job] = record
         self._store.put(record)
 
+    def _check_queue(self) -> None:
+        waiting = sum(record.state is JobState.QUEUED for record in self._jobs.values())
+        if waiting >= MAX_QUEUED:
+            raise BusyError(
+                f"{waiting} jobs wait already, and at most {MAX_QUEUED} may; submit again when some have ended, or "
+                f"cancel some"
+            )
+
     def _queue(self) -> list[JobRecord]:
         waiting = (record for record in self._jobs.values() if record.state is JobState.QUEUED)
         return sorted(waiting, key=lambda record: record.number)
@@ -383,11 +401,12 @@ class CoordinatorRole:
         candidates = (directory if number == 1 else f"{directory}-{number}" for number in count(1))
         return next(one for one in candidates if one not in used)
 
-    def _document(self, record: JobRecord, run: Run | None) -> dict[str, Any]:
-        if record.state is not JobState.QUEUED:
+    def _document(self, record: JobRecord, run: Run | None, queue: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """The document of a job; ``queue`` has the places of those that wait."""
+        if record.state is not JobState.QUEUED or queue is None:
             return job_document(record, run)
-        position = [one.job for one in self._queue()].index(record.job)
+        position = queue[record.job]
         reason = self._waiting_for.get(record.job, "")
         if position:
             reason = f"{position} {'job is' if position == 1 else 'jobs are'} before it"
-        return job_document(record, run, queue_position=position, waiting_for=reason)
+        return job_document(record, run, queue_position=position + 1, waiting_for=reason)

@@ -18,6 +18,9 @@ from layerwise.roles import Effect, Send
 from layerwise.server.block_context import BlockContext
 from layerwise.tasks import ApplyTask, BackwardTask
 
+MAX_UNFIT = 8
+"""Tasks in a row that workers do badly before the job fails."""
+
 log = logging.getLogger(__name__)
 
 
@@ -51,6 +54,7 @@ class DetachedTasks:
         self._task_seconds = task_seconds
         self._idle: dict[str, tuple[LayerRevision, ...]] = {}
         self._given: dict[int, _Given] = {}
+        self._num_unfit = 0
 
     @property
     def num_given(self) -> int:
@@ -104,6 +108,13 @@ class DetachedTasks:
         given.finished = message
         return self._settle(given, now)
 
+    def on_unfit(self, peer: str, number: int, why: str, now: float) -> list[Effect]:
+        """What the worker sent can't be used: its task is for another one."""
+        given = self._given.get(number)
+        if given is None or given.peer != peer or given.finished is not None:
+            return []
+        return self._take_from(given, why) or self._settle(given, now)
+
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """The worker is gone: what it had not finished is for the next one."""
         self._idle.pop(peer, None)
@@ -128,17 +139,29 @@ class DetachedTasks:
         self._given.clear()
         self._idle.clear()
 
+    def _take_from(self, given: _Given, why: str) -> list[Effect]:
+        """Let another worker do it; the job fails when nobody does it well."""
+        self._num_unfit += 1
+        if self._num_unfit >= MAX_UNFIT:
+            return self._context.fail(
+                f"detached backward worker {given.peer} did not do {given.task.attempt} well ({why}), nor were the "
+                f"{MAX_UNFIT - 1} tasks before; its version differs from the shard's, or it has a bug"
+            )
+        log.warning("%s is taken back from %s: %s", given.task.attempt, given.peer, why)
+        given.peer = None
+        return []
+
     def _settle(self, given: _Given, now: float) -> list[Effect]:
         if given.num_applying:
             return []
         if given.finished is not None:
-            del self._given[given.task.number]
             lacking = self._context.compute.lacking(given.index)
             if lacking:
-                return self._context.fail(
-                    f"detached backward worker {given.peer} ended {given.task.attempt} without a gradient for layer "
-                    f"{lacking[-1]}; its version differs from the shard's, or it has a bug"
-                )
+                given.finished = None
+                why = f"it ended the task without a gradient for layer {lacking[-1]}"
+                return self._take_from(given, why) or self._settle(given, now)
+            del self._given[given.task.number]
+            self._num_unfit = 0
             self._context.compute.release(given.task.attempt)
             return self._complete(given.task.number, given.finished.gradients, now)
         if given.peer is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 from layerwise.applied import AppliedSet
@@ -31,6 +30,9 @@ REPORT_SECONDS = 0.02
 MAX_BATCH = 256
 STALL_SECONDS = 1.0
 """How long offers may wait for an earlier microbatch that nobody offers before their leases are given back."""
+
+MAX_UNFIT = 8
+"""Microbatches in a row that do not fit before the job fails: one bad worker among good ones does no harm."""
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class FirstShard:
         self._last_close = 0.0
         self._stop_wanted = False
         self._durable = version
+        self._num_unfit = 0
 
     def describe(self) -> str:
         """What is admitted and what waits, in one line."""
@@ -103,8 +106,9 @@ class FirstShard:
         """The coordinator says that every role is ready."""
         if self.admission.started:
             return []
-        done = AppliedSet.from_json(json.loads(message.done_json))
-        held = AppliedSet.from_json(json.loads(message.held_json)) if message.held_json else None
+        stop = self._context.plan.num_microbatches
+        done = AppliedSet.parse(message.done_json, stop=stop)
+        held = AppliedSet.parse(message.held_json, stop=stop) if message.held_json else None
         effects = self._carry_out(self.admission.start(done, held, now), now)
         if self._stop_wanted:
             effects += self.on_stop(now)
@@ -123,10 +127,29 @@ class FirstShard:
             return [Send(peer, Decline(job=self._job, attempt=offer.attempt, reason="life", life=offer.life))]
         return self._carry_out(self.admission.offer(peer, offer.attempt, now), now)
 
-    def on_tensors(self, number: int, attempt: Attempt, now: float) -> list[Effect] | None:
-        """A microbatch arrived whole; ``None`` when it is not wanted."""
+    def on_tensors(self, peer: str, number: int, attempt: Attempt, now: float) -> list[Effect] | None:
+        """A microbatch arrived whole; ``None`` when it is not wanted, or not from ``peer``."""
+        entry = self.admission.get(number)
+        if entry is None or entry.peer != peer:
+            return None
         decisions = self.admission.arrived(number, attempt, now)
-        return None if decisions is None else self._carry_out(decisions, now)
+        if decisions is None:
+            return None
+        self._num_unfit = 0
+        return self._carry_out(decisions, now)
+
+    def on_unfit(self, peer: str, number: int, attempt: Attempt, why: str, now: float) -> list[Effect]:
+        """What arrived for ``number`` can't be used: its worker loses the microbatch to another one."""
+        entry = self.admission.give_up(number, attempt, peer)
+        if entry is None:
+            return []
+        self._num_unfit += 1
+        if self._num_unfit >= MAX_UNFIT:
+            return self._context.fail(
+                f"what forward worker {peer} sent for {attempt.microbatch} does not fit the job's model ({why}), nor did "
+                f"the {MAX_UNFIT - 1} microbatches before; its data differ from those that were measured"
+            )
+        return self._abort(entry, f"what forward worker {peer} sent does not fit: {why}", now)
 
     def on_block_closed(self, report: BlockClosed, now: float) -> list[Effect]:
         """A block of the route, this one included, has closed an attempt."""

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
 
 from layerwise.build import BuiltBlock, build_block
-from layerwise.cuts import commit_manifest
+from layerwise.cuts import commit_manifest, durable_cuts
+from layerwise.data_info import DataInfo
 from layerwise.event_log import EventLog
-from layerwise.messages import Assignment, CommitCut, LayerFile
+from layerwise.log_retention import LogKeeper
+from layerwise.messages import Assignment, CommitCut, LayerFile, Message, TaskRequest
+from layerwise.refusals import Refusals, Refused
 from layerwise.roles import Effect
+from layerwise.sections import CrossEntropy, Text
 from layerwise.server.cut_schedule import CutSchedule
+from layerwise.server.frame_checks import FrameChecks
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.slots import Slots
 from layerwise.server.task_queue import TaskQueue
 from layerwise.tasks import ForwardTask, Task, TaskResult
+
+log = logging.getLogger(__name__)
 
 
 class HostedBlock:
@@ -45,6 +53,7 @@ class HostedBlock:
         )
         spec, settings, plan = self._built.spec, self._built.settings, self._built.settings.plan
         self.block = self._built.block
+        self._log_keeper = LogKeeper(assignment.directory) if assignment.block == 0 else None
         self.queue = TaskQueue(
             window=settings.window, num_layers=len(self.block.layers), attached=spec.cluster.attached
         )
@@ -63,6 +72,7 @@ class HostedBlock:
             generation=assignment.generation,
             task_seconds=spec.timeouts.task,
         )
+        self.checks = _checks(self._built)
         # Two slots could run the forward passes of two microbatches out of their order, which buffers would show.
         one_by_one = spec.cluster.slots == "auto" or settings.mode == "synchronous"
         num_slots = 1 if one_by_one else int(spec.cluster.slots)
@@ -86,13 +96,31 @@ class HostedBlock:
         """The block's event log."""
         return self._built.events
 
+    @property
+    def shortage(self) -> str:
+        """Why the disk gives the event log no more room; empty when it does. ``queue.paused`` says if work waits for it."""
+        return self.events.shortage
+
     def begin(self, now: float) -> list[Effect]:
         """Let the slots work and say that the block is ready."""
         self._slots.start()
         return self.role.begin(self._built.applied, now)
 
+    def on_message(self, peer: str, message: Message, refusals: Refusals, now: float) -> list[Effect]:
+        """A message of the block's job; one whose tensors do not fit the block gets no further than here."""
+        fault = self.checks.fault(message)
+        if fault:
+            refusals.add(Refused.UNEXPECTED if isinstance(message, TaskRequest) else Refused.TENSOR)
+            return self.role.on_unfit(peer, message, fault, now)
+        before = self.role.num_refused
+        effects = self.role.on_message(peer, message, now)
+        if self.role.num_refused > before:
+            refusals.add(Refused.UNEXPECTED)
+        return effects
+
     def on_task(self, task: Task, outcome: TaskResult | Exception, now: float) -> list[Effect]:
         """A slot has run ``task``."""
+        self._mind_room()
         try:
             if isinstance(outcome, Exception):
                 return self.role.on_task_failed(task, outcome, now)
@@ -103,6 +131,7 @@ class HostedBlock:
 
     def on_tick(self, now: float) -> list[Effect]:
         """Deadlines and reports of the role."""
+        self._mind_room()
         self.role.compute_seconds = self._slots.compute_seconds
         self.role.log_bytes = self.events.num_bytes
         return self.role.on_tick(now)
@@ -111,14 +140,57 @@ class HostedBlock:
         """Write the cut's manifest, which makes it a cut, and delete those that are not to be kept. Any thread.
 
         Raises:
+            WrongLifeError: this life, or another one in the cut, was replaced; the cut does not count.
             OSError: the disk refused; the cuts before stand.
         """
-        commit_manifest(self._assignment.directory, message.version, message.manifest_json, message.keep)
+        assignment = self._assignment
+        commit_manifest(
+            assignment.directory,
+            message.version,
+            message.manifest_json,
+            message.keep,
+            life=assignment.route[0].life,
+        )
+        if self._log_keeper is not None:
+            self._log_keeper.release(min(durable_cuts(assignment.directory), default=0))
+
+    def _mind_room(self) -> None:
+        """Let nothing begin that could not be written down."""
+        full = self.events.full
+        if full != self.queue.paused:
+            self.queue.pause(full)
+            what = "waits until there is" if full else "goes on: there is"
+            log.warning("job %s %s room for its event log in %s", self._assignment.job, what, self.events.directory)
 
     def close(self) -> None:
         """End the slots, save the cuts that wait, close the log. Waits for passes and disk; any thread."""
         self._slots.stop()
-        self._built.close()
+        try:
+            self._built.close()
+        finally:
+            if self._log_keeper is not None:
+                self._log_keeper.close()
+
+
+def _checks(built: BuiltBlock) -> FrameChecks:
+    """What fits the block; values are known where the data are the built-in ones and the loss takes classes."""
+    spec, profile, place = built.spec, built.profile, built.place
+    info = DataInfo.from_json(profile.data_json) if profile.data_json else None
+    return FrameChecks(
+        profile,
+        start=place.start,
+        stop=place.stop,
+        parameters={
+            layer.index: {
+                name: (str(one.dtype).removeprefix("torch."), tuple(one.shape))
+                for name, one in layer.compute.owned.items()
+            }
+            for layer in built.block.layers
+        },
+        detached=spec.cluster.num_detached > 0,
+        classes=info.num_classes if info is not None and isinstance(spec.loss, CrossEntropy) else None,
+        tokens=info.vocabulary if info is not None and isinstance(spec.data, Text) else None,
+    )
 
 
 class _CutEvents:

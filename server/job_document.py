@@ -19,7 +19,10 @@ from layerwise.server.training import Training
 def job_document(
     record: JobRecord, run: Run | None, *, queue_position: int | None = None, waiting_for: str = ""
 ) -> dict[str, Any]:
-    """The document of a job. A run that is over, or one that has not begun since, shows what the last document said."""
+    """The document of a job. ``queue_position`` is 1 for the job that starts next, None for one that does not wait.
+
+    A run that is over, or one that has not begun since, shows what the last document said.
+    """
     document = _empty(record)
     document.update({key: value for key, value in record.document.items() if key in document})
     document.update(_from_record(record))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.errors import ConfigError, CorruptError, DeadlineError, NotFoundError, RetryableError
+from layerwise.fault_points import Operation, points
 from layerwise.messages import Role
 from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState, PlacementRecord
 
@@ -164,11 +165,14 @@ class SqliteJobStore:
         """One transaction; on an error the store takes nothing more, and everybody who asks hears why."""
         try:
             if self._error is None:
+                self._point("begin")
                 connection.execute("BEGIN IMMEDIATE")
                 for one in batch:
                     if not isinstance(one, threading.Event):
                         one(connection)
+                self._point("commit")
                 connection.execute("COMMIT")
+                self._point("committed")
         except Exception as error:  # whatever it is: a thread that ended unheard would let everybody wait
             self._error = RetryableError(
                 f"the job store {self._path} can't be written: {error}; free the disk and start the coordinator again"
@@ -179,6 +183,11 @@ class SqliteJobStore:
         for one in batch:
             if isinstance(one, threading.Event):
                 one.set()
+
+    def _point(self, kind: str) -> None:
+        """SQLite writes by itself; faults can be planned around its transactions."""
+        if points.watcher is not None:
+            points.watcher.before(Operation(what="job-store", kind=kind, path=str(self._path)))
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)

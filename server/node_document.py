@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from typing import Any
 
+from layerwise.messages import Role
 from layerwise.server.membership import Process
+from layerwise.service import COORDINATOR, resident_bytes
+from layerwise.version import VERSION
 
 
 def node_document(process: Process, now: float) -> dict[str, Any]:
@@ -30,4 +36,30 @@ def node_document(process: Process, now: float) -> dict[str, Any]:
         "cpu_seconds": vitals.cpu_seconds,
         "sent_bytes": vitals.sent_bytes,
         "received_bytes": vitals.received_bytes,
+    }
+
+
+def coordinator_document(
+    *, address: str, metrics_address: str, started: float, sent_bytes: int, received_bytes: int
+) -> dict[str, Any]:
+    """The document of the process that calls, which is the coordinator: the same keys; its state is "serving"."""
+    return {
+        "name": COORDINATOR,
+        "role": str(Role.COORDINATOR),
+        "state": "serving",
+        "job": None,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": "",
+        "address": address,
+        "version": VERSION,
+        "incarnation": 1,
+        "allowed_imports": [],
+        "metrics_address": metrics_address,
+        "joined": started,
+        "heartbeat_age": 0.0,
+        "resident_bytes": resident_bytes(),
+        "cpu_seconds": time.process_time(),
+        "sent_bytes": sent_bytes,
+        "received_bytes": received_bytes,
     }

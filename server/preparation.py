@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerwise.applied import AppliedSet
 from layerwise.errors import ConfigError
 from layerwise.job import JobSpec, parse_job
 from layerwise.partition import partition
+from layerwise.plan import TrainingPlan
 from layerwise.profile import Profile
 from layerwise.proto.frames import MAX_MESSAGE_BYTES
 from layerwise.server.job_record import JobRecord
 from layerwise.settings import ResolvedSettings, resolve
+
+FEWEST_FOR_STATISTICS = 2
+"""A microbatch with no more samples has no mean and variance worth the name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +44,44 @@ def prepare(spec: JobSpec, profile: Profile) -> Prepared:
     forward = sum(layer.forward_seconds for layer in profile.layers)
     hop_fraction = profile.hop_seconds * num_blocks / forward if forward and profile.hop_seconds else None
     settings = resolve(spec, profile.num_train_samples, num_blocks, hop_fraction)
+    _check_fewest_samples(settings.plan, profile)
+    settings = replace(settings, warnings=(*settings.warnings, *_batch_statistics(settings, profile)))
     blocks = partition(profile, num_blocks, recompute=settings.backward_weights == "recompute")
     _check_travels(spec, settings, profile, blocks)
     return Prepared(spec=spec, settings=settings, profile=profile, blocks=blocks)
+
+
+def _check_fewest_samples(plan: TrainingPlan, profile: Profile) -> None:
+    """Refuse now what would fail at the end of the first epoch.
+
+    Raises:
+        ConfigError: a microbatch has a single sample, and the model can't be trained on that.
+    """
+    last = (
+        plan.microbatch(min(plan.microbatches_per_epoch, plan.num_microbatches) - 1) if plan.num_microbatches else None
+    )
+    if last is None or last.num_samples > 1 or not profile.single_sample_error:
+        return
+    which = "the last one of an epoch has" if plan.microbatch_samples > 1 else "each has"
+    raise ConfigError(
+        f"async.accumulation: {plan.num_samples} samples in batches of {plan.batch} are cut into microbatches of "
+        f"{plan.microbatch_samples}, {which} a single sample, and that fails ({profile.single_sample_error}); choose "
+        f"another accumulation, data.batch or data.validation"
+    )
+
+
+def _batch_statistics(settings: ResolvedSettings, profile: Profile) -> list[str]:
+    """A warning where BatchNorm sees hardly more than one sample at a time."""
+    samples = settings.plan.microbatch_samples
+    layers = [str(layer.index) for layer in profile.layers if layer.batch_statistics]
+    if samples > FEWEST_FOR_STATISTICS or not layers:
+        return []
+    several = "layers" if len(layers) > 1 else "layer"
+    return [
+        f"async.accumulation: {settings.accumulation} leaves microbatches of {samples} "
+        f"{'sample' if samples == 1 else 'samples'}, whose mean and variance the BatchNorm of {several} "
+        f"{', '.join(layers)} is to use; lower it, raise data.batch, or normalise otherwise"
+    ]
 
 
 def _check_travels(

@@ -97,12 +97,20 @@ class Routing:
 
     # Getting ready ---------------------------------------------------------------------------------------------------
 
-    def take_ready(self, name: str, message: Ready) -> bool:
-        """``name`` is ready; False for a generation that is not this one. ``ValueError``: its sets can't be read."""
+    def take_ready(self, name: str, message: Ready, *, stop: int) -> bool:
+        """``name`` is ready; False for a generation that is not this one.
+
+        Raises:
+            ValueError: its sets are none of ``stop`` microbatches, or not those of the layers that it holds.
+        """
         if not self.generation or message.generation != self.generation:
             return False
+        place = next((one for one in self.route if one.shard == name), None)
+        expected = place.stop - place.start if place is not None else 0
+        if len(message.applied_json) != expected:
+            raise ValueError(f"it brings the sets of {len(message.applied_json)} layers, {name} holds {expected}")
         for text in message.applied_json:
-            AppliedSet.from_json(json.loads(text))
+            AppliedSet.parse(text, stop=stop)
         self._ready[name] = message
         return True
 
@@ -114,8 +122,7 @@ class Routing:
         """What is wrong with what the shards are ready with, in one sentence; empty when nothing is."""
         for block, place in enumerate(self.route):
             found = self._ready[place.shard]
-            wrong = not self._shards[block].holds and found.version != self.cut
-            if wrong or len(found.applied_json) != place.stop - place.start:
+            if not self._shards[block].holds and found.version != self.cut:
                 return f"shard {place.shard} restored version {found.version}, and version {self.cut} was asked for"
         return ""
 

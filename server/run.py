@@ -204,7 +204,7 @@ class Run:
         generation = self._routing.generation
         if hosting.generation != generation:
             return [self._routing.inform(process.name, hosting.block, self.record)] if generation else []
-        self._routing.take_ready(process.name, Ready(job=self.job, block=hosting.block, generation=generation))
+        self._routing.take_ready(process.name, Ready(job=self.job, block=hosting.block, generation=generation), stop=0)
         return self._start_if_ready()
 
     def lose(self, name: str, why: str, now: float) -> list[Effect]:
@@ -287,8 +287,10 @@ class Run:
                 return self._on_failure(peer, message)
             case Probed() if self.prepared is None and peer == self._probing:
                 return self._on_probed(message)
-            case Ready():
-                return self._start_if_ready() if self._routing.take_ready(peer, message) else []
+            case Ready() if self._routing.generation:
+                assert self.prepared is not None
+                stop = self.prepared.settings.plan.num_microbatches
+                return self._start_if_ready() if self._routing.take_ready(peer, message, stop=stop) else []
             case LeaseRequest() if peer in self.workers:
                 self._room[peer] = message.count
                 return training.offer_room(peer, message.count, now) if training is not None else []

@@ -34,6 +34,7 @@ from layerwise.messages import (
 )
 from layerwise.probe import probe
 from layerwise.profile import Profile
+from layerwise.refusals import Refused
 from layerwise.roles import Effect, Send
 from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
@@ -81,9 +82,10 @@ class ShardServer:
                 return []
         block = self._blocks.get(getattr(message, "job", ""))
         if block is None:
-            log.info("%s from %s dropped: no block of that job is hosted here", type(message).__name__, peer)
+            sentence = f"{type(message).__name__} from {peer} refused: no block of that job is hosted here"
+            self._service.transport.refusals.add(Refused.UNEXPECTED, sentence)
             return []
-        return block.role.on_message(peer, message, now)
+        return block.on_message(peer, message, self._service.transport.refusals, now)
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`. Without the coordinator the blocks go on; one that is being built is given up."""
@@ -118,12 +120,18 @@ class ShardServer:
         """Prometheus families of the blocks hosted here."""
         from prometheus_client.core import GaugeMetricFamily
 
-        store = GaugeMetricFamily("layerwise_activation_store_bytes", "Bytes kept for backward passes", labels=["job"])
-        waiting = GaugeMetricFamily("layerwise_queue_tasks", "Tasks that wait for a slot", labels=["job", "phase"])
+        labels = ["job", "shard"]
+        store = GaugeMetricFamily(
+            "layerwise_activation_store_bytes", "What forward passes keep for backward passes.", labels=labels
+        )
+        waiting = GaugeMetricFamily(
+            "layerwise_queue_depth_tasks", "Passes that wait for a slot.", labels=[*labels, "direction"]
+        )
         for job, block in list(self._blocks.items()):
-            store.add_metric([job], block.block.store_bytes)
-            waiting.add_metric([job, "forward"], block.queue.forward_depth)
-            waiting.add_metric([job, "backward"], block.queue.backward_depth)
+            where = [job, self._service.name]
+            store.add_metric(where, block.block.store_bytes)
+            waiting.add_metric([*where, "forward"], block.queue.forward_depth)
+            waiting.add_metric([*where, "backward"], block.queue.backward_depth)
         yield store
         yield waiting
 

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from layerwise.applied import AppliedSet
-from layerwise.errors import BusyError, NotFoundError, WrongLifeError
+from layerwise.errors import BusyError, NotFoundError, RejectedError
 from layerwise.messages import (
     Abort,
     BlockClosed,
@@ -210,6 +210,23 @@ class ShardRole:
         except (ValueError, BusyError) as error:
             return context.refuse(peer, message, str(error))
 
+    def on_unfit(self, peer: str, message: Message, why: str, now: float) -> list[Effect]:
+        """A message whose tensors do not fit the block: nothing is done with them, and whoever waits for better ones is told.
+
+        A worker that was given the microbatch, or the task, loses it to another one.
+        """
+        if self.failed:
+            return []
+        effects = self._context.refuse(peer, message, why)
+        if getattr(message, "life", None) != self._context.life:
+            return effects
+        match message:
+            case Forward() if self.first is not None:
+                effects += self.first.on_unfit(peer, message.number, message.attempt, why, now)
+            case PushGradient() | TaskFinished():
+                effects += self._detached.on_unfit(peer, message.number, why, now)
+        return effects
+
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """The link to ``peer`` is gone for good. If that was a neighbour, the coordinator finds out what it means."""
         if self.failed:
@@ -263,7 +280,7 @@ class ShardRole:
             log.info("%s of the generation before ended with: %s", type(task).__name__, error)
             return self._rest()
         match task:
-            case ApplyTask() if isinstance(error, WrongLifeError):
+            case ApplyTask() if isinstance(error, RejectedError):
                 log.warning("%s", error)
                 return self._detached.on_applied(task, now)
             case EvaluateTask() if isinstance(error, NotFoundError):

@@ -34,6 +34,7 @@ class TaskQueue:
         self._closed = False
         self._held = 0
         self._running = 0
+        self._paused = False
 
     @property
     def forward_depth(self) -> int:
@@ -96,7 +97,7 @@ class TaskQueue:
     def take_backward(self) -> BackwardTask | None:
         """Take the first backward pass if one waits: for a detached worker."""
         with self._changed:
-            if self._closed or not self._heaps[1]:
+            if self._closed or self._paused or not self._heaps[1]:
                 return None
             task = heapq.heappop(self._heaps[1])[2]
             assert isinstance(task, BackwardTask)
@@ -118,6 +119,21 @@ class TaskQueue:
             self._held -= 1
             self._changed.notify_all()
 
+    @property
+    def paused(self) -> bool:
+        """Nothing that has to be written down is given out."""
+        return self._paused
+
+    def pause(self, paused: bool) -> None:
+        """Give out nothing but evaluation passes until this is called with False.
+
+        What waits stays within its bounds: its places were reserved, and admission ends with the window.
+        """
+        with self._changed:
+            if self._paused != paused:
+                self._paused = paused
+                self._changed.notify_all()
+
     def close(self) -> None:
         """Wake every slot with nothing; what waits is forgotten."""
         with self._changed:
@@ -127,6 +143,8 @@ class TaskQueue:
             self._changed.notify_all()
 
     def _first(self) -> list[tuple[int, int, Task]] | None:
+        if self._paused:
+            return self._heaps[3] or None
         for rank, heap in enumerate(self._heaps[:2] if self._held else self._heaps):
             if heap and (rank != 1 or self.attached):
                 return heap

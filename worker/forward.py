@@ -8,13 +8,11 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from layerwise.background import Background, sentence
 from layerwise.data.dataset import TrainingData
 from layerwise.data.load import load_dataset
-from layerwise.data.sampling import microbatch_indices
 from layerwise.job import parse_job
 from layerwise.messages import Assignment, Hosting, Message, Role, Tensors, Welcome
 from layerwise.roles import Effect
@@ -120,8 +118,7 @@ class ForwardWorker:
         data, seed = self._data[job]
 
         def work() -> tuple[Tensors, Tensors]:
-            indices = microbatch_indices(seed, attempt.microbatch, len(data.train))
-            inputs, targets = data.train.batch(indices)
+            inputs, targets = data.training_batch(seed, attempt.microbatch)
             return _tensors(inputs), _tensors(targets)
 
         self._loader.run(
@@ -139,10 +136,10 @@ class ForwardWorker:
 
     def _load_evaluation(self, request: LoadEvaluation) -> None:
         job, version, samples = request.job, request.version, request.samples
-        data, _ = self._data[job]
+        data, seed = self._data[job]
 
         def work() -> tuple[Tensors, Tensors]:
-            inputs, targets = data.validation.batch(np.arange(samples.start, samples.stop))
+            inputs, targets = data.validation_batch(seed, samples.start, samples.stop)
             return _tensors(inputs), _tensors(targets)
 
         self._loader.run(

@@ -48,16 +48,25 @@ def shown_progress(*, quiet: bool = False) -> Iterator[ProgressView]:
 
 
 def follow_job(
-    client: CoordinatorClient, job: str, output: str, *, quiet: bool = False, timeout: float | None = None
+    client: CoordinatorClient,
+    job: str,
+    output: str,
+    *,
+    offset: int = 0,
+    quiet: bool = False,
+    timeout: float | None = None,
 ) -> int:
-    """Show a cluster's job until it has ended; an interrupt ends the showing only. Returns the exit status."""
+    """Show a cluster's job until it has ended, its events from ``offset`` on; an interrupt ends the showing only.
+
+    Returns the exit status.
+    """
 
     def leave() -> None:
         raise KeyboardInterrupt
 
     with shown_progress(quiet=quiet) as view, signals_call(leave):
         try:
-            document = JobFollower(client, job, view, refresh_seconds=0.5).run(timeout=timeout)
+            document = JobFollower(client, job, view, offset=offset, refresh_seconds=0.5).run(timeout=timeout)
         except KeyboardInterrupt:
             view.say(
                 f"job {job} goes on; follow it with `layerwise logs -f {job}`, stop it with `layerwise cancel {job}`"
@@ -66,13 +75,16 @@ def follow_job(
     return show_result(document, output)
 
 
-def show_result(document: dict[str, Any], output: str) -> int:
-    """Print a job that has ended; returns the exit status."""
+def show_result(document: dict[str, Any], output: str, *, remedy: str = "") -> int:
+    """Print a job that has ended; returns the exit status.
+
+    Why it failed has been seen by whoever saw its events; standard error gets only that it did, and the ``remedy``.
+    """
     if output == "json":
         print_json(document)
     else:
         print_facts(job_facts(document))
     state = str(document["state"])
     if state == "failed":
-        click.echo(f"layerwise: job {document['job']} failed: {document.get('message')}", err=True)
+        click.echo(f"layerwise: job {document['job']} failed" + (f"; {remedy}" if remedy else ""), err=True)
     return exit_codes.of_state(state)

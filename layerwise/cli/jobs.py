@@ -230,7 +230,7 @@ def nodes_command(coordinator: str | None, output: str) -> int:
             one["role"],
             one["state"],
             one.get("job") or "",
-            one["device"],
+            one["device"] or "",
             one["host"],
             one["pid"],
             format_bytes(one.get("resident_bytes")),

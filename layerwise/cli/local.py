@@ -18,6 +18,7 @@ from layerwise.cli.options import (
     output_option,
     record_coordinator,
     set_option,
+    supervision_options,
     threads_option,
 )
 
@@ -49,6 +50,7 @@ from layerwise.cli.options import (
 @click.option(
     "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
 )
+@supervision_options
 @click.option("--quiet", is_flag=True, help="No progress.")
 @output_option
 def train_command(
@@ -59,6 +61,8 @@ def train_command(
     devices: tuple[str, ...],
     threads: int | None,
     metrics: str | None,
+    spare: bool,
+    hang_timeout: float,
     quiet: bool,
     output: str,
 ) -> int:
@@ -80,6 +84,8 @@ def train_command(
             "threads": threads,
             "devices": devices,
             "metrics": metrics,
+            "spare": spare,
+            "hang_seconds": hang_timeout or None,
         },
         output,
         quiet=quiet,
@@ -111,15 +117,21 @@ def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: s
             except KeyboardInterrupt:
                 view.say(f"ended at once; what was saved before stays: {again}")
                 return exit_codes.INTERRUPTED
-    status = show_result(document, output)
-    if document["state"] != "done":
-        where = (
-            f"stopped at step {document.get('steps') or 0} of {document.get('total_steps') or '?'}; "
-            if run.interrupts
-            else ""
-        )
-        click.echo(where + again, err=True)
-    return exit_codes.INTERRUPTED if run.interrupts and document["state"] != "done" else status
+    stopped = bool(run.interrupts) and document["state"] != "done"
+    status = show_result(document, output, remedy=remedy_of(document, run.how_to_resume, run.directory))
+    if document["state"] == "cancelled":
+        steps = f"{document.get('steps') or 0} of {document.get('total_steps') or '?'}"
+        click.echo(f"stopped at step {steps}; {again}" if stopped else again, err=True)
+    return exit_codes.INTERRUPTED if stopped else status
+
+
+def remedy_of(document: dict[str, Any], how_to_resume: str, directory: Path) -> str:
+    """What to do about a run that failed, unless its message says so."""
+    if how_to_resume in str(document.get("message")):
+        return ""
+    if document.get("cuts") or document.get("steps"):
+        return f"go on with it: {how_to_resume}"
+    return f"nothing was trained; the logs of its processes are in {short(directory / 'logs')}"
 
 
 def short(path: Path) -> str:
@@ -149,6 +161,7 @@ def short(path: Path) -> str:
 @click.option(
     "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
 )
+@supervision_options
 @click.option("--insecure", is_flag=True, help="Agree to listen beyond this machine without encryption or password.")
 @output_option
 def up_command(
@@ -161,6 +174,8 @@ def up_command(
     threads: int | None,
     allow_imports: tuple[str, ...],
     metrics: str | None,
+    spare: bool,
+    hang_timeout: float,
     insecure: bool,
     output: str,
 ) -> int:
@@ -193,9 +208,9 @@ def up_command(
         metrics=metrics,
         insecure=insecure,
         restart=True,
-        on_problem=lambda sentence, last: click.echo(
-            f"warning: {sentence}" + ("" if last else "; started again"), err=True
-        ),
+        spare=spare,
+        hang_seconds=hang_timeout or None,
+        on_problem=lambda sentence, last: click.echo(f"warning: {sentence}", err=True),
     )
     with signals_call(end_once), cluster:
         cluster.wait_for_nodes()

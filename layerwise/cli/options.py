@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from layerwise.errors import ConfigError, UnreachableError
+from layerwise.supervision import HANG_SECONDS
 
 COORDINATOR_VARIABLE = "LAYERWISE_COORDINATOR"
 
@@ -93,6 +94,28 @@ def threads_option(function: Function) -> Function:
         type=click.IntRange(min=1),
         help="Threads of arithmetic of each shard.  [default: its part of the cores]",
     )(function)
+
+
+def supervision_options(function: Function) -> Function:
+    """``--spare/--no-spare`` as ``spare``, and ``--hang-timeout SECONDS`` as ``hang_timeout`` (0: never)."""
+    for option in (
+        click.option(
+            "--hang-timeout",
+            type=click.FloatRange(min=0.0),
+            metavar="SECONDS",
+            default=HANG_SECONDS,
+            show_default=True,
+            help="Replace a process that is stopped for so long, or does nothing for four times as long; 0: never.",
+        ),
+        click.option(
+            "--spare/--no-spare",
+            default=True,
+            show_default=True,
+            help="Keep a process with torch loaded (about 240 MB) that takes the place of one that ends.",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 def device_name(value: str) -> str:

@@ -6,12 +6,17 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from layerwise.cli import exit_codes
 from layerwise.cli.options import allow_import_option, command, device_name, output_option, set_option
 from layerwise.cli.output import format_bytes, format_count, print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from layerwise.server.preparation import Prepared
+    from layerwise.settings import ResolvedSettings
 
 VERIFIED_STEPS = 20
 
@@ -44,7 +49,8 @@ def plan_command(
 ) -> int:
     """Measure the model of SPEC here; show how it would be split, what each shard would need, what staleness to expect.
 
-    Nothing is trained. Seconds are for one microbatch on this machine's device.
+    Nothing is trained. Seconds are for one microbatch on this machine's device. Links between shards are not measured:
+    where an automatic window would be larger on slow ones, that is shown beside it.
     """
     from layerwise.overrides import read_job
 
@@ -61,12 +67,14 @@ def plan_command(
     prepared = prepare(job, probe(job, device=resolve_device(device), allowed_imports=allow_imports))
     settings = prepared.settings
     blocks = plan_blocks(prepared.profile, settings, prepared.blocks)
+    slow = settings_on_slow_links(prepared)
     if output == "json":
         print_json(
             {
                 "name": job.name,
                 "blocks": [asdict(block) for block in blocks],
                 "settings": json.loads(settings.to_json()),
+                "settings_on_slow_links": json.loads(slow.to_json()),
                 "layers": json.loads(prepared.profile.to_json())["layers"],
                 "notes": list(prepared.profile.notes),
                 "warnings": list(settings.warnings),
@@ -113,6 +121,10 @@ def plan_command(
             "delay policy": settings.delay_policy,
             "staleness": f"{settings.expected_staleness} updates at most with in-order arrival, "
             f"{settings.max_staleness} promised",
+            "on slow links": f"window {slow.window}, accumulation {slow.accumulation}, staleness "
+            f"{slow.expected_staleness} at most, {slow.max_staleness} promised"
+            if slow.window != settings.window
+            else None,
         }
     )
     for note in prepared.profile.notes:
@@ -120,6 +132,14 @@ def plan_command(
     for warning in settings.warnings:
         click.echo(f"warning: {warning}", err=True)
     return exit_codes.DONE
+
+
+def settings_on_slow_links(prepared: Prepared) -> ResolvedSettings:
+    """The settings where a hop takes as long as the forward pass of the whole model."""
+    from layerwise.settings import resolve
+
+    spec, profile, shards = prepared.spec, prepared.profile, prepared.spec.cluster.shards
+    return resolve(spec, profile.num_train_samples, shards, float(shards) if shards > 1 else None)
 
 
 @command(

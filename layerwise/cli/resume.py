@@ -84,11 +84,13 @@ def resume_command(
     from layerwise.cli.output import print_json
 
     with coordinator_client(coordinator) as client:
+        # What it logged in earlier runs has been seen.
+        offset = 0 if is_directory else int(client.get_job(job)["num_events"])
         document = client.resume(directory=str(directory)) if is_directory else client.resume(job=job)
         if follow:
             from layerwise.cli.following import follow_job
 
-            return follow_job(client, str(document["job"]), output, quiet=quiet, timeout=timeout)
+            return follow_job(client, str(document["job"]), output, offset=offset, quiet=quiet, timeout=timeout)
     if output == "json":
         print_json(document)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -270,7 +272,9 @@ class JsonLines(logging.Formatter):
 
 
 def start_logging(level: str, form: str) -> None:
-    """Log to standard error."""
+    """Log to standard error, where SIGUSR1 and a crash of the interpreter leave the stacks of all threads too."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if form == "json" else text)

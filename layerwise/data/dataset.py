@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layerwise.data.sampling import Indices, split
+from layerwise.data.sampling import SPLIT_EPOCH, Indices, microbatch_indices, split
 from layerwise.data_info import DataInfo
+from layerwise.ids import Microbatch
+from layerwise.randomness import SAMPLES, layer_seed, loading_randomness
 
 Batch = tuple[list[Tensor], list[Tensor]]
 """Inputs and targets; the first dimension of each is the sample. Contiguous, on the CPU, owned by the caller."""
@@ -32,11 +34,37 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """A job's data: what is trained on, what is validated on (perhaps nothing), and what a model must know of it."""
+    """A job's data: what is trained on, what is validated on (perhaps nothing), and what a model must know of it.
+
+    ``imported``: code of the user's own loads the samples, and may draw random numbers for them.
+    """
 
     train: Dataset
     validation: Dataset
     info: DataInfo
+    imported: bool = False
+
+    def training_batch(self, seed: int, microbatch: Microbatch) -> Batch:
+        """The samples of ``microbatch`` in a job with this ``seed``.
+
+        Whatever is drawn to augment them is the same in each attempt, in each process and in the plain loop.
+
+        Raises:
+            ConfigError: an imported dataset fails on one of them.
+        """
+        indices = microbatch_indices(seed, microbatch, len(self.train))
+        return self._batch(self.train, indices, layer_seed(seed, microbatch, SAMPLES))
+
+    def validation_batch(self, seed: int, start: int, stop: int) -> Batch:
+        """The validation samples ``[start, stop)``; raises as `training_batch`."""
+        name = Microbatch(SPLIT_EPOCH, start, stop)
+        return self._batch(self.validation, np.arange(start, stop), layer_seed(seed, name, SAMPLES))
+
+    def _batch(self, dataset: Dataset, indices: Indices, seed: int) -> Batch:
+        if not self.imported:
+            return dataset.batch(indices)
+        with loading_randomness(seed):
+            return dataset.batch(indices)
 
 
 class TensorDataset:
@@ -81,7 +109,12 @@ def split_dataset(whole: Dataset, validation: float, seed: int) -> tuple[Dataset
 
 
 def describe_data(
-    train: Dataset, validation: Dataset, *, num_classes: int | None = None, vocabulary: int | None = None
+    train: Dataset,
+    validation: Dataset,
+    *,
+    num_classes: int | None = None,
+    vocabulary: int | None = None,
+    imported: bool = False,
 ) -> TrainingData:
     """The two parts with their `DataInfo`, shapes and dtypes taken from the first sample (of whichever has one)."""
     inputs, targets = (train if len(train) else validation).batch([0])
@@ -98,6 +131,7 @@ def describe_data(
             num_classes=num_classes,
             vocabulary=vocabulary,
         ),
+        imported=imported,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from layerwise.data.dataset import Batch, Dataset, TrainingData, describe_data, split_dataset
 from layerwise.errors import ConfigError
 from layerwise.imports import call_import
+from layerwise.randomness import loading_randomness
 from layerwise.sections import ImportData
 
 
@@ -83,7 +84,9 @@ def load_imported(spec: ImportData, allowed_imports: Sequence[str]) -> TrainingD
         ConfigError: the function failed or returned something else.
         NotAllowedError: its module is not covered by ``allowed_imports``.
     """
-    found = call_import(spec.target, spec.arguments, allowed_imports, key="data.import")
+    # Every process makes a dataset of its own: what is drawn for it must come out alike.
+    with loading_randomness(spec.split_seed):
+        found = call_import(spec.target, spec.arguments, allowed_imports, key="data.import")
     train: Dataset
     validation: Dataset
     if isinstance(found, tuple) and len(found) == 2 and all(_is_map_style(one) for one in found):
@@ -106,7 +109,8 @@ def load_imported(spec: ImportData, allowed_imports: Sequence[str]) -> TrainingD
     classes = getattr(source, "num_classes", None)
     if classes is None and hasattr(source, "classes"):
         classes = len(source.classes)
-    return describe_data(train, validation, num_classes=classes, vocabulary=getattr(source, "vocabulary", None))
+    vocabulary = getattr(source, "vocabulary", None)
+    return describe_data(train, validation, num_classes=classes, vocabulary=vocabulary, imported=True)
 
 
 def _is_map_style(value: object) -> bool:

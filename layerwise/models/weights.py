@@ -26,7 +26,8 @@ def load_weights(layers: Sequence[nn.Module], path: str | Path) -> None:
     Raises:
         ConfigError: no such file, not readable, or for another model; the layers are unchanged.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise ConfigError(f"init: no file at {path}; expected a model.safetensors as layerwise export writes it")
     try:
         saved: Mapping[str, Tensor] = load_file(path)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from layerwise.errors import MalformedMessageError, RejectedError
-from layerwise.proto.calls import CALLS, ClientRequest, EventDocument
+from layerwise.proto.calls import CALLS, ClientRequest, EventDocument, JobsPage
 
 REQUESTS = {
     "Submit": ClientRequest(spec_json='{"name": "x"}'),
-    "ListJobs": ClientRequest(),
+    "ListJobs": ClientRequest(offset=3),
     "GetJob": ClientRequest(job="x-1"),
     "Cancel": ClientRequest(job="x-1"),
     "Resume": ClientRequest(job="", directory="/runs/x"),
@@ -17,7 +17,7 @@ REQUESTS = {
     "FollowEvents": ClientRequest(job="x-1", offset=7),
 }
 ANSWERS = {
-    "ListJobs": [{"job": "x-1"}],
+    "ListJobs": JobsPage(documents=[{"job": "x-1"}], next_offset=7),
     "ListNodes": [],
     "FollowEvents": EventDocument(offset=3, event={"message": "ü"}),
 }

@@ -322,23 +322,6 @@ def test_a_closed_peer_is_told_to_both_kinds_of_neighbour(network: Callable[[Bod
     network(body)
 
 
-def test_a_restarted_peer_is_first_lost_then_new(network: Callable[[Body], None]) -> None:
-    async def body(network: Network) -> None:
-        server = await network.start("server", grace_seconds=30.0)
-        for life in range(3):
-            client = await network.start("client", listen=False)
-            client.transport.connect("server", server.address)
-            client.transport.send("server", stop_at(life))
-            assert (await server.next()).version == life
-            assert server.lost.qsize() == min(life, 1)
-            if life:
-                assert await server.next_lost() == "client"
-            server.transport.send("client", stop_at(life))
-            assert (await client.next()).version == life
-
-    network(body)
-
-
 PEER = """
 import asyncio, sys
 from layerwise.transport import Transport
@@ -453,6 +436,25 @@ class Proxy:
         self.server.close()
         self.cut()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+def test_a_restarted_peer_is_first_lost_then_new(tcp: Callable[[Body], None]) -> None:
+    async def body(network: Network) -> None:
+        server = await network.start("server", grace_seconds=30.0)
+        for life in range(3):
+            proxy = Proxy(server.address)
+            client = await network.start("client", listen=False)
+            client.transport.connect("server", await proxy.start())
+            client.transport.send("server", stop_at(life))
+            assert (await server.next()).version == life
+            assert server.lost.qsize() == min(life, 1)
+            if life:
+                assert await server.next_lost() == "client"
+            server.transport.send("client", stop_at(life))
+            assert (await client.next()).version == life
+            await proxy.close()
+
+    tcp(body)
 
 
 def test_nothing_is_lost_or_repeated_when_the_stream_breaks(tcp: Callable[[Body], None]) -> None:

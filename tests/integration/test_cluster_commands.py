@@ -138,7 +138,7 @@ def test_the_python_interface_has_the_same_facts(cluster: LocalCluster, tmp_path
         assert result.directory == tmp_path / "run"
         assert [event.offset for event in job.logs()] == list(range(result.document["num_events"]))
         assert job.id in [one.job for one in connection.jobs()]
-        assert {node["role"] for node in connection.nodes()} == {"shard", "forward", "backward"}
+        assert {node["role"] for node in connection.nodes()} == {"coordinator", "shard", "forward", "backward"}
         with pytest.raises(NotFoundError):
             connection.job("no-such-job")
 
@@ -147,9 +147,7 @@ def test_nodes_and_status_count_the_clusters_processes(
     cluster: LocalCluster, at: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     nodes = shown(capsys, "nodes", *at)
-    assert {node["name"]: node["pid"] for node in nodes} == {
-        name: pid for name, pid in cluster.pids.items() if name != "coordinator"
-    }
+    assert {node["name"]: node["pid"] for node in nodes} == cluster.pids
     status = shown(capsys, "status", *at)
     assert status["processes"]["shard"]["total"] == cluster.shards
     for command in ("nodes", "status", "jobs"):

@@ -34,6 +34,7 @@ checkpoint: {every: 3, path: runs/compose-start}
 HEALTHY_SECONDS = 60.0
 JOB_SECONDS = 90.0
 STOP_SECONDS = 20.0
+ROOM = 16
 
 
 class ComposeProcesses:
@@ -62,10 +63,14 @@ class ComposeProcesses:
         )
 
     def address(self, host: str, port: str) -> str:
-        """What stands for ``host:port`` here; the same answer whenever it is asked for."""
+        """What stands for ``host:port`` here; the same answer whenever it is asked for.
+
+        Behind each port of a host there is room for those that a node counts up to.
+        """
         if (host, port) not in self.ports:
+            taken = [number for (other, _), number in self.ports.items() if other == host]
             with socket.socket() as probe:
-                probe.bind((self.hosts[host], 0))
+                probe.bind((self.hosts[host], taken[-1] + ROOM if taken else 0))
                 self.ports[host, port] = probe.getsockname()[1]
         return f"{self.hosts[host]}:{self.ports[host, port]}"
 

@@ -92,7 +92,14 @@ def test_a_client_submits_follows_and_reads_the_result(socket_folder: Path) -> N
             document = await ask(coordinator, lambda client: client.get_job(submitted["job"]))
             assert (document["state"], document["samples"]) == ("done", 80)
             nodes = await ask(coordinator, lambda client: client.list_nodes())
-            assert [node["name"] for node in nodes] == ["forward-0", "shard-0", "shard-1"]
+            assert [node["name"] for node in nodes] == ["coordinator", "forward-0", "shard-0", "shard-1"]
+            assert (nodes[0]["role"], nodes[0]["state"], nodes[0]["address"]) == (
+                "coordinator",
+                "serving",
+                coordinator.address,
+            )
+            assert nodes[0]["resident_bytes"] > 0
+            assert nodes[0].keys() == nodes[1].keys()
 
     asyncio.run(scenario())
 

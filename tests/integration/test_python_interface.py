@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,15 @@ def here(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 def test_train_from_python_tells_what_the_command_line_tells(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values = job(tmp_path / "run", image_data(images), MODELS["cnn"])
+    own = tmp_path / "data"
+    shutil.copytree(images, own)
+    values = job(tmp_path / "run", image_data(own), MODELS["cnn"])
     result = layerwise.train(values, overrides=["train.steps=4"])
     check_done(result)
     assert result.steps == 4
     assert here(capsys, "audit", str(tmp_path / "run"))["passed"] is True
+    shutil.rmtree(own)  # an export does not need the data
+    assert here(capsys, "export", str(tmp_path / "run"))["version"] == 4
     keys = {"job", "state", "steps", "epochs", "samples", "seconds", "samples_per_second", "train_loss", "validation"}
     assert keys | {"staleness", "ledger", "window", "accumulation", "backward_weights"} <= result.document.keys()
     with pytest.raises(layerwise.LayerwiseError, match="no file at"):

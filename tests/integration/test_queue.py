@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -13,7 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from layerwise.api import Connection, Job
 from layerwise.cluster import LocalCluster
 from tests.integration.jobs import Gate, check_done, job, wait, wait_for_cut
+from tests.unit.markdown import table
 
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 MLP = {"name": "mlp", "hidden": [12, 12, 12], "outputs": 4}
 
 
@@ -47,7 +50,7 @@ def test_two_jobs_run_side_by_side_and_the_third_waits_its_turn(
         third = connection.submit(gated_job(tmp_path / "third", gate))
         reason = waiting_for(third)
         assert f"needs 2 shards; 0 of 4 are free (the others work for {first.id}, {second.id})" in reason
-        assert third.status().document["queue_position"] == 0
+        assert third.status().document["queue_position"] == 1
         cancelled = connection.submit(gated_job(tmp_path / "fourth", gate))
         assert cancelled.cancel().state == "cancelled"
         assert wait(cancelled).state == "cancelled"
@@ -86,6 +89,17 @@ def scrape(address: str) -> dict[str, list[Any]]:
         for sample in family.samples:
             samples.setdefault(sample.name, []).append(sample)
     return samples
+
+
+def labels_served(samples: dict[str, list[Any]]) -> dict[str, set[str]]:
+    """The labels of each metric of ours."""
+    return {name: set(found[0].labels) for name, found in samples.items() if name.startswith("layerwise_")}
+
+
+def labels_documented(role: str) -> dict[str, set[str]]:
+    """What the documents say that a process of ``role`` serves about itself."""
+    rows = table(OPERATIONS, "about itself:")
+    return {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2])) for row in rows if row[1] in (role, "all")}
 
 
 def test_the_figures_of_a_running_job_are_served_by_its_processes(
@@ -134,5 +148,7 @@ def test_the_figures_of_a_running_job_are_served_by_its_processes(
         assert of_job(name), name
     assert {one.labels["role"]: one.value for one in served["layerwise_processes"] if one.labels["state"] == "working"}
     assert {"layerwise_heartbeat_age_seconds", "layerwise_wire_bytes_total"} <= served.keys()
-    assert "layerwise_activation_store_bytes" in own
-    assert "layerwise_leases" in worker
+    assert labels_documented("shard") == labels_served(own)
+    assert labels_documented("forward") == labels_served(worker)
+    for name in ("layerwise_queue_depth_tasks", "layerwise_activation_store_bytes"):
+        assert all(one.labels in [known.labels for known in served[name]] for one in own[name])

@@ -209,4 +209,4 @@ def test_a_peer_of_another_wire_version_is_refused(
     assert "wire version 99" in said
     assert "Traceback" not in said
     with Connection(cluster.coordinator_address) as connection:
-        assert len(connection.nodes()) == 8
+        assert len(connection.nodes()) == 9

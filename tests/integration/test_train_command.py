@@ -157,12 +157,18 @@ def test_a_killed_shard_ends_the_job_with_the_way_to_resume(tmp_path: Path) -> N
     assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
 
 
-def test_a_job_that_fails_ends_with_status_1_and_one_sentence(tmp_path: Path) -> None:
+def test_a_job_that_can_not_begin_says_why_once_and_does_not_speak_of_resuming(tmp_path: Path) -> None:
     job = write_job(tmp_path, data={"name": "arrays", "path": "missing.safetensors", "batch": 4})
-    with Command("train", job, folder=tmp_path) as command:
+    with Command("train", job, "--quiet", "-o", "json", folder=tmp_path) as command:
         assert command.finish() == 1, command.errors
-    assert "missing.safetensors" in command.errors
-    assert "Traceback" not in command.errors
+    reason, end = command.errors.splitlines()
+    assert reason.startswith("error: data.path: no file at ")
+    assert end == "layerwise: job tiny-1 failed; nothing was trained; the logs of its processes are in runs/tiny/logs"
+
+    # The earlier attempt's failure is not told again.
+    with Command("resume", "runs/tiny", folder=tmp_path) as command:
+        assert command.finish() == 1, command.errors
+    assert command.errors.count("missing.safetensors") == 1
 
 
 def test_code_of_ones_own_is_not_run_unless_it_is_allowed(tmp_path: Path) -> None:
@@ -198,3 +204,8 @@ def test_plan_shows_each_blocks_part(tmp_path: Path) -> None:
     assert sum(block["cost_share"] for block in blocks) == pytest.approx(1.0)
     assert blocks[0]["expected_staleness"] > blocks[-1]["expected_staleness"] == 0.0
     assert document["settings"]["max_staleness"] >= document["settings"]["expected_staleness"]
+    assert (document["settings"]["window"], document["settings_on_slow_links"]["window"]) == (2, 4)
+
+    with Command("plan", write_job(tmp_path), "--set", "async.window=2", folder=tmp_path) as command:
+        assert command.finish() == 0, command.errors
+        assert "on slow links" not in command.output

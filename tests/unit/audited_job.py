@@ -67,7 +67,7 @@ class World:
             elif flying:
                 index = chance.choice(sorted(flying))
                 attempt, _, steps = flying[index]
-                if index in abort and len(steps) <= NUM_LAYERS + 1:
+                if index in abort and len(steps) <= NUM_LAYERS + 3:
                     for ledger in ledgers.values():
                         ledger.abort(attempt)
                     abort -= {index}
@@ -85,10 +85,17 @@ class World:
     ) -> list[Callable[[], None]]:
         """What one microbatch does to each layer, step by step: up, then down; a dropped one gives up half-way down."""
         lacking = [layer for layer in range(NUM_LAYERS) if ledgers[layer].lacks(index)]
-        steps: list[Callable[[], None]] = [partial(_open, ledgers[layer], attempt, number) for layer in lacking]
+        steps: list[Callable[[], None]] = [
+            partial(_open if layer in lacking else _hand_on, ledgers[layer], attempt, number)
+            for layer in range(NUM_LAYERS)
+        ]
         lower = [layer for layer in lacking if drop and layer < 2]
-        for layer in reversed(lacking):
-            if layer in lower:
+        for layer in reversed(range(NUM_LAYERS)):
+            if layer % 2 == 0:
+                steps.append(partial(_begin_walk, ledgers, layer, attempt, number))
+            if layer not in lacking:
+                steps.append(partial(_hand_down, ledgers[layer], attempt, number))
+            elif layer in lower:
                 steps.append(partial(self._drop, ledgers[layer], attempt))
             else:
                 steps.append(partial(self._take, ledgers[layer], attempt))
@@ -146,7 +153,20 @@ def _open(ledger: LayerLedger, attempt: Attempt, number: int) -> None:
     ledger.open(attempt, number)
 
 
-def honest(seed: int = 1, window: int = WINDOW) -> World:
+def _hand_on(ledger: LayerLedger, attempt: Attempt, number: int) -> None:
+    ledger.hand_on(attempt, number)
+
+
+def _hand_down(ledger: LayerLedger, attempt: Attempt, number: int) -> None:
+    ledger.hand_down(attempt, number, read=ledger.version, mode=WeightMode.LATEST)
+
+
+def _begin_walk(ledgers: dict[int, LayerLedger], start: int, attempt: Attempt, number: int) -> None:
+    reads = tuple((ledgers[layer].version,) for layer in (start, start + 1))
+    ledgers[start].begin_walk(attempt, number, detached=False, reads=reads)
+
+
+def honest(seed: int = 4, window: int = WINDOW) -> World:
     """A job whose first life dies after some layer's fifth update, and whose second begins at the cut of version 3."""
     world = World(seed, window)
     world.live(0, updates=CUT + 2, abort=frozenset({2, 9}))

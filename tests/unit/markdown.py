@@ -37,3 +37,11 @@ def anchors(document: Path) -> set[str]:
     """The anchors that a renderer makes of the headings."""
     headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def table(document: Path, heading: str) -> list[list[str]]:
+    """The cells of the rows under a heading or a sentence, up to the end of the table."""
+    text = document.read_text(encoding="utf-8").partition(heading)[2]
+    found = re.search(r"^\|.*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no table under {heading!r} in {document.name}"
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found[0].splitlines()[2:]]

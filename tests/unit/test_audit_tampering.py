@@ -13,13 +13,16 @@ from layerwise.errors import AuditError
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
+    BackwardEvent,
     CutEvent,
     DropEvent,
     Event,
     ForwardEvent,
+    PassEvent,
     Record,
     RestoreEvent,
     UpdateEvent,
+    WalkEvent,
     WeightMode,
 )
 from layerwise.ids import Attempt
@@ -57,6 +60,19 @@ def layer_has_no_log(blocks: list[StoredEvents]) -> list[StoredEvents]:
 
 
 @breaks("log")
+def walk_does_not_read_the_whole_block(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    event = find(blocks, WalkEvent, 1)
+    return edit(blocks, event, replace(event, reads=event.reads[:1]))
+
+
+@breaks("tickets")
+def pass_of_a_layer_that_lacks_the_microbatch(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    forward = find(blocks, ForwardEvent, 1)
+    before = PassEvent(layer=forward.layer, attempt=forward.attempt, number=forward.number, read=forward.read)
+    return edit(blocks, forward, before, forward)
+
+
+@breaks("log")
 def block_is_of_another_job(blocks: list[StoredEvents]) -> list[StoredEvents]:
     return [replace(blocks[0], header=replace(blocks[0].header, job="other")), *blocks[1:]]
 
@@ -76,6 +92,24 @@ def forward_says_it_met_another_version(blocks: list[StoredEvents]) -> list[Stor
     again = replace(forward, buffers=False)
     truth = replace(lie, buffers=True)
     return edit(blocks, forward, truth, end, again)
+
+
+@breaks("versions")
+def pass_says_it_met_another_version(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    event = find(blocks, PassEvent, 2)
+    return edit(blocks, event, replace(event, read=event.read - 1))
+
+
+@breaks("versions")
+def backward_pass_reads_a_version_to_come(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    event = find(blocks, BackwardEvent, 2)
+    return edit(blocks, event, replace(event, read=event.read + 1))
+
+
+@breaks("versions")
+def walk_reads_a_version_to_come(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    event = find(blocks, WalkEvent, 1)
+    return edit(blocks, event, replace(event, reads=(event.reads[0], (event.reads[1][0] + 1,))))
 
 
 @breaks("lives")
@@ -254,6 +288,8 @@ def one_layer_stops_an_update_early(blocks: list[StoredEvents]) -> list[StoredEv
             open_forwards[event.attempt] = event
         if isinstance(event, AccumulateEvent | AbortEvent | DropEvent) and event.layer == layer:
             open_forwards.pop(event.attempt, None)
+        if isinstance(event, WalkEvent):
+            event = replace(event, reads=tuple((min(one, ends),) for (one,) in event.reads))
         events.append(event)
     for forward in open_forwards.values():
         events.append(

@@ -116,9 +116,9 @@ def gradients(pipeline: Pipeline, change: float) -> list[torch.Tensor]:
     for layer in block.layers:
         take = layer.take
 
-        def noted(attempt, gradients, *, read, mode, layer=layer, take=take):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        def noted(attempt, gradients, *, read, mode, owners, layer=layer, take=take):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
             found[layer.index] = gradients[0].clone()
-            return take(attempt, gradients, read=read, mode=mode)
+            return take(attempt, gradients, read=read, mode=mode, owners=owners)
 
         layer.take = noted  # type: ignore[method-assign]
     pipeline.forward(0)

@@ -139,7 +139,7 @@ class Run:
                 for one in files
             ],
         }
-        commit_manifest(self.directory, version, json.dumps(manifest))
+        commit_manifest(self.directory, version, json.dumps(manifest), life=1)
 
 
 def trained(spec: JobSpec, directory: Path, num_blocks: int = 2) -> Run:

@@ -17,6 +17,9 @@ import click
 import pytest
 import yaml
 
+from layerwise.child import Program
+from layerwise.node import NodeSettings
+
 
 @pytest.fixture(scope="module")
 def services(repository: Path) -> dict[str, Any]:
@@ -50,6 +53,18 @@ def port(address: str | None) -> int | None:
 
 def of_layerwise(services: dict[str, Any]) -> dict[str, Any]:
     return {name: service for name, service in services.items() if service["command"][0] == "layerwise"}
+
+
+def children(service: dict[str, Any]) -> tuple[Program, ...]:
+    """What the supervisor of a service starts: nothing, unless it is a node."""
+    words = service["command"][1:]
+    if words[0] != "node":
+        return ()
+    given = parse(root_command(), words)
+    devices = given["devices"] or ("auto",)
+    shards = given["shards"] if given["shards"] is not None else len(devices)
+    names = ("coordinator", "name", "forward", "backward", "listen", "advertise", "metrics", "insecure")
+    return NodeSettings(shards=shards, devices=devices, **{name: given[name] for name in names}).programs()
 
 
 def command_lines(repository: Path) -> list[list[str]]:
@@ -103,7 +118,7 @@ def test_every_command_line_is_one_that_the_command_line_accepts(
     monkeypatch.chdir(repository)
     group = root_command()
     lines = command_lines(repository)
-    assert {"coordinator", "shard", "forward", "backward", "healthcheck", "submit"} <= {words[1] for words in lines}
+    assert {"coordinator", "node", "forward", "backward", "healthcheck", "submit"} <= {words[1] for words in lines}
     for words in lines:
         if words[1:] == ["--help"]:
             with pytest.raises(click.exceptions.Exit):
@@ -114,7 +129,7 @@ def test_every_command_line_is_one_that_the_command_line_accepts(
 
 def test_the_parse_of_command_lines_refuses_what_does_not_exist() -> None:
     group = root_command()
-    for words in (["no-such-command"], ["shard", "--no-such-option"]):
+    for words in (["no-such-command"], ["node", "--no-such-option"]):
         with pytest.raises(click.UsageError):
             parse(group, words)
 
@@ -127,6 +142,9 @@ def test_every_address_points_at_the_service_that_listens_there(services: dict[s
             assert option(service, "coordinator") == coordinator, name
         if advertise := option(service, "advertise"):
             assert advertise == f"{name}:{port(listen)}"
+        for program in children(service):
+            assert name in program.name
+            parse(root_command(), list(program.command))
         health = service["healthcheck"]["test"]
         if listen:
             assert health == ["CMD", "layerwise", "healthcheck", f"127.0.0.1:{port(listen)}"], name
@@ -155,24 +173,31 @@ def test_every_metrics_port_is_scraped_once_and_nothing_else_is(
         for name in entry["names"]
     ]
     served = [f"{name}:{port(option(service, 'metrics'))}" for name, service in of_layerwise(services).items()]
+    served += [
+        f"{name}:{port(program.arguments[program.arguments.index('--metrics') + 1])}"
+        for name, service in of_layerwise(services).items()
+        for program in children(service)
+    ]
     assert sorted(scraped) == sorted(served)
 
 
-def test_each_gpu_belongs_to_one_service(services: dict[str, Any]) -> None:
+def test_each_gpu_belongs_to_one_shard(services: dict[str, Any]) -> None:
+    """A container counts the GPUs that it is given from 0; each of them has one shard."""
     given: list[str] = []
     for service in services.values():
         if service.get("profiles") == ["gpu"]:
-            (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-            assert len(device["device_ids"]) == 1
-            assert option(service, "device") == "cuda:0"
-            given += device["device_ids"]
+            (reserved,) = service["deploy"]["resources"]["reservations"]["devices"]
+            devices = [program.arguments[program.arguments.index("--device") + 1] for program in children(service)]
+            assert devices == [f"cuda:{number}" for number in range(len(reserved["device_ids"]))]
+            given += reserved["device_ids"]
     assert given == [str(number) for number in range(len(given))]
     assert given
 
 
 def test_every_profile_that_trains_has_shards_and_every_service_a_health_check(services: dict[str, Any]) -> None:
     for profile in ("cpu", "gpu"):
-        assert sum(profile in service.get("profiles", []) for service in services.values()) >= 2
+        nodes = [service for service in of_layerwise(services).values() if service.get("profiles") == [profile]]
+        assert sum(program.name.startswith("shard-") for node in nodes for program in children(node)) >= 2
     assert services["prometheus"]["profiles"] == ["monitoring"]
     for name, service in services.items():
         assert service["healthcheck"]["test"], name

@@ -408,7 +408,7 @@ def test_jobs_run_side_by_side_where_processes_suffice_and_in_order_where_not() 
     jobs = [played.submit() for _ in range(3)]
     assert [played.state(job) for job in jobs] == ["running", "running", "queued"]
     document = played.role.job(jobs[2])
-    assert document["queue_position"] == 0
+    assert document["queue_position"] == 1
     assert document["waiting_for"] == (
         "needs 2 shards; 0 of 4 are free (the others work for toy-1, toy-2); "
         "needs 1 forward worker; 0 of 2 are free (the others work for toy-1, toy-2)"

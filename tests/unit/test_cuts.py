@@ -20,6 +20,7 @@ from layerwise.cuts import (
 )
 from layerwise.errors import ConfigError, CorruptError, NotFoundError
 from layerwise.export import export
+from layerwise.fault_points import FaultPlan, parse_faults, points
 from layerwise.layer import LayerCopy
 from layerwise.layer_file import load_layer, save_layer
 from layerwise.messages import LayerFile
@@ -67,7 +68,7 @@ def manifest(version: int, files: tuple[LayerFile, ...]) -> str:
 def save(directory: Path, copies: list[LayerCopy], keep: tuple[int, ...] = ()) -> tuple[LayerFile, ...]:
     files = tuple(save_layer(directory, "job", one) for one in copies)
     version = copies[0].state.version
-    commit_manifest(directory, version, manifest(version, files), keep)
+    commit_manifest(directory, version, manifest(version, files), keep, life=1)
     return files
 
 
@@ -88,7 +89,7 @@ def test_files_have_the_frozen_names(tmp_path: Path) -> None:
         "cuts/00000003/layer-000.life-1.safetensors",
         "cuts/00000003/layer-001.life-1.safetensors",
         "cuts/00000003/layer-002.life-1.safetensors",
-        "cuts/00000003/manifest.json",
+        "cuts/00000003/manifest.life-1.json",
     ]
 
 
@@ -104,12 +105,12 @@ def test_a_manifest_whose_files_are_not_there_is_not_written(tmp_path: Path) -> 
     files = tuple(save_layer(tmp_path, "job", one) for one in trained().copies(3))
     (cut_folder(tmp_path, 3) / files[1].name).unlink()
     with pytest.raises(CorruptError, match=r"layer-001\.life-1\.safetensors is missing"):
-        commit_manifest(tmp_path, 3, manifest(3, files))
+        commit_manifest(tmp_path, 3, manifest(3, files), life=1)
     assert durable_cuts(tmp_path) == ()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-@pytest.mark.parametrize("which", ["layer-001.life-1.safetensors", "manifest.json"])
+@pytest.mark.parametrize("which", ["layer-001.life-1.safetensors", "manifest.life-1.json"])
 def test_damage_is_found_and_the_file_is_named(tmp_path: Path, damage: str, which: str) -> None:
     files = save(tmp_path, trained().copies(3))
     path = cut_folder(tmp_path, 3) / which
@@ -120,7 +121,7 @@ def test_damage_is_found_and_the_file_is_named(tmp_path: Path, damage: str, whic
         path.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
     else:
         path.unlink()
-    expected = NotFoundError if which == "manifest.json" and damage == "missing" else CorruptError
+    expected = NotFoundError if which == "manifest.life-1.json" and damage == "missing" else CorruptError
     with pytest.raises(expected) as error:
         _ = load_manifest(tmp_path, 3), load_layer(tmp_path, 3, files[1])
     assert which in str(error.value) or "no cut of version 3" in str(error.value)
@@ -138,12 +139,10 @@ def test_old_cuts_and_unfinished_ones_are_deleted_and_newer_ones_stay(tmp_path: 
         save(tmp_path, trained(version).copies(version), keep=(1, 2, 3))
     unfinished = trained(4).copies(4)
     save_layer(tmp_path, "job", unfinished[0])
-    stray = cut_folder(tmp_path, 2) / "layer-000.life-9.safetensors"
-    stray.write_bytes(b"left by a crash")
-    delete_cuts(tmp_path, (2, 3))
+    (cut_folder(tmp_path, 1) / "layer-000.life-9.safetensors").write_bytes(b"left by a crash")
+    delete_cuts(tmp_path, 2)
     assert durable_cuts(tmp_path) == (2, 3)
     assert not cut_folder(tmp_path, 1).exists()
-    assert not stray.exists()
     assert cut_folder(tmp_path, 4).is_dir()
 
 
@@ -199,7 +198,7 @@ def test_an_old_cut_that_cannot_be_deleted_does_not_make_the_new_one_fail(tmp_pa
     for version in (1, 2):
         save(tmp_path, trained(version).copies(version), keep=(1, 2))
     (cut_folder(tmp_path, 1) / "held-open").mkdir()
-    (cut_folder(tmp_path, 2) / "manifest.json").write_text("damaged")
+    (cut_folder(tmp_path, 2) / "manifest.life-1.json").write_text("damaged")
     save(tmp_path, trained(3).copies(3), keep=(2,))
     assert newest_cut(tmp_path) == 3
     assert 1 not in durable_cuts(tmp_path)
@@ -231,3 +230,26 @@ def test_buffers_that_share_memory_are_saved_each(tmp_path: Path) -> None:
     loaded = load_layer(tmp_path, 3, file)
     assert torch.equal(loaded.buffers["flat"], shared)
     assert torch.equal(loaded.buffers["square"], shared.view(2, 2))
+
+
+def test_cuts_that_fail_do_not_fill_the_disk_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block's disk is full in the middle of a cut; another one's saves go on for cuts that are never finished."""
+    copies = [trained(version).copies(version) for version in range(1, 8)]
+    monkeypatch.setattr(points, "watcher", FaultPlan(parse_faults("cut.write:3-6:partial")))
+    done: list[tuple[int, str]] = []
+    writer = CutWriter(tmp_path, "job")
+    for version, some in enumerate(copies, start=1):
+        writer.save(version, tuple(some), lambda files, error: done.append((len(files), error)))
+    writer.close()
+    assert [count for count, _ in done] == [0, 0, 0, 0, 3, 3, 3]
+    assert done[0][1] == f"cut 1 could not be saved in {tmp_path}: No space left on device"
+    assert sorted(path.name for path in (tmp_path / "cuts").iterdir()) == ["00000005", "00000006", "00000007"]
+    writer = CutWriter(tmp_path, "job")
+    commit_manifest(tmp_path, 5, manifest(5, tuple(save_layer(tmp_path, "job", one) for one in copies[4])), life=1)
+    for version in range(1, 8):
+        if version != 5:
+            writer.save(version, tuple(copies[version - 1]), lambda files, error: None)
+    writer.close()
+    left = sorted(int(path.name) for path in (tmp_path / "cuts").iterdir() if path.name.isdigit())
+    assert left == [3, 4, 5, 6, 7], "the newest four may still be finished, and 5 is durable"
+    assert durable_cuts(tmp_path) == (5,)

@@ -14,6 +14,7 @@ from torch import Tensor
 from layerwise.data import TrainingData, load_dataset
 from layerwise.data.text import TextDataset
 from layerwise.errors import ConfigError, NotAllowedError
+from layerwise.ids import Microbatch
 from layerwise.sections import Arrays, Cifar10, Cifar100, DataSpec, Digits, ImportData, Text
 
 
@@ -243,6 +244,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, An
 # --- the user's own ---------------------------------------------------------------------------------------------------
 
 USER_CODE = """
+import random
 import numpy as np
 import torch
 
@@ -271,6 +273,17 @@ def uneven():
 
 def nothing():
     return 3
+
+class Noisy:
+    def __init__(self):
+        self.base = torch.rand(8) + random.random() + np.random.rand()
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        return self.base[index] + torch.rand(1) + random.random() + np.random.rand(), index
+
+def noisy():
+    return Noisy()
 """
 
 
@@ -318,6 +331,20 @@ def test_samples_of_different_shapes_name_both(user_code: str) -> None:
     data = load_dataset(imported("uneven"), [user_code])
     with pytest.raises(ConfigError, match=r"sample 1 of .* is float32\[2\], sample 0 is float32\[1\]"):
         data.train.batch([0, 1])
+
+
+def test_what_the_users_dataset_draws_follows_from_the_seed_and_the_microbatch_alone(user_code: str) -> None:
+    first, second = (load_dataset(imported("noisy", validation=0.25), [user_code]) for _ in range(2))
+    microbatch = Microbatch(2, 0, 3)
+    before = first.training_batch(7, microbatch)[0][0]
+    first.training_batch(7, Microbatch(1, 3, 6))  # another process has done other things meanwhile
+    assert torch.equal(second.training_batch(7, microbatch)[0][0], before)
+    assert torch.equal(first.training_batch(7, microbatch)[0][0], before)
+    assert torch.equal(first.validation_batch(7, 0, 2)[0][0], second.validation_batch(7, 0, 2)[0][0])
+
+    epochs = [first.training_batch(7, Microbatch(epoch, 0, 6)) for epoch in (0, 1)]
+    one, other = (inputs[0][targets[0].argsort()] for inputs, targets in epochs)
+    assert (one != other).all(), "each epoch draws anew"
 
 
 def test_the_users_dataset_needs_permission(user_code: str) -> None:

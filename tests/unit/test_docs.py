@@ -17,21 +17,13 @@ from layerwise.server.coordinator_role import CoordinatorRole
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.server.metrics import coordinator_metrics
 from tests.unit.documented_keys import Key, keys_by_section, table_rows
-from tests.unit.markdown import anchors, blocks, commands, layerwise_lines, links
+from tests.unit.markdown import anchors, blocks, commands, layerwise_lines, links, table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
 OPERATIONS = REPOSITORY / "docs" / "operations.md"
 DOCUMENTS = [README, REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "CHANGELOG.md", *REPOSITORY.glob("docs/*.md")]
 PLACEHOLDERS = {"JOB", "DIRECTORY", "NAME", "ADDRESS"}
-
-
-def table(document: Path, heading: str) -> list[list[str]]:
-    """The cells of the rows under a heading or a sentence, up to the end of the table."""
-    text = document.read_text(encoding="utf-8").partition(heading)[2]
-    found = re.search(r"^\|.*?(?=^(?!\|))", text, re.MULTILINE | re.DOTALL)
-    assert found, f"no table under {heading!r} in {document.name}"
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in found[0].splitlines()[2:]]
 
 
 def test_the_tables_of_the_job_file_have_every_key_with_its_type_and_default() -> None:

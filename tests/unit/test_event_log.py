@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -13,21 +16,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.applied import AppliedSet
-from layerwise.errors import CorruptError, NotAllowedError, NotFoundError
+from layerwise.errors import CorruptError, NotAllowedError, NotFoundError, RetryableError
 from layerwise.event_log import EventLog, LogHeader, LogReader, events_folder, find_logs
+from layerwise.event_records import record_from_json
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
+    BackwardEvent,
     CutEvent,
     DropEvent,
     Event,
     ForwardEvent,
+    PassEvent,
     RestoreEvent,
     UpdateEvent,
+    WalkEvent,
     WeightMode,
-    record_from_json,
 )
+from layerwise.fault_points import Operation, points
 from layerwise.ids import Attempt, Microbatch
+from layerwise.machine import Machine, processor_name
 from layerwise.plan import TrainingPlan
 
 HEADER = LogHeader(
@@ -43,9 +51,11 @@ HEADER = LogHeader(
     position_order=False,
     backward_weights="latest",
     layer_names=("Linear", "ReLU"),
+    machine=Machine(processor="A", instructions="AVX2", torch="2.13", threads=2, device="cpu", precision="float32"),
 )
 
 counts = st.integers(0, 2**40)
+versions = st.lists(counts, max_size=3).map(tuple)
 attempts = st.builds(
     lambda epoch, start, size, attempt: Attempt(Microbatch(epoch, start, start + size), attempt),
     counts,
@@ -83,6 +93,25 @@ events: st.SearchStrategy[Event] = st.one_of(
         read=counts,
         mode=st.sampled_from(WeightMode),
         update=counts,
+        owners=versions,
+    ),
+    st.builds(PassEvent, layer=layers, attempt=attempts, number=counts, read=counts),
+    st.builds(
+        BackwardEvent,
+        layer=layers,
+        attempt=attempts,
+        number=counts,
+        read=counts,
+        mode=st.sampled_from(WeightMode),
+        owners=versions,
+    ),
+    st.builds(
+        WalkEvent,
+        layer=layers,
+        attempt=attempts,
+        number=counts,
+        detached=st.booleans(),
+        reads=st.lists(st.lists(counts, min_size=1, max_size=3).map(tuple), min_size=1, max_size=4).map(tuple),
     ),
     st.builds(
         UpdateEvent,
@@ -122,6 +151,7 @@ def write(folder: Path, number: int = 6, **bounds: int) -> list[Path]:
             log.append(cut(version))
             if bounds:
                 log.flush()
+                log.tend()
     return sorted(events_folder(folder, 1, 3, 2).iterdir())
 
 
@@ -152,7 +182,7 @@ def test_first_line_says_who_writes_and_which_format(tmp_path: Path) -> None:
     checksum, text = path.read_bytes().split(b"\n")[0].split(b" ", 1)
     assert int(checksum, 16) == crc32(text)
     header = json.loads(text)
-    assert (header["format"], header["format_version"]) == ("layerwise-events", 1)
+    assert (header["format"], header["format_version"]) == ("layerwise-events", 2)
     assert (header["job"], header["block"], header["life"]) == ("digits-1", [1, 3], 2)
     assert (header["segment"], header["sequence"], header["versions"]) == (0, 0, [0, 0])
 
@@ -198,6 +228,7 @@ def test_segments_rotate_and_say_where_they_begin(tmp_path: Path) -> None:
                 )
             )
             log.flush()
+            log.tend()
         size = log.num_bytes
     paths = sorted(events_folder(tmp_path, 1, 3, 2).iterdir())
     assert len(paths) > 2
@@ -368,7 +399,14 @@ def test_record_with_a_right_checksum_and_wrong_content_is_refused(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "change",
-    [{"format_version": 2}, {"format": "else"}, {"block": [3, 1]}, {"batch": "8"}, {"layer_names": ["one"]}],
+    [
+        {"format_version": 3},
+        {"machine": {"threads": 1}},
+        {"format": "else"},
+        {"block": [3, 1]},
+        {"batch": "8"},
+        {"layer_names": ["one"]},
+    ],
     ids=str,
 )
 def test_header_that_can_not_be_meant_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
@@ -419,28 +457,163 @@ def test_logs_of_a_job_are_found_by_life_then_block(tmp_path: Path) -> None:
     assert find_logs(tmp_path / "nowhere") == []
 
 
-def test_a_log_without_room_for_its_next_segment_writes_to_no_other_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = EventLog(tmp_path, HEADER, segment_bytes=10)
+class Refusals:
+    """A watcher that refuses operations whose point is in ``points`` and says when each was asked for."""
 
-    def refuse(*_: object) -> int:
-        raise OSError(28, "No space left on device")
+    def __init__(self, *refused: str, number: int = errno.ENOSPC) -> None:
+        self.refused = set(refused)
+        self.number = number
+        self.asked: Counter[str] = Counter()
+        self.changed = threading.Condition()
 
-    log.append(cut(0))
-    with monkeypatch.context() as patched:
-        patched.setattr("layerwise.event_log.os.open", refuse)
-        with pytest.raises(OSError, match="No space left"):
+    def before(self, operation: Operation) -> None:
+        with self.changed:
+            self.asked[operation.point] += 1
+            refused = operation.point in self.refused
+            self.changed.notify_all()
+        if refused:
+            raise OSError(self.number, os.strerror(self.number), operation.path)
+
+    def after(self, operation: Operation) -> None:
+        with self.changed:
+            self.asked[f"{operation.point} done"] += 1
+            self.changed.notify_all()
+
+
+@pytest.fixture
+def refusals(monkeypatch: pytest.MonkeyPatch) -> Refusals:
+    watcher = Refusals()
+    monkeypatch.setattr(points, "watcher", watcher)
+    return watcher
+
+
+def test_a_log_goes_on_in_its_segment_while_there_is_no_room_for_the_next(tmp_path: Path, refusals: Refusals) -> None:
+    log = EventLog(tmp_path, HEADER, segment_bytes=10, retry_seconds=1e6)
+    for number, point in enumerate(("create", "reserve", "rename")):
+        refusals.refused = {f"event-log.{point}"}
+        for version in (2 * number, 2 * number + 1):
+            log.append(cut(version))
             log.flush()
-    other = (tmp_path / "other").open("wb")  # takes the number of the segment that was closed
-    log.append(cut(1))
-    with pytest.raises(OSError, match="No space left"):
+            log.tend()
+            assert "No space left on device" in log.shortage
+        refusals.refused = set()
+        log.tend()
+        assert log.shortage == ""
+    log.close()
+    assert read(tmp_path) == [cut(version) for version in range(6)]
+    names = [path.name for path in sorted(log.directory.iterdir())]
+    assert len(names) > 3
+    assert all(name.endswith(".log") for name in names)
+
+
+def test_a_full_disk_stops_new_work_while_what_is_under_way_is_still_written(
+    tmp_path: Path, refusals: Refusals
+) -> None:
+    log = EventLog(tmp_path, HEADER, room_bytes=0, retry_seconds=1e6)
+    if log._room_until is None:
+        pytest.fail("the tests need a file system that can set room aside")
+    refusals.refused = {"event-log.reserve"}
+    version = 0
+    while not log.full:
+        log.append(cut(version))
         log.flush()
-    with pytest.raises(OSError, match="No space left"):
-        log.close()
-    other.write(b"still open")
-    other.close()
-    assert (tmp_path / "other").read_bytes() == b"still open"
+        log.tend()
+        version += 1
+    assert "no more room for the event log in" in log.shortage
+    left = log._room_until - log._segment_written
+    assert left > HEADER.window * 2 * 8 * 400, "the records of all open attempts must find room"
+    for number in range(HEADER.window * 2 * 8):
+        log.append(cut(version + number))
+    log.flush()
+    assert log._segment_written < log._room_until
+    refusals.refused = set()
+    log.tend()
+    assert (log.full, log.shortage) == (False, "")
+    log.close()
+    assert len(read(tmp_path)) == version + HEADER.window * 2 * 8
+
+
+def test_the_keeper_finds_by_itself_that_there_is_room_again(tmp_path: Path, refusals: Refusals) -> None:
+    with EventLog(tmp_path, HEADER, segment_bytes=10, retry_seconds=0.01) as log:
+        refusals.refused = {"event-log.create"}
+        log.append(cut(0))
+        log.flush()
+        with refusals.changed:
+            assert refusals.changed.wait_for(lambda: refusals.asked["event-log.create"] >= 4, 60)
+            refusals.refused = set()
+            assert refusals.changed.wait_for(lambda: refusals.asked["event-log.rename done"] >= 1, 60)
+    assert log.shortage == ""
+    assert [path.name for path in sorted(log.directory.iterdir())] == ["segment-000000.log", "segment-000001.log"]
+
+
+def test_a_log_that_finds_no_room_at_all_is_refused_in_one_sentence(tmp_path: Path, refusals: Refusals) -> None:
+    for point in ("make-folder", "create", "reserve", "write", "sync-folder"):
+        refusals.refused = {f"event-log.{point}"}
+        with pytest.raises(
+            RetryableError, match=r"no event log can be begun in .*: No space left on device; make room"
+        ):
+            EventLog(tmp_path / point, HEADER)
+
+
+def test_nobody_who_appends_or_flushes_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk stands still in each of its syncs while records go on being written."""
+    entered, released = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Slow:
+        def before(self, operation: Operation) -> None:
+            if operation.point in ("event-log.sync", "event-log.sync-folder", "event-log.reserve"):
+                entered.release()
+                released.acquire()
+
+        def after(self, operation: Operation) -> None:
+            pass
+
+    log = EventLog(tmp_path, HEADER, segment_bytes=10, retry_seconds=1e6)
+    monkeypatch.setattr(points, "watcher", Slow())
+    log.append(cut(0))
+    log.flush()  # wakes the keeper: it sets room aside, syncs the segment and its folder
+    version = 1
+    for _ in range(3):
+        entered.acquire()
+        for _ in range(3):
+            log.append(cut(version))
+            log.flush()
+            version += 1
+        assert len(read(tmp_path)) == version
+        released.release()
+    monkeypatch.setattr(points, "watcher", None)
+    for _ in range(100):
+        released.release()
+    log.close()
+    assert read(tmp_path) == [cut(number) for number in range(version)]
+
+
+def test_what_a_power_cut_may_leave_of_two_segments_is_read_to_the_last_whole_line(tmp_path: Path) -> None:
+    """Until the disk has all of a segment, the next one is called otherwise: so its end may be missing."""
+    paths = write(tmp_path, number=3, segment_bytes=10)
+    assert [path.suffix for path in paths] == [".log"] * 4
+    for path in paths[3:]:
+        path.unlink()
+    last = paths[2].rename(paths[2].with_suffix(".next"))
+    assert read(tmp_path) == [cut(0), cut(1), cut(2)]
+    whole = paths[1].read_bytes()
+    for torn in (whole[:-1], whole[:-30], whole[:-30] + bytes(30), b""):
+        paths[1].write_bytes(torn)
+        assert read(tmp_path) == [cut(0)] if torn else True
+    paths[1].write_bytes(whole)
+    last.write_bytes(b"")
+    assert read(tmp_path) == [cut(0), cut(1)]
+
+
+def test_zeros_where_data_never_reached_the_disk_end_the_log(tmp_path: Path) -> None:
+    (path,) = write(tmp_path)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    place = sum(map(len, lines[:4])) + 7
+    path.write_bytes(whole[:place] + bytes(60) + whole[place + 60 :])
+    reader = LogReader(path.parent)
+    assert [record.event for record in reader.records] == [cut(0), cut(1), cut(2)]
+    assert reader.torn_bytes == len(whole) - sum(map(len, lines[:4]))
 
 
 def test_a_closed_log_writes_nothing_more(tmp_path: Path) -> None:
@@ -451,3 +624,27 @@ def test_a_closed_log_writes_nothing_more(tmp_path: Path) -> None:
     log.flush()
     log.sync()
     assert read(tmp_path) == [cut(0)]
+
+
+def test_logs_of_format_version_1_are_still_read(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, number=0)
+    header = json.loads(path.read_bytes()[9:])
+    del header["machine"]
+    path.write_bytes(_line({**header, "format_version": 1}))
+    found = LogReader(events_folder(tmp_path, 1, 3, 2)).header
+    assert found == replace(HEADER, machine=None)
+
+
+def test_a_machine_says_in_what_another_differs() -> None:
+    here = HEADER.machine
+    assert here is not None
+    assert here.differences(here) == ()
+    (line,) = here.differences(replace(here, threads=8))
+    assert line == "threads: 2 was recorded, here is 8"
+
+
+def test_a_processor_is_called_by_its_own_name_where_the_system_tells_it(tmp_path: Path) -> None:
+    described = tmp_path / "cpuinfo"
+    described.write_text("processor\t: 0\nmodel name\t: Fast 9000\n")
+    assert processor_name(described) == "Fast 9000"
+    assert processor_name(tmp_path / "none")

@@ -165,6 +165,14 @@ def test_paths_are_made_absolute_for_other_processes() -> None:
     assert '"path":"python-stdlib"' in parse_job(SKETCH).with_absolute_paths(Path("/home/me")).to_json()
 
 
+def test_a_tilde_in_a_path_is_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    data = {"name": "arrays", "path": "~/a.npz"}
+    spec = job(init="~/start.safetensors", data=data, checkpoint={"path": "~/runs/x"}).with_absolute_paths(Path("/tmp"))
+    assert (spec.init, spec.checkpoint_path) == ("/home/me/start.safetensors", "/home/me/runs/x")
+    assert '"path":"/home/me/a.npz"' in spec.to_json()
+
+
 def test_a_job_never_changes() -> None:
     with pytest.raises(ValueError, match="frozen"):
         job().name = "y"

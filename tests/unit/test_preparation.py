@@ -15,13 +15,13 @@ from layerwise.server.preparation import prepare
 GIB = 1 << 30
 
 
-def spec(backward: Any = "auto") -> JobSpec:
+def spec(backward: Any = "auto", *, batch: int = 8, steps: int = 4) -> JobSpec:
     return parse_job(
         {
             "name": "toy",
             "model": {"name": "mlp"},
-            "data": {"name": "digits", "batch": 8},
-            "train": {"steps": 4},
+            "data": {"name": "digits", "batch": batch},
+            "train": {"steps": steps},
             "cluster": {"shards": 2, "backward": backward},
             "async": {"window": 1, "accumulation": 4},
         }
@@ -77,3 +77,21 @@ def test_blocks_that_detached_workers_could_not_pull_are_refused() -> None:
     prepare(spec(), profile)
     with pytest.raises(ConfigError, match=r"cluster\.backward: the parameters of layers 0-0"):
         prepare(spec({"attached": False, "detached": 2}), profile)
+
+
+def test_a_microbatch_of_one_sample_is_refused_where_the_model_fails_on_it() -> None:
+    fails = replace(PROFILE, single_sample_error="layer 1 fails: one value is too few", num_train_samples=65)
+    with pytest.raises(ConfigError, match=r"the last one of an epoch has a single sample, .* one value is too few"):
+        prepare(spec(steps=100), fails)
+    prepare(spec(steps=100), replace(fails, num_train_samples=66))
+    prepare(spec(), fails)  # ends before the epoch does
+    prepare(spec(steps=100), replace(fails, single_sample_error=""))
+
+
+def test_batch_norm_on_microbatches_of_two_samples_is_warned_of() -> None:
+    normalised = replace(PROFILE, layers=tuple(replace(layer, batch_statistics=True) for layer in PROFILE.layers))
+    [warning] = prepare(spec(), normalised).settings.warnings
+    assert "microbatches of 2 samples" in warning
+    assert "layers 0, 1" in warning
+    assert not prepare(spec(), PROFILE).settings.warnings
+    assert not prepare(spec(batch=16), normalised).settings.warnings

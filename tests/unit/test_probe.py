@@ -124,6 +124,17 @@ def test_a_profile_has_sizes_costs_and_what_a_model_needs_of_the_data() -> None:
     assert '"num_classes":10' in found.data_json
 
 
+def test_batch_norm_and_what_it_does_not_take_are_seen() -> None:
+    plain, normalised = (
+        probe(spec({"name": "mlp", "hidden": [32], "batchnorm": batchnorm}), device=CPU) for batchnorm in (False, True)
+    )
+    assert [layer.batch_statistics for layer in normalised.layers] == [True, False]
+    assert "layer 0 (0-mlp-hidden)" in normalised.single_sample_error
+    assert "more than 1 value per channel" in normalised.single_sample_error
+    assert not plain.single_sample_error
+    assert not any(layer.batch_statistics for layer in plain.layers)
+
+
 def test_autocast_is_seen_as_derived_weights() -> None:
     found = probe(spec({"name": "mlp", "hidden": [32]}, train={"steps": 2, "precision": "bf16"}), device=CPU)
     assert all(layer.derived_weights for layer in found.layers)

@@ -420,10 +420,17 @@ def test_a_detached_pass_that_takes_too_long_is_given_to_the_next() -> None:
     assert [peer for peer, _ in sent(bench.role.on_tick(10.1), DetachedTask)] == ["backward-1"]
 
 
-def test_a_worker_that_leaves_a_layer_out_ends_the_job() -> None:
+def test_a_worker_that_leaves_a_layer_out_loses_the_task_and_in_the_end_the_job() -> None:
     bench, task = detached_bench()
     bench.hears("backward-0", push(task, 5))
     bench.work()
+    assert bench.hears("backward-0", finished(task, None)) == []
+    for _ in range(6):
+        ((peer, again),) = sent(bench.hears("backward-0", request("backward-0", 7)), DetachedTask)
+        assert isinstance(again, DetachedTask)
+        assert (peer, again.attempt) == ("backward-0", task.attempt)
+        assert bench.hears("backward-0", finished(again, None)) == []
+    bench.hears("backward-0", request("backward-0", 7))
     ((_, failure),) = sent(bench.hears("backward-0", finished(task, None)), Failure)
     assert isinstance(failure, Failure)
     assert "without a gradient for layer 4" in failure.message

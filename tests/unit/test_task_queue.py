@@ -173,3 +173,20 @@ def test_what_was_handed_out_and_never_ends_keeps_being_counted_by_a_closed_queu
     assert queue.num_running == 1
     queue.finish()
     assert queue.num_running == 0
+
+
+def test_a_paused_queue_gives_out_evaluations_only_and_goes_on_where_it_was() -> None:
+    queue = TaskQueue(window=4, num_layers=2)
+    for task in (forward(1), backward(0), apply(0), evaluate(0)):
+        queue.push(task)
+    queue.pause(True)
+    assert queue.try_pop() == evaluate(0)
+    assert queue.try_pop() is None
+    assert queue.take_backward() is None
+    found: list[object] = []
+    waiting = threading.Thread(target=lambda: found.append(queue.pop(30)))
+    waiting.start()
+    queue.pause(False)
+    waiting.join()
+    assert found == [apply(0)]
+    assert [queue.try_pop(), queue.try_pop()] == [backward(0), forward(1)]

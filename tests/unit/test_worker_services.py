@@ -21,7 +21,15 @@ from tests.unit.played_service import PlayedService
 def assignment(life: int) -> Assignment:
     route = (BlockPlace(start=0, stop=1, shard="shard-0", address="unix:/nowhere", life=life),)
     return Assignment(
-        job="job", spec_json="{}", settings_json="{}", profile_json="{}", route=route, block=0, cut=0, directory="", generation=1
+        job="job",
+        spec_json="{}",
+        settings_json="{}",
+        profile_json="{}",
+        route=route,
+        block=0,
+        cut=0,
+        directory="",
+        generation=1,
     )
 
 

@@ -1,0 +1,1 @@
+"""Chaos runs: a job under planned faults, and a report of what it made of them."""

@@ -1,0 +1,189 @@
+"""A job under planned faults, from submission to the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerwise.audit_report import AuditReport
+from layerwise.chaos.injector import Injector
+from layerwise.chaos.log_facts import LogFacts, read_log_facts
+from layerwise.chaos.log_tail import LayerProgress, LogTail
+from layerwise.chaos.plan import ChaosPlan
+from layerwise.chaos.recovery import FaultOutcome, RecoveryWatch, time_to_updates
+from layerwise.chaos.report import ChaosReport, Hang
+from layerwise.chaos.stacks import dump_stacks
+from layerwise.chaos.status_watch import StatusWatch
+from layerwise.cluster import LocalCluster
+from layerwise.errors import CorruptError, NotFoundError
+from layerwise.fault_points import fired_disk_faults
+from layerwise.faults import fired_faults
+from layerwise.job import JobSpec
+from layerwise.job_audit import audit_job
+
+POLL_SECONDS = 0.01
+WATCHDOG_SECONDS = 20.0
+"""A run in which nothing moves for so long hangs, and has failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FiredFiles:
+    """Where the processes of a cluster note the planned faults that they have had."""
+
+    frames: Path
+    disk: Path
+
+    @classmethod
+    def below(cls, directory: Path) -> FiredFiles:
+        """Their names in a folder."""
+        return cls(frames=directory / "fired-frames.jsonl", disk=directory / "fired-disk.jsonl")
+
+
+class ChaosRun:
+    """Runs ``spec`` once on ``cluster``, whose processes were started with the frame and disk faults of ``plan``.
+
+    The cluster starts killed processes again, and may have served other jobs before. ``fired`` is needed when the plan
+    has faults of frames or disks.
+    """
+
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        spec: JobSpec,
+        plan: ChaosPlan,
+        *,
+        fired: FiredFiles | None = None,
+        watchdog_seconds: float = WATCHDOG_SECONDS,
+    ) -> None:
+        self._cluster = cluster
+        self._spec = spec
+        self._plan = plan
+        self._fired = fired
+        self._watchdog_seconds = watchdog_seconds
+        self._resumes = 0
+        self._hang: Hang | None = None
+
+    def run(self, *, baseline: Mapping[str, Any] | None = None) -> ChaosReport:
+        """Return the report when the job has ended, or hangs.
+
+        Raises:
+            LayerwiseError: the job is refused, or a process of the cluster ended for good.
+        """
+        began = time.monotonic()
+        with self._cluster.client() as client:
+            submitted = client.submit(self._spec.to_json())
+        directory, job = Path(str(submitted["directory"])), str(submitted["job"])
+        tail = LogTail(directory)
+        watch = RecoveryWatch(began)
+        try:
+            document, waiting = self._follow(job, tail, watch)
+        finally:
+            tail.close()
+        outcomes = watch.outcomes(tail.layers)
+        seconds = time.monotonic() - began
+        problems: list[str] = []
+        return ChaosReport(
+            plan=self._plan,
+            directory=str(directory),
+            document=document,
+            baseline=baseline,
+            faults=(*outcomes, *self._fired_outcomes(began, tail.layers)),
+            unfired=(*waiting, *self._unfired()),
+            log_facts=self._log_facts(directory, problems),
+            audit=self._audit(directory, document, problems),
+            replay=None,
+            resumes=self._resumes,
+            seconds=seconds,
+            hang=self._hang,
+            problems=tuple(problems),
+        )
+
+    def _follow(self, job: str, tail: LogTail, watch: RecoveryWatch) -> tuple[dict[str, Any], list[str]]:
+        """Inject, and watch, until the job has ended; gives its last document, and the faults that are left."""
+        left = sum(1 for fault in self._plan.process_faults if fault.target == "all")
+        while True:
+            with StatusWatch(self._cluster.coordinator_address, job) as status:
+                faults = self._plan.process_faults[len(watch.injected) :]
+                injector = Injector(faults, self._cluster, tail, watch, lambda: status.document)
+                try:
+                    self._inject(status, injector, tail, watch)
+                finally:
+                    injector.end()
+                document = dict(status.document)
+                waiting = [str(fault) for fault in injector.waiting]
+            if self._hang is not None or document.get("state") != "failed" or self._resumes >= left:
+                return document, waiting
+            # Everything was killed at once, the coordinator too: somebody has to say that it shall go on.
+            self._resumes += 1
+            self._cluster.wait_for_nodes()
+            with self._cluster.client() as client:
+                client.resume(job=job)
+
+    def _inject(self, status: StatusWatch, injector: Injector, tail: LogTail, watch: RecoveryWatch) -> None:
+        moved_at, seen = time.monotonic(), (0, "")
+        while not status.wait(POLL_SECONDS):
+            now = time.monotonic()
+            tail.poll(now)
+            watch.observe(tail.layers, tail.lowest_version, now)
+            acted = injector.step(now)
+            document = status.document
+            stand = (tail.num_updates, f"{document.get('num_events')} {document.get('message')}")
+            if acted or injector.paused or stand != seen:
+                moved_at, seen = now, stand
+            elif now - moved_at > self._watchdog_seconds:
+                self._give_up(str(document.get("message") or "not submitted"), now - moved_at, str(document.get("job")))
+                return
+        now = time.monotonic()
+        tail.poll(now)
+        watch.observe(tail.layers, tail.lowest_version, now)
+
+    def _give_up(self, phase: str, seconds: float, job: str) -> None:
+        self._hang = Hang(seconds=seconds, phase=phase, stacks=dump_stacks(self._cluster))
+        with self._cluster.client() as client:
+            client.cancel(job)
+
+    def _fired_outcomes(self, began: float, layers: Mapping[int, LayerProgress]) -> list[FaultOutcome]:
+        """Faults of frames and disks, as the processes have noted them."""
+        if self._fired is None:
+            return []
+        since_epoch = time.time() - time.monotonic()
+        found = [(str(fault), str(fault.kind), fault.receiver, at) for fault, at in fired_faults(self._fired.frames)]
+        first = dict(reversed(fired_disk_faults(self._fired.disk)))
+        found += [(fault, "disk", "", at) for fault, at in first.items()]
+        return [
+            FaultOutcome(
+                fault=fault,
+                kind=kind,
+                process=process,
+                at=at - since_epoch - began,
+                recovery_seconds=time_to_updates(layers, at - since_epoch),
+            )
+            for fault, kind, process, at in sorted(found, key=lambda one: one[3])
+        ]
+
+    def _unfired(self) -> list[str]:
+        if self._fired is None:
+            return [str(fault) for fault in (*self._plan.frame_faults, *self._plan.disk_faults)]
+        frames = {fault for fault, _ in fired_faults(self._fired.frames)}
+        disk = {text for text, _ in fired_disk_faults(self._fired.disk)}
+        return [
+            *(str(fault) for fault in self._plan.frame_faults if fault not in frames),
+            *(fault for fault in self._plan.disk_faults if fault not in disk),
+        ]
+
+    def _log_facts(self, directory: Path, problems: list[str]) -> LogFacts | None:
+        try:
+            return read_log_facts(directory)
+        except CorruptError as error:
+            problems.append(str(error))
+            return None
+
+    def _audit(self, directory: Path, document: Mapping[str, Any], problems: list[str]) -> AuditReport | None:
+        try:
+            return audit_job(directory, document)
+        except (CorruptError, NotFoundError) as error:
+            problems.append(f"no audit: {error}")
+            return None

@@ -1,0 +1,120 @@
+"""Which lives a replay goes through, and where it can begin.
+
+A pass that was under way at a cut has read weights from before it, which no cut holds. So a replay begins where nothing
+was under way: at the initial weights, at a cut from which every layer began a life, or at a cut at which no ticket was
+open on any layer (always so at window 1 and in synchronous mode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerwise.errors import CorruptError, NotFoundError
+from layerwise.event_log import find_logs
+from layerwise.replay.life_index import LifeIndex, Owners, index_life
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Begin with ``lives``, one for each block, at ``version``.
+
+    ``inside``: not at their beginning but behind the cut.
+    """
+
+    version: int
+    lives: tuple[LifeIndex, ...]
+    inside: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """The lives of a job that have done something, oldest first."""
+
+    job: str
+    num_layers: int
+    lives: tuple[LifeIndex, ...]
+
+    def starts(self, saved: Iterable[int]) -> list[Start]:
+        """Where a replay can begin, by version; ``saved`` are the versions of cuts that are on disk."""
+        on_disk = set(saved)
+        found = {one.version: one for one in self._inside(on_disk)}
+        for life in self.lives:
+            # Every layer's first life from here on: if all begin at one version, nothing was under way between them.
+            lives = self._first_lives(life.header.life)
+            versions = {one.version for one in lives}
+            covered = sum(one.header.stop - one.header.start for one in lives)
+            if len(versions) == 1 and covered == self.num_layers and (versions == {0} or versions <= on_disk):
+                version = versions.pop()
+                found.setdefault(version, Start(version=version, lives=lives))
+        return [found[version] for version in sorted(found)]
+
+    def after(self, start: Start) -> tuple[LifeIndex, ...]:
+        """The lives that follow those of ``start``, oldest first."""
+        first = {life.folder: life for life in start.lives}
+        by_layer = {layer: life.header.life for life in start.lives for layer in layers_of(life)}
+        return tuple(
+            life
+            for life in self.lives
+            if life.folder not in first and all(life.header.life > by_layer[layer] for layer in layers_of(life))
+        )
+
+    def _first_lives(self, life: int) -> tuple[LifeIndex, ...]:
+        found: dict[int, LifeIndex] = {}
+        for one in self.lives:
+            if one.header.life >= life:
+                for layer in layers_of(one):
+                    found.setdefault(layer, one)
+        return tuple({one.folder: one for one in found.values()}.values())
+
+    def _inside(self, on_disk: set[int]) -> Iterable[Start]:
+        for version in sorted(on_disk):
+            lives: dict[int, LifeIndex] = {}
+            for one in self.lives:
+                for layer in layers_of(one):
+                    if (layer, version) in one.quiet_cuts:
+                        lives[layer] = one
+            chosen = tuple({one.folder: one for one in lives.values()}.values())
+            whole = all((layer, version) in one.quiet_cuts for one in chosen for layer in layers_of(one))
+            if len(lives) == self.num_layers and whole and sum(map(len, map(layers_of, chosen))) == self.num_layers:
+                yield Start(version=version, lives=chosen, inside=True)
+
+
+def layers_of(life: LifeIndex) -> range:
+    """The layers of its block."""
+    return range(life.header.start, life.header.stop)
+
+
+def read_history(directory: str | Path, owners: Owners) -> History:
+    """Index every log of a job.
+
+    Raises:
+        NotFoundError: there is none.
+        CorruptError: one can't be read, or they are of different jobs.
+    """
+    lives: list[LifeIndex] = []
+    for folder in find_logs(directory):
+        try:
+            found = index_life(folder, owners)
+        except NotFoundError:
+            continue  # a crash came before the first line, so this life did nothing
+        if found.complete:
+            lives.append(found)
+    if not lives:
+        raise NotFoundError(
+            f"no event logs in {Path(directory) / 'events'}: is this a job's directory, and has training begun?"
+        )
+    jobs = {(one.header.job, one.header.num_layers) for one in lives}
+    if len(jobs) > 1:
+        raise CorruptError(f"the event logs in {directory} are of different jobs: {sorted(jobs)}")
+    ((job, num_layers),) = jobs
+    return History(job=job, num_layers=num_layers, lives=tuple(lives))
+
+
+def last_at(lives: Sequence[LifeIndex], layer: int, version: int) -> LifeIndex | None:
+    """The newest of ``lives`` in which ``layer`` was at ``version``."""
+    for one in reversed(lives):
+        if layer in one.restored and one.restored[layer].version <= version <= one.last[layer]:
+            return one
+    return None

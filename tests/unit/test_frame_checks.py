@@ -1,0 +1,247 @@
+"""What reaches a block: tensors that fit it, from those who were asked for them. The rest is refused and harms nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from layerwise.ids import Attempt, Microbatch
+from layerwise.job import parse_job
+from layerwise.messages import (
+    Abort,
+    BoundaryGradient,
+    Closed,
+    EvaluateForward,
+    Failure,
+    Forward,
+    Grant,
+    LeaseRequest,
+    Message,
+    NamedTensors,
+    Outcome,
+    PushGradient,
+    TaskFinished,
+    TaskRequest,
+    Tensors,
+)
+from layerwise.probe import probe
+from layerwise.profile import Profile
+from layerwise.server.first_shard import MAX_UNFIT
+from layerwise.server.frame_checks import FrameChecks
+from tests.simulation.counting_block import activation, target
+from tests.unit.test_shard_role import Bench, attempt, sent
+
+torch.set_num_threads(1)
+
+JOB = {
+    "name": "x",
+    "model": {"name": "mlp", "hidden": [6, 5]},
+    "data": {"name": "digits", "batch": 12},
+    "async": {"accumulation": 3},
+}
+ATTEMPT = Attempt(Microbatch(0, 0, 4))
+COMMON: dict[str, Any] = {"job": "x-1", "attempt": ATTEMPT, "number": 0, "life": 1}
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    found = probe(parse_job(JOB), device=torch.device("cpu"))
+    assert Profile.from_json(found.to_json()) == found
+    return found
+
+
+def checks(profile: Profile, start: int, stop: int, *, detached: bool = True) -> FrameChecks:
+    parameters = {1: {"weight": ("float32", (5, 6)), "bias": ("float32", (5,))}}
+    return FrameChecks(
+        profile, start=start, stop=stop, parameters=parameters, detached=detached, classes=10, tokens=None
+    )
+
+
+def forward(inputs: Any, targets: Any = None, **changes: Any) -> Forward:
+    goals = torch.arange(4) if targets is None else targets
+    message = Forward(**COMMON, needed_from=3, inputs=Tensors((inputs,)), targets=Tensors((goals,)))
+    return replace(message, **changes)
+
+
+def gradient(*items: Any) -> BoundaryGradient:
+    return BoundaryGradient(**COMMON, gradients=Tensors(items, single=len(items) == 1))
+
+
+def push(layer: int, names: tuple[str, ...], *items: Any) -> PushGradient:
+    return PushGradient(**COMMON, layer=layer, revision=0, read=0, gradients=NamedTensors(names, items))
+
+
+def finished(*items: Any) -> TaskFinished:
+    return TaskFinished(**COMMON, gradients=Tensors(items, single=len(items) == 1))
+
+
+def evaluate(inputs: Any, targets: Any, start: int = 0, stop: int = 4) -> EvaluateForward:
+    return EvaluateForward(
+        job="x-1", version=1, start=start, stop=stop, life=1, inputs=Tensors((inputs,)), targets=Tensors((targets,))
+    )
+
+
+SAMPLES, HIDDEN, CLASSES = torch.zeros(4, 64), torch.zeros(4, 6), torch.arange(4)
+NAMES = ("weight", "bias")
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (0, forward(SAMPLES)),
+        (0, forward(SAMPLES, torch.tensor([-100, 0, 9, 1]))),
+        (0, forward(torch.zeros(2, 64), torch.arange(2), attempt=Attempt(Microbatch(0, 12, 14)))),
+        (1, forward(HIDDEN)),
+        (1, forward(torch.zeros(1, 6), torch.arange(1), attempt=Attempt(Microbatch(0, 12, 13)))),
+        (0, gradient(HIDDEN)),
+        (0, gradient(None)),
+        (0, gradient(None, None, None)),
+        (1, push(1, NAMES, torch.zeros(5, 6), torch.zeros(5))),
+        (1, push(1, NAMES, torch.zeros(6, 5).t(), None)),
+        (1, finished(HIDDEN)),
+        (1, TaskFinished(**COMMON, gradients=None)),
+        (0, evaluate(SAMPLES, CLASSES)),
+        (1, evaluate(torch.zeros(3, 3), CLASSES)),
+        (0, LeaseRequest(job="x-1", count=1)),
+        (0, TaskRequest(job="x-1", life=1)),
+    ],
+)
+def test_what_fits_passes(profile: Profile, start: int, message: Message) -> None:
+    assert checks(profile, start, start + 1).fault(message) == ""
+
+
+@pytest.mark.parametrize(
+    ("start", "message", "words"),
+    [
+        (0, forward(torch.zeros(3, 64)), "input 0 is float32[3, 64], expected float32[4, 64] for 4 samples"),
+        (0, forward(torch.zeros(4, 63)), "input 0 is float32[4, 63]"),
+        (0, forward(torch.zeros(4, 64, 1)), "input 0 is float32[4, 64, 1]"),
+        (0, forward(SAMPLES.double()), "input 0 is float64[4, 64]"),
+        (0, forward(None), "input 0 is missing"),
+        (0, replace(forward(SAMPLES), inputs=Tensors((SAMPLES, SAMPLES), single=False)), "2 inputs came, expected 1"),
+        (0, replace(forward(SAMPLES), inputs=Tensors((SAMPLES,), single=False)), "the input is a tuple"),
+        (0, forward(SAMPLES, CLASSES.float()), "target 0 is float32[4], expected int64[4]"),
+        (0, forward(SAMPLES, torch.arange(5)), "target 0 is int64[5]"),
+        (0, forward(SAMPLES, torch.tensor([0, 1, 2, 10])), "a class is 10, expected 0 to 9"),
+        (0, forward(SAMPLES, torch.tensor([0, 1, 2, -1])), "a class is -1, expected 0 to 9"),
+        (1, forward(SAMPLES), "input 0 is float32[4, 64], expected float32[4, 6]"),
+        (1, forward(HIDDEN.half()), "input 0 is float16[4, 6]"),
+        (1, forward(HIDDEN, torch.zeros(4)), "target 0 is float32[4]"),
+        (0, gradient(torch.zeros(4, 7)), "gradient 0 is float32[4, 7], expected float32[4, 6]"),
+        (0, gradient(HIDDEN, HIDDEN), "2 gradients came, expected 1"),
+        (0, gradient(HIDDEN.bfloat16()), "gradient 0 is bfloat16[4, 6]"),
+        (1, push(2, NAMES, None, None), "layer 2 is not in this block"),
+        (1, push(-1, NAMES, None, None), "layer -1 is not in this block"),
+        (1, push(1, ("bias", "weight"), None, None), "it names bias, weight, layer 1 trains weight, bias"),
+        (1, push(1, (), *()), "it names nothing"),
+        (1, push(1, NAMES, torch.zeros(6, 5), None), "the gradient of weight is float32[6, 5], the parameter float32[5, 6]"),
+        (1, push(1, NAMES, torch.zeros(5, 6).double(), None), "the gradient of weight is float64[5, 6]"),
+        (1, finished(torch.zeros(4, 5)), "gradient 0 is float32[4, 5], expected float32[4, 6]"),
+        (0, evaluate(SAMPLES, CLASSES, 0, 5), "expected float32[5, 64] for 5 samples"),
+        (0, evaluate(SAMPLES, CLASSES, 4, 4), "there are no validation samples 4 to 4"),
+        (0, evaluate(SAMPLES, CLASSES, -4, 0), "there are no validation samples -4 to 0"),
+        (0, evaluate(SAMPLES, CLASSES, 0, 1 << 62), "there are no validation samples"),
+        (1, evaluate(HIDDEN, CLASSES.float()), "target 0 is float32[4]"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(profile: Profile, start: int, message: Message, words: str) -> None:
+    assert words in checks(profile, start, start + 1).fault(message)
+
+
+@pytest.mark.parametrize("message", [TaskRequest(job="x-1", life=1), finished(HIDDEN), push(1, NAMES, None, None)])
+def test_nobody_takes_tasks_of_a_job_without_detached_workers(profile: Profile, message: Message) -> None:
+    found = checks(profile, 1, 2, detached=False).fault(message)
+    assert found == "the job has no detached backward workers"
+
+
+def test_sizes_that_depend_on_the_samples_themselves_are_not_held_against_anybody() -> None:
+    job = {**JOB, "model": {"name": "mlp", "hidden": [6, 5], "batchnorm": True}}
+    found = probe(parse_job(job), device=torch.device("cpu"))  # a single sample can't be run: no size is certain
+    one = next(layer for layer in found.layers if layer.index == 0)
+    assert one.outputs[0] is not None
+    unknown = FrameChecks(found, start=1, stop=2, parameters={}, detached=False)
+    assert unknown.fault(forward(torch.zeros(3, *one.output_shapes[0][1:]))) == ""
+    assert "float64" in unknown.fault(forward(torch.zeros(4, 6).double()))
+
+
+# --- what the role makes of it --------------------------------------------------------------------------------------
+
+
+def granted(bench: Bench, index: int, worker: str = "forward-0") -> Grant:
+    ((peer, grant),) = sent(bench.offer(index, worker), Grant)
+    assert isinstance(grant, Grant)
+    assert peer == worker
+    return grant
+
+
+def tensors_for(grant: Grant, bench: Bench) -> Forward:
+    index = grant.attempt.microbatch.start
+    return Forward(
+        job="job", attempt=grant.attempt, number=grant.number, life=bench.place.life, needed_from=6,
+        inputs=activation(index, -1), targets=target(index),
+    )  # fmt: skip
+
+
+def test_samples_that_do_not_fit_are_leased_again_and_training_goes_on() -> None:
+    bench = Bench(0)
+    bench.start()
+    for index in range(4):
+        for _ in range(MAX_UNFIT - 1):
+            bad = granted(bench, index, "forward-1")
+            effects = bench.role.on_unfit("forward-1", tensors_for(bad, bench), "input 0 is float64", 0.0)
+            assert [one.number for _, one in sent(effects, Abort) if isinstance(one, Abort)] == [bad.number]
+            bench.closed_by(1, index, bad.number, Outcome.ABORTED)
+            ((peer, _),) = sent(bench.closed_by(2, index, bad.number, Outcome.ABORTED), Closed)
+            assert peer == "forward-1"
+        good = granted(bench, index, "forward-0")  # one good worker among bad ones
+        bench.hears("forward-0", tensors_for(good, bench))
+        bench.work()
+        bench.boundary(index, good.number)
+        bench.work()
+        bench.closed_by(1, index, good.number)
+        ((peer, closed),) = sent(bench.closed_by(2, index, good.number), Closed)
+        assert isinstance(closed, Closed)
+        assert (peer, closed.outcome) == ("forward-0", Outcome.APPLIED)
+    assert bench.role.num_refused == 4 * (MAX_UNFIT - 1)
+    assert not bench.role.failed
+
+
+def test_a_job_whose_workers_all_send_what_does_not_fit_ends_with_that_sentence() -> None:
+    bench = Bench(0)
+    bench.start()
+    effects = []
+    for _ in range(MAX_UNFIT):
+        assert not bench.role.failed
+        bad = granted(bench, 0)
+        effects = bench.role.on_unfit("forward-0", tensors_for(bad, bench), "input 0 is float64", 0.0)
+        for block in (1, 2):
+            bench.closed_by(block, 0, bad.number, Outcome.ABORTED)
+    ((_, failure),) = sent(effects, Failure)
+    assert isinstance(failure, Failure)
+    assert "does not fit the job's model (input 0 is float64)" in failure.message
+
+
+def test_only_the_worker_that_was_granted_a_number_brings_its_samples() -> None:
+    bench = Bench(0)
+    bench.start()
+    grant = granted(bench, 0)
+    assert bench.hears("stranger", tensors_for(grant, bench)) == []
+    assert bench.role.on_unfit("stranger", tensors_for(grant, bench), "input 0 is float64", 0.0) == []
+    assert len(bench.queue) == 0
+    assert bench.role.num_refused == 2
+    bench.hears("forward-0", tensors_for(grant, bench))
+    assert len(bench.queue) == 1
+
+
+def test_an_unfit_message_of_another_life_gives_nothing_up() -> None:
+    bench = Bench(0)
+    bench.start()
+    grant = granted(bench, 0)
+    older = replace(tensors_for(grant, bench), life=bench.place.life - 1)
+    assert bench.role.on_unfit("forward-0", older, "input 0 is float64", 0.0) == []
+    bench.hears("forward-0", tensors_for(grant, bench))
+    assert len(bench.queue) == 1
+    assert attempt(0) == grant.attempt
