@@ -10,48 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from layerwise.applied import AppliedSet
 from layerwise.audit_report import AuditReport, Findings, LayerFacts
+from layerwise.block_audit import AttemptNumbers, BlockEvents, log_name, replay_block
+from layerwise.block_audit import StoredEvents as StoredEvents
 from layerwise.errors import CorruptError, NotFoundError
-from layerwise.event_log import LogHeader, LogReader, find_logs
-from layerwise.events import (
-    AbortEvent,
-    AccumulateEvent,
-    BackwardEvent,
-    DropEvent,
-    Event,
-    ForwardEvent,
-    PassEvent,
-    Record,
-    WalkEvent,
-)
-from layerwise.ids import Attempt, Microbatch
-from layerwise.layer_audit import CutState, LayerAudit, LearningRate, RateBook
+from layerwise.ids import Microbatch
+from layerwise.layer_audit import CutState, LayerAudit
+from layerwise.log_header import LogHeader
+from layerwise.log_reader import LogReader, find_logs
 from layerwise.plan import TrainingPlan
-
-
-class BlockEvents(Protocol):
-    """One block's log of one life: a `LogReader`, or a `StoredEvents`."""
-
-    @property
-    def header(self) -> LogHeader:
-        """Who wrote it."""
-        ...
-
-    @property
-    def records(self) -> Iterable[Record]:
-        """Every record, in order."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredEvents:
-    """`BlockEvents` in memory."""
-
-    header: LogHeader
-    records: Iterable[Record]
+from layerwise.rate_book import LearningRate, RateBook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +84,12 @@ def audit(
     rates = RateBook(findings, learning_rate)
     lives: dict[int, list[LayerAudit]] = {}
     names: dict[int, str] = {}
-    numbers: dict[int, _Numbers] = {}
+    numbers: dict[int, AttemptNumbers] = {}
     for block in every:
         header = block.header
         names.update(zip(range(header.start, header.stop), header.layer_names, strict=True))
-        for layer in _replay(block, findings, rates, numbers.setdefault(header.life, _Numbers(findings))):
+        for layer in replay_block(block, findings, rates, numbers.setdefault(header.life, AttemptNumbers(findings))):
+            layer.finish()
             lives.setdefault(layer.layer, []).append(layer)
     _check_headers([block.header for block in every], findings, ledger, plan)
     rates.finish()
@@ -165,83 +136,6 @@ def audit_directory(
     return report.with_failures("log", unreadable)
 
 
-class _Numbers:
-    """Which attempt each admission number belongs to, among the blocks of one life."""
-
-    def __init__(self, findings: Findings) -> None:
-        self._findings = findings
-        self._attempts: dict[int, Attempt] = {}
-        self._numbers: dict[Attempt, int] = {}
-
-    def take(self, layer: int, attempt: Attempt, number: int) -> None:
-        """``attempt`` came to ``layer`` as ``number``."""
-        if attempt not in self._numbers:
-            self._findings.count("numbers")
-        other = self._attempts.setdefault(number, attempt)
-        if other != attempt:
-            self._findings.fail("numbers", f"layer {layer} met {attempt} as number {number}, which belongs to {other}")
-        elif self._numbers.setdefault(attempt, number) != number:
-            known = self._numbers[attempt]
-            self._findings.fail(
-                "numbers", f"layer {layer} met {attempt} as number {number}, elsewhere it is number {known}"
-            )
-
-
-def _replay(block: BlockEvents, findings: Findings, rates: RateBook, numbers: _Numbers) -> Iterable[LayerAudit]:
-    """Feed each of the block's layers its records."""
-    header = block.header
-    layers = {layer: LayerAudit(layer, header, findings, rates) for layer in range(header.start, header.stop)}
-    expected = 0
-    try:
-        for sequence, event in block.records:
-            findings.count("log")
-            if sequence != expected:
-                findings.fail("log", f"{_name(header)}: record {sequence} follows record {expected - 1}")
-            expected = sequence + 1
-            layer = layers.get(event.layer)
-            if layer is None:
-                findings.fail(
-                    "log", f"{_name(header)}: record {sequence} is of layer {event.layer}, which is in another block"
-                )
-                continue
-            if isinstance(event, WalkEvent):
-                _check_walk(event, header, layers, findings)
-            else:
-                layer.take(event)
-            number = _number(event)
-            if number is not None:
-                numbers.take(*number)
-    except CorruptError as error:
-        findings.fail("log", str(error))
-    for layer in layers.values():
-        layer.finish()
-    return layers.values()
-
-
-def _check_walk(event: WalkEvent, header: LogHeader, layers: dict[int, LayerAudit], findings: Findings) -> None:
-    """A walk reads every layer of its block, at versions that they have had."""
-    if event.layer != header.start or len(event.reads) != header.stop - header.start:
-        findings.fail(
-            "log",
-            f"{_name(header)}: a walk of {event.attempt} from layer {event.layer} reads {len(event.reads)} layers",
-        )
-        return
-    for index, versions in enumerate(event.reads, start=header.start):
-        layers[index].read(event.attempt, versions[0], at_most=True)
-
-
-def _number(event: Event) -> tuple[int, Attempt, int] | None:
-    if isinstance(event, ForwardEvent | AccumulateEvent | AbortEvent | PassEvent | BackwardEvent | WalkEvent):
-        return event.layer, event.attempt, event.number
-    if isinstance(event, DropEvent) and event.number is not None:
-        return event.layer, event.attempt, event.number
-    return None
-
-
-def _name(header: LogHeader) -> str:
-    return f"log of block {header.start}-{header.stop}, life {header.life}"
-
-
 def _check_headers(
     headers: list[LogHeader], findings: Findings, ledger: SampleLedgerSummary | None, plan: TrainingPlan | None
 ) -> None:
@@ -255,13 +149,13 @@ def _check_headers(
     for header in headers:
         if header.job != job or header.num_layers != first.num_layers:
             findings.fail(
-                "log", f"{_name(header)} is of job {header.job} with {header.num_layers} layers, not of job {job}"
+                "log", f"{log_name(header)} is of job {header.job} with {header.num_layers} layers, not of job {job}"
             )
         if _arithmetic(header.plan) != arithmetic:
-            findings.fail("log", f"{_name(header)} was written under another plan: {header.plan}")
+            findings.fail("log", f"{log_name(header)} was written under another plan: {header.plan}")
         again = [layer for layer in range(header.start, header.stop) if (header.life, layer) in seen]
         if again:
-            findings.fail("log", f"{_name(header)}: layers {again} are in two logs of the same life")
+            findings.fail("log", f"{log_name(header)}: layers {again} are in two logs of the same life")
         seen.update((header.life, layer) for layer in range(header.start, header.stop))
     missing = sorted(set(range(first.num_layers)) - {layer for _, layer in seen})
     if missing:

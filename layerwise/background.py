@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from layerwise.roles import Effect
@@ -13,11 +15,19 @@ Value = TypeVar("Value")
 
 
 class Background:
-    """``num_threads`` threads for loading and building. Used from the event loop's thread only."""
+    """``num_threads`` threads for loading and building. Used from the event loop's thread only.
 
-    def __init__(self, service: Service, name: str, num_threads: int = 1) -> None:
+    With ``abandon`` the process may end while work is under way: for work that may hang, such as a user's own loader.
+    Without it the interpreter waits for the threads.
+    """
+
+    def __init__(self, service: Service, name: str, num_threads: int = 1, *, abandon: bool = False) -> None:
         self._service = service
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        self._name = name
+        self._num_threads = num_threads
+        self._abandon = abandon
+        self._waiting: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
         self._closed = False
 
     def run(
@@ -33,32 +43,68 @@ class Background:
         if self._closed:
             return
 
-        def finish(future: Future[Value]) -> None:
-            if self._closed or future.cancelled():
-                return
-            error = future.exception()
-            if error is None:
-                self._service.guard(lambda: done(future.result()))
-            elif isinstance(error, Exception):
-                self._service.guard(lambda: failed(error))
+        def act() -> None:
+            try:
+                value = work()
+            except Exception as error:
+                self._hand_over(lambda error=error: failed(error))  # type: ignore[misc]
+            except BaseException as error:
+                # A user's code may say sys.exit(); here that ends nothing.
+                ended = RuntimeError(f"the code ended with {type(error).__name__}: {error}")
+                self._hand_over(lambda: failed(ended))
+            else:
+                self._hand_over(lambda: done(value))
 
-        loop = self._service.loop
-
-        def hand_over(future: Future[Value]) -> None:
-            if not self._closed:
-                loop.call_soon_threadsafe(finish, future)
-
-        self._pool.submit(work).add_done_callback(hand_over)
+        self._waiting.put(act)
+        if len(self._threads) < self._num_threads:
+            name = f"{self._name}_{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=self._abandon)
+            self._threads.append(thread)
+            thread.start()
 
     def close(self) -> None:
         """Forget what waits; what is under way ends by itself, unheard."""
         self._closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        while True:
+            try:
+                self._waiting.get_nowait()
+            except Empty:
+                break
+        self._end_threads()
 
     def finish(self) -> None:
         """End what is under way and what waits, unheard; wait for it. Not on the event loop's thread."""
         self._closed = True
-        self._pool.shutdown(wait=True)
+        self._end_threads()
+        for thread in self._threads:
+            thread.join()
+
+    def wait(self, seconds: float) -> bool:
+        """After `close`: whether what was under way has ended within ``seconds``. Not on the event loop's thread."""
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(end - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _hand_over(self, act: Callable[[], list[Effect]]) -> None:
+        if self._closed:
+            return
+        try:
+            self._service.loop.call_soon_threadsafe(self._hear, act)
+        except RuntimeError:
+            return  # the loop was closed meanwhile: nobody hears it
+
+    def _hear(self, act: Callable[[], list[Effect]]) -> None:
+        if not self._closed:
+            self._service.guard(act)
+
+    def _work(self) -> None:
+        while (act := self._waiting.get()) is not None:
+            act()
+
+    def _end_threads(self) -> None:
+        for _ in self._threads:
+            self._waiting.put(None)
 
 
 def sentence(error: Exception) -> str:

@@ -7,14 +7,14 @@ after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import isclose, isfinite
-from statistics import median_low
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from layerwise.applied import AppliedSet
 from layerwise.audit_report import Findings
-from layerwise.event_log import LogHeader
+from layerwise.event_records import record_from_json
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
@@ -29,11 +29,8 @@ from layerwise.events import (
     WeightMode,
 )
 from layerwise.ids import Attempt
-
-LearningRate = Callable[[int, int, int], float]
-"""``learning_rate(layer, samples_before, staleness)`` is what an update must use."""
-
-_SAME_RATIO = 1e-9
+from layerwise.log_header import LogHeader
+from layerwise.rate_book import RateBook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,52 +42,20 @@ class CutState:
     applied: AppliedSet
     buffers: AppliedSet
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a summary."""
+        sets = {"applied": self.applied.to_json(), "buffers": self.buffers.to_json()}
+        return {"samples": self.samples, "digest": self.digest, **sets}
 
-@dataclass(slots=True)
-class RateBook:
-    """The learning rate of each (samples before, staleness) on each layer, over all lives.
-
-    Layers may have base rates of their own, as when an optimizer treats matrices and vectors differently; what the
-    schedule and the delay policy make of them must be the same on every layer.
-    """
-
-    findings: Findings
-    expected: LearningRate | None = None
-    rates: dict[int, dict[tuple[int, int], float]] = field(default_factory=dict)
-
-    def take(self, event: UpdateEvent, rate: float) -> None:
-        """``event``'s step used ``rate``."""
-        layer, key = event.layer, (event.samples_before, event.staleness)
-        where = f"layer {layer} made version {event.version} with learning rate {rate!r}"
-        known = self.rates.setdefault(layer, {}).setdefault(key, rate)
-        if not isfinite(rate) or rate < 0:
-            self.findings.fail("learning-rates", f"{where}, which is no learning rate")
-        elif event.gradients == 0:
-            self.findings.fail("learning-rates", f"{where}, but there was no gradient to step with")
-        elif self.expected is not None and rate != self.expected(layer, *key):
-            self.findings.fail("learning-rates", f"{where}; {_after(key)} it must be {self.expected(layer, *key)!r}")
-        elif rate != known:
-            self.findings.fail("learning-rates", f"{where}; {_after(key)} an earlier life used {known!r}")
-
-    def finish(self) -> None:
-        """Compare the layers with each other."""
-        layers = sorted(self.rates)
-        for layer in layers[1:]:
-            first, mine = self.rates[layers[0]], self.rates[layer]
-            shared = sorted(first.keys() & mine.keys())
-            ratios = [mine[key] / first[key] for key in shared if first[key] > 0]
-            usual = median_low(ratios) if ratios else 1.0
-            for key in shared:
-                if not isclose(mine[key], usual * first[key], rel_tol=_SAME_RATIO):
-                    self.findings.fail(
-                        "learning-rates",
-                        f"layer {layer} used learning rate {mine[key]!r} {_after(key)}; as layer {layers[0]} used "
-                        f"{first[key]!r}, it must be {usual * first[key]!r}",
-                    )
-
-
-def _after(key: tuple[int, int]) -> str:
-    return f"after {key[0]} samples at staleness {key[1]}"
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CutState:
+        """The inverse of `to_json`."""
+        return cls(
+            samples=int(value["samples"]),
+            digest=str(value["digest"]),
+            applied=AppliedSet.from_json(value["applied"]),
+            buffers=AppliedSet.from_json(value["buffers"]),
+        )
 
 
 class LayerAudit:
@@ -155,6 +120,52 @@ class LayerAudit:
                 self._pass(event)
             case BackwardEvent():
                 self.read(event.attempt, event.read, at_most=True)
+
+    def summary(self) -> dict[str, Any]:
+        """All that later records are checked against, as plain values: what stands for the records so far."""
+        return {
+            "restored": None if self.restored is None else json.loads(self.restored.to_json(0)),
+            "version": self.version,
+            "revision": self._revision,
+            "samples": self._samples,
+            "digest": self._digest,
+            "applied": self.applied.to_json(),
+            "buffers": self._buffers.to_json(),
+            "open": [json.loads(forward.to_json(0)) for forward in self.open.values()],
+            "cuts": {str(version): cut.to_json() for version, cut in self.cuts.items()},
+            "staleness": {str(updates): count for updates, count in self.staleness.items()},
+            "closed_age": self._closed_age,
+            "left_open": self._left_open,
+            "ordered": self._ordered,
+            "members": list(self._members),
+            "gradients": self._gradients,
+            "gradient_samples": self._gradient_samples,
+            "update_samples": self._update_samples,
+            "largest": self._largest,
+        }
+
+    def go_on(self, summary: Mapping[str, Any]) -> None:
+        """Begin where `summary` was taken; ``ValueError``, ``KeyError`` or ``TypeError`` when it is none."""
+        restored = None if summary["restored"] is None else record_from_json(summary["restored"]).event
+        if restored is not None and not isinstance(restored, RestoreEvent):
+            raise ValueError(f"layer {self.layer} begins with event {restored.event!r}")
+        self.restored = restored
+        self.version, self._revision = int(summary["version"]), int(summary["revision"])
+        self._samples, self._digest = int(summary["samples"]), str(summary["digest"])
+        self.applied = AppliedSet.from_json(summary["applied"])
+        self._buffers = AppliedSet.from_json(summary["buffers"])
+        for value in summary["open"]:
+            forward = record_from_json(value).event
+            if not isinstance(forward, ForwardEvent):
+                raise ValueError(f"layer {self.layer} has an open {forward.event!r}")
+            self.open[self._plan.index(forward.attempt.microbatch)] = forward
+        self.cuts = {int(version): CutState.from_json(value) for version, value in summary["cuts"].items()}
+        self.staleness = {int(updates): int(count) for updates, count in summary["staleness"].items()}
+        self._closed_age, self._left_open = int(summary["closed_age"]), int(summary["left_open"])
+        self._ordered = bool(summary["ordered"])
+        self._members = [int(index) for index in summary["members"]]
+        self._gradients, self._gradient_samples = int(summary["gradients"]), int(summary["gradient_samples"])
+        self._update_samples, self._largest = int(summary["update_samples"]), int(summary["largest"])
 
     def read(self, attempt: Attempt, version: int, *, at_most: bool) -> None:
         """A pass of ``attempt`` read ``version``: the one that the layer is at, or with ``at_most`` an earlier one."""

@@ -81,6 +81,10 @@ class LogReader:
         """Every record that is kept, in order, read as it is asked for."""
         return self.records_of(self.segments)
 
+    def path(self, segment: int) -> Path:
+        """The file of a segment that is there."""
+        return self._segments[segment]
+
     def records_of(self, segments: tuple[int, ...]) -> Iterator[Record]:
         """The records of these segments, which must follow each other."""
         self.torn_bytes = 0

@@ -30,7 +30,7 @@ class LogSummary:
     """The state after the removed records: those before number ``sequence``, in the segments before ``segment``.
 
     ``layers`` has each layer's state as `layerwise.layer_audit.LayerAudit` wrote it. ``examined`` counts what the
-    audit looked at in the removed part, ``failures`` what it found wrong there.
+    audit looked at in the removed part; it found nothing wrong there, else that had not been removed.
     """
 
     header: LogHeader
@@ -39,7 +39,6 @@ class LogSummary:
     whole: bool
     layers: Mapping[int, Mapping[str, Any]]
     examined: Mapping[str, int]
-    failures: Mapping[str, tuple[str, ...]]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -50,7 +49,6 @@ class LogSummary:
             "whole": self.whole,
             "layers": {str(layer): dict(state) for layer, state in self.layers.items()},
             "examined": dict(self.examined),
-            "failures": {name: list(sentences) for name, sentences in self.failures.items()},
         }
 
     @classmethod
@@ -67,7 +65,6 @@ class LogSummary:
             whole=bool(value["whole"]),
             layers=layers,
             examined={str(name): int(count) for name, count in value["examined"].items()},
-            failures={str(name): tuple(map(str, some)) for name, some in value["failures"].items()},
         )
 
 

@@ -20,6 +20,9 @@ from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
 from layerwise.worker.forward_role import Forget, ForwardRole, Load, LoadEvaluation, Prepare
 
+CLOSE_SECONDS = 3.0
+"""How long a load that is under way may keep the process from ending."""
+
 log = logging.getLogger(__name__)
 
 
@@ -29,7 +32,7 @@ class ForwardWorker:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._role = ForwardRole()
-        self._loader = Background(service, "loader")
+        self._loader = Background(service, "loader", abandon=True)
         self._assigned: dict[str, Assignment] = {}
         self._data: dict[str, tuple[TrainingData, int]] = {}
 
@@ -68,8 +71,10 @@ class ForwardWorker:
         )
 
     async def close(self) -> None:
-        """Stop loading."""
+        """Stop loading. A user's loader may hang: it is given `CLOSE_SECONDS`, then the process ends without it."""
         self._loader.close()
+        if not await asyncio.to_thread(self._loader.wait, CLOSE_SECONDS):
+            log.warning("samples are still being loaded after %g s; this worker ends without them", CLOSE_SECONDS)
 
     def _then(self, effects: list[Effect]) -> list[Effect]:
         for request in self._role.take_requests():
