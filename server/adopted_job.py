@@ -47,6 +47,7 @@ def read_job(directory: str | Path) -> JobRecord:
             resume_count=manifest["resume_count"],
             cuts=tuple(_cut(folder, version) for version in versions),
             evaluations=tuple(manifest["evaluations"]),
+            drops=tuple(manifest["ledger"].get("dropped", ())),
         )
     except (KeyError, TypeError) as error:
         raise CorruptError(

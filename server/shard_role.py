@@ -72,6 +72,8 @@ from layerwise.tasks import (
     BackwardResult,
     BackwardTask,
     BlockCompute,
+    DropResult,
+    DropTask,
     EvaluateResult,
     EvaluateTask,
     ForwardResult,
@@ -109,6 +111,7 @@ class ShardRole:
         layer_names: Sequence[str],
         generation: int = 0,
         task_seconds: float = 60.0,
+        drops_bad_samples: bool = False,
         coordinator: str = COORDINATOR,
     ) -> None:
         self.job = job
@@ -127,6 +130,7 @@ class ShardRole:
             layer_names=layer_names,
             coordinator=coordinator,
             generation=generation,
+            drops_bad_samples=drops_bad_samples,
         )
         self._compute = compute
         self._schedule = schedule
@@ -246,6 +250,8 @@ class ShardRole:
                 return self._passes.on_forward_done(task, result, now)
             case BackwardTask(), BackwardResult():
                 return self._passes.finish(task.number, result.gradients, now)
+            case DropTask(), DropResult():
+                return self._passes.on_dropped(task, result, now)
             case ApplyTask(), _:
                 return self._detached.on_applied(task, now)
             case EvaluateTask(), EvaluateResult():
@@ -273,6 +279,8 @@ class ShardRole:
                 what = f"evaluation of samples {task.start}-{task.stop} at version {task.version}"
             case ApplyTask():
                 what = f"gradient of layer {task.push.layer} for {task.push.attempt.microbatch}"
+            case DropTask():
+                what = f"drop of {task.attempt.microbatch}"
             case _:
                 what = f"{'forward' if isinstance(task, ForwardTask) else 'backward'} pass of {task.attempt.microbatch}"
         return self._context.fail(f"{what} failed in {self._context.describe()}: {str(error) or type(error).__name__}")
