@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 
 from layerwise.ids import Attempt
 from layerwise.messages import (
+    NO_TENSORS,
     Abort,
     BlockClosed,
     BoundaryGradient,
     Forward,
     Metric,
-    NO_TENSORS,
     NotFinite,
     Outcome,
     Tensors,

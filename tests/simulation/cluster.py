@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerwise.audit import DroppedMicrobatch, SampleLedgerSummary, StoredEvents, audit
+from layerwise.audit import SampleLedgerSummary, StoredEvents, audit
+from layerwise.audit_report import DroppedMicrobatch
 from layerwise.ids import Microbatch
 from layerwise.messages import Hello, Message, Role
 from layerwise.profile import LayerProfile, Profile
