@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.applied import AppliedSet
+<<<<<<< HEAD
 from layerwise.audit_report import AuditReport, Findings, LayerFacts
 from layerwise.block_audit import AttemptNumbers, BlockEvents, log_name, replay_block
 from layerwise.block_audit import StoredEvents as StoredEvents
@@ -20,17 +21,16 @@ from layerwise.ids import Microbatch
 from layerwise.layer_audit import CutState, LayerAudit
 from layerwise.log_header import LogHeader
 from layerwise.log_reader import LogReader, find_logs
+=======
+from layerwise.audit_report import AuditReport, DroppedMicrobatch, Findings, LayerFacts
+from layerwise.errors import CorruptError, NotFoundError
+from layerwise.event_log import LogHeader, LogReader, find_logs
+from layerwise.events import AbortEvent, AccumulateEvent, DropEvent, Event, ForwardEvent, Record
+from layerwise.ids import Attempt
+from layerwise.layer_audit import CutState, LayerAudit, LearningRate, RateBook
+>>>>>>> recovery
 from layerwise.plan import TrainingPlan
 from layerwise.rate_book import LearningRate, RateBook
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DroppedMicrobatch:
-    """A microbatch that the ledger lists as dropped; ``missing_from`` is the lowest layer that lacks it, if known."""
-
-    microbatch: Microbatch
-    reason: str
-    missing_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +97,13 @@ def audit(
         _check_chain(chain, findings)
     last = {layer: chain[-1] for layer, chain in sorted(lives.items())}
     _check_agreement(last, findings, ledger)
-    _check_ledger(last, findings, ledger)
+    dropped = _dropped(lives)
+    _check_ledger(last, dropped, findings, ledger)
     if not any(block.header.position_order for block in every):
         findings.skip("position-order", "gradients are summed as they arrive")
     job = every[0].header.job if every else "of no name"
     return findings.report(
-        job, _DETAILS, (_facts(layer, names[layer], chain) for layer, chain in sorted(lives.items()))
+        job, _DETAILS, (_facts(layer, names[layer], chain) for layer, chain in sorted(lives.items())), dropped
     )
 
 
@@ -232,7 +233,33 @@ def _same_members(one: AppliedSet, other: AppliedSet) -> bool:
     return one.watermark == other.watermark and one.above == other.above
 
 
-def _check_ledger(last: dict[int, LayerAudit], findings: Findings, ledger: SampleLedgerSummary | None) -> None:
+def _dropped(lives: dict[int, list[LayerAudit]]) -> list[DroppedMicrobatch]:
+    """What the layers hold as dropped at the end of their last lives; the reasons are those of any life."""
+    reasons: dict[int, str] = {}
+    layers: dict[int, list[int]] = {}
+    for layer, chain in sorted(lives.items()):
+        for life in chain:
+            reasons.update(life.reasons)
+        for index in chain[-1].applied.dropped:
+            layers.setdefault(index, []).append(layer)
+    plan = next((chain[-1].header.plan for chain in lives.values()), None)
+    return [
+        DroppedMicrobatch(
+            microbatch=plan.microbatch(index),
+            reason=reasons.get(index, "the logs that are here do not say why"),
+            missing_from=None if len(missing) == len(lives) else missing[0],
+        )
+        for index, missing in sorted(layers.items())
+        if plan is not None
+    ]
+
+
+def _check_ledger(
+    last: dict[int, LayerAudit],
+    dropped: list[DroppedMicrobatch],
+    findings: Findings,
+    ledger: SampleLedgerSummary | None,
+) -> None:
     """Compare the coordinator's account with the logs'."""
     if ledger is None:
         findings.skip("ledger", "no ledger was given")
@@ -250,29 +277,33 @@ def _check_ledger(last: dict[int, LayerAudit], findings: Findings, ledger: Sampl
         return  # there is no one total to compare with; the check "agreement" has said so
     plan = first.header.plan
     common = AppliedSet.intersection([layer.applied for layer in last.values()])
-    lowest: dict[Microbatch, int] = {}
-    for number, layer in last.items():
-        for index in layer.applied.dropped:
-            lowest.setdefault(plan.microbatch(index), number)
     samples = plan.samples_in(common.watermark) + sum(plan.microbatch(index).num_samples for index in common.above)
-    dropped = sum(microbatch.num_samples for microbatch in lowest)
+    tombstones = {one.microbatch: one for one in dropped}
+    missing = sum(microbatch.num_samples for microbatch in tombstones)
     findings.count("ledger", len(common))
-    if (ledger.samples_applied, ledger.samples_dropped) != (samples - dropped, dropped):
+    if (ledger.samples_applied, ledger.samples_dropped) != (samples - missing, missing):
         findings.fail(
             "ledger",
             f"the ledger says {ledger.samples_applied} samples applied and {ledger.samples_dropped} dropped, the logs "
-            f"{samples - dropped} and {dropped}",
+            f"{samples - missing} and {missing}",
         )
     listed = {one.microbatch: one for one in ledger.dropped}
-    for microbatch in sorted(lowest.keys() ^ listed.keys()):
+    for microbatch in sorted(tombstones.keys() ^ listed.keys()):
         where = "the ledger and not in the logs" if microbatch in listed else "the logs and not in the ledger"
         findings.fail("ledger", f"{microbatch} is dropped in {where}")
-    for microbatch in sorted(lowest.keys() & listed.keys()):
-        said = listed[microbatch].missing_from
-        if said is not None and said != lowest[microbatch]:
+    for microbatch in sorted(tombstones.keys() & listed.keys()):
+        said, found = listed[microbatch], tombstones[microbatch]
+        if said.missing_from != found.missing_from:
             findings.fail(
-                "ledger", f"{microbatch} is missing from layer {lowest[microbatch]}, the ledger says from {said}"
+                "ledger",
+                f"{microbatch} is missing from {_missing(found)} in the logs and from {_missing(said)} in the ledger",
             )
+        if not said.reason:
+            findings.fail("ledger", f"{microbatch} is dropped, and the ledger does not say why")
+
+
+def _missing(dropped: DroppedMicrobatch) -> str:
+    return "every layer" if dropped.missing_from is None else f"layer {dropped.missing_from} and not from all"
 
 
 def _facts(layer: int, name: str, chain: list[LayerAudit]) -> LayerFacts:

@@ -33,6 +33,7 @@ from layerwise.tasks import (
     ApplyTask,
     BackwardResult,
     BackwardTask,
+    DropResult,
     EvaluateResult,
     EvaluateTask,
     ForwardResult,
@@ -346,12 +347,22 @@ class Block:
         for layer in self.layers:
             layer.abort(attempt)
 
-    def drop(self, attempt: Attempt, reason: str) -> int | None:
-        """Put tombstones in every layer that still lacks the microbatch; gives the lowest such layer."""
+    def drop(self, attempt: Attempt, reason: str) -> DropResult:
+        """Put tombstones in every layer that still lacks the microbatch; gives how all of them stand to it then.
+
+        What its forward pass wrote into buffers stays.
+        """
         self.release(attempt)
         with self._transfers.computing():
-            dropped = [layer.index for layer in self.layers if layer.drop(attempt, reason)]
-        return min(dropped, default=None)
+            for layer in self.layers:
+                layer.drop(attempt, reason)
+        index = self._plan.index(attempt.microbatch)
+        missing = [layer.index for layer in self.layers if index in layer.ledger.applied.dropped]
+        return DropResult(missing_from=min(missing, default=None), partial=len(missing) < len(self.layers))
+
+    def dropped(self, index: int) -> bool:
+        """Whether a layer has a tombstone in the place of microbatch ``index``."""
+        return any(index in layer.ledger.applied.dropped for layer in self.layers)
 
     # --- evaluation and cuts ------------------------------------------------------------------------------------------
 

@@ -59,6 +59,10 @@ class Tensors:
     single: bool = True
 
 
+NO_TENSORS = Tensors((), single=False)
+"""Where a dropped microbatch has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class NamedTensors:
     """Tensors of one layer by name (``None``: there is no gradient), in a fixed order."""
@@ -139,7 +143,11 @@ class Closed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """A microbatch enters a block. ``needed_from``: the lowest layer before this block that lacks it (the number of layers when none does)."""
+    """A microbatch enters a block. ``needed_from``: the lowest layer before this block that lacks it (the number of layers when none does).
+
+    ``dropped`` says, where it is not empty, why the microbatch is given up: there are no tensors, and a tombstone takes its place on every
+    layer from here on that lacks it.
+    """
 
     job: str
     attempt: Attempt
@@ -148,17 +156,22 @@ class Forward:
     needed_from: int
     inputs: Tensors
     targets: Tensors
+    dropped: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundaryGradient:
-    """The loss's gradient with respect to what this (upstream) block put out; all ``None`` when nothing below is trainable."""
+    """The loss's gradient with respect to what this (upstream) block put out; all ``None`` when nothing below is trainable.
+
+    ``dropped`` as in `Forward`: there is no gradient, and this block's layers that lack the microbatch drop it.
+    """
 
     job: str
     attempt: Attempt
     number: int
     life: int
     gradients: Tensors
+    dropped: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +179,7 @@ class BlockClosed:
     """Upstream to the first shard: block ``block`` has applied (dropped, or aborted and freed) the attempt on all of its layers.
 
     The last block adds the summed loss and metrics. Counted only if ``fresh``: at least one layer took it in for the first time.
-    ``missing_from`` names the lowest layer from which a dropped microbatch is missing.
+    ``missing_from`` is the block's lowest layer that dropped it; ``partial``: another layer of the block has applied it.
     """
 
     job: str
@@ -179,6 +192,7 @@ class BlockClosed:
     metrics: tuple[Metric, ...] = ()
     reason: str = ""
     missing_from: int | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -507,14 +521,26 @@ class LeaseRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedAttempt:
+    """An attempt at a microbatch that is given up, and why."""
+
+    attempt: Attempt
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """Coordinator: these attempts are yours until they close, or until you are gone. Evaluation leases name the cut."""
+    """Coordinator: these attempts are yours until they close, or until you are gone. Evaluation leases name the cut.
+
+    ``drops`` are leased like ``attempts``, but not loaded: they go through the route as drops.
+    """
 
     job: str
     kind: LeaseKind
     attempts: tuple[Attempt, ...] = ()
     version: int = 0
     ranges: tuple[Microbatch, ...] = ()
+    drops: tuple[DroppedAttempt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -535,7 +561,10 @@ class LeaseReturn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptClosed:
-    """One closed number, for the coordinator's sample ledger."""
+    """One closed number, for the coordinator's sample ledger.
+
+    ``missing_from``: the lowest layer that dropped the microbatch, where others have applied it (``None``: all layers agree).
+    """
 
     attempt: Attempt
     number: int

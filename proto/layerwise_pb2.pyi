@@ -309,7 +309,7 @@ class Closed(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., loss: _Optional[float] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("job", "attempt", "number", "life", "needed_from", "inputs", "targets")
+    __slots__ = ("job", "attempt", "number", "life", "needed_from", "inputs", "targets", "dropped")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +317,7 @@ class Forward(_message.Message):
     NEEDED_FROM_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     number: int
@@ -324,24 +325,27 @@ class Forward(_message.Message):
     needed_from: int
     inputs: Tensors
     targets: Tensors
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., needed_from: _Optional[int] = ..., inputs: _Optional[_Union[Tensors, _Mapping]] = ..., targets: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    dropped: str
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., needed_from: _Optional[int] = ..., inputs: _Optional[_Union[Tensors, _Mapping]] = ..., targets: _Optional[_Union[Tensors, _Mapping]] = ..., dropped: _Optional[str] = ...) -> None: ...
 
 class BoundaryGradient(_message.Message):
-    __slots__ = ("job", "attempt", "number", "life", "gradients")
+    __slots__ = ("job", "attempt", "number", "life", "gradients", "dropped")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
     GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     number: int
     life: int
     gradients: Tensors
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., gradients: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    dropped: str
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., gradients: _Optional[_Union[Tensors, _Mapping]] = ..., dropped: _Optional[str] = ...) -> None: ...
 
 class BlockClosed(_message.Message):
-    __slots__ = ("job", "attempt", "number", "life", "block", "outcome", "loss", "metrics", "reason", "missing_from")
+    __slots__ = ("job", "attempt", "number", "life", "block", "outcome", "loss", "metrics", "reason", "missing_from", "partial")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -352,6 +356,7 @@ class BlockClosed(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MISSING_FROM_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     number: int
@@ -362,7 +367,8 @@ class BlockClosed(_message.Message):
     metrics: _containers.RepeatedCompositeFieldContainer[Metric]
     reason: str
     missing_from: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., block: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., reason: _Optional[str] = ..., missing_from: _Optional[int] = ...) -> None: ...
+    partial: bool
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., block: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., reason: _Optional[str] = ..., missing_from: _Optional[int] = ..., partial: _Optional[bool] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("job", "attempt", "number", "life")
@@ -722,19 +728,29 @@ class LeaseRequest(_message.Message):
     count: int
     def __init__(self, job: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
+class DroppedAttempt(_message.Message):
+    __slots__ = ("attempt", "reason")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    attempt: Attempt
+    reason: str
+    def __init__(self, attempt: _Optional[_Union[Attempt, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class Lease(_message.Message):
-    __slots__ = ("job", "kind", "attempts", "version", "ranges")
+    __slots__ = ("job", "kind", "attempts", "version", "ranges", "drops")
     JOB_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
+    DROPS_FIELD_NUMBER: _ClassVar[int]
     job: str
     kind: LeaseKind
     attempts: _containers.RepeatedCompositeFieldContainer[Attempt]
     version: int
     ranges: _containers.RepeatedCompositeFieldContainer[Microbatch]
-    def __init__(self, job: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., version: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[Microbatch, _Mapping]]] = ...) -> None: ...
+    drops: _containers.RepeatedCompositeFieldContainer[DroppedAttempt]
+    def __init__(self, job: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., version: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[Microbatch, _Mapping]]] = ..., drops: _Optional[_Iterable[_Union[DroppedAttempt, _Mapping]]] = ...) -> None: ...
 
 class Recall(_message.Message):
     __slots__ = ("job",)

@@ -46,7 +46,10 @@ class Declined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedNumber:
-    """Every block has reported ``number``. ``peer`` offered it (``None``: it is lost)."""
+    """Every block has reported ``number``. ``peer`` offered it (``None``: it is lost).
+
+    ``missing_from``: the lowest layer that dropped the microbatch while others have applied it.
+    """
 
     number: int
     attempt: Attempt
@@ -77,6 +80,7 @@ class OpenNumber:
     metrics: tuple[Metric, ...] = ()
     reason: str = ""
     missing_from: int | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +224,7 @@ class Admission:
         metrics: tuple[Metric, ...] = (),
         reason: str = "",
         missing_from: int | None = None,
+        partial: bool = False,
     ) -> list[Decision]:
         """``block`` has closed ``number``; a repeat, or a report of a number that is not open, changes nothing."""
         entry = self._open.get(number)
@@ -230,6 +235,7 @@ class Admission:
         entry.metrics = metrics or entry.metrics
         entry.reason = entry.reason or reason
         if missing_from is not None:
+            entry.partial = entry.partial or partial
             entry.missing_from = missing_from if entry.missing_from is None else min(entry.missing_from, missing_from)
         if len(entry.reports) < self._num_blocks:
             return []
@@ -304,7 +310,7 @@ class Admission:
             loss=entry.loss,
             metrics=entry.metrics,
             reason=entry.reason,
-            missing_from=entry.missing_from,
+            missing_from=entry.missing_from if entry.partial or Outcome.APPLIED in outcomes else None,
         )
 
     def _settle(self, now: float) -> list[Decision]:

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 class BlockContext:
     """Block ``block`` of ``route`` in ``job``, its neighbours, its arithmetic (``compute``) and its slots' ``queue``.
 
-    ``generation`` is that of the route; `take_route` replaces both.
+    ``generation`` is that of the route; `take_route` replaces both. ``drops_bad_samples``: a loss that is not finite costs the job
+    that microbatch only.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class BlockContext:
         layer_names: Sequence[str],
         coordinator: str,
         generation: int,
+        drops_bad_samples: bool = False,
     ) -> None:
         self.job = job
         self.block = block
@@ -44,6 +46,7 @@ class BlockContext:
         self.queue = queue
         self.layer_names = tuple(layer_names)
         self.coordinator = coordinator
+        self.drops_bad_samples = drops_bad_samples
         self.failed = False
         self.num_refused = 0
         self.take_route(route, generation)

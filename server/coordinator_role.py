@@ -339,6 +339,7 @@ class CoordinatorRole:
                 or known.cuts != run.record.cuts
                 or known.next_life != run.record.next_life
                 or known.placement != run.record.placement
+                or known.drops != run.record.drops
             ):
                 self._store.put(run.record)
 

@@ -163,6 +163,7 @@ class FirstShard:
             metrics=report.metrics,
             reason=report.reason,
             missing_from=report.missing_from,
+            partial=report.partial,
         )
         return self._carry_out(decisions, now)
 

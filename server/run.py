@@ -47,9 +47,10 @@ from layerwise.server.cut_manifest import manifest_json
 from layerwise.server.job_record import JobEvent, JobRecord, JobState
 from layerwise.server.membership import Process
 from layerwise.server.placement import Places, Vacancy
-from layerwise.server.preparation import Prepared, prepare, prepared_before, restored_sets
+from layerwise.server.preparation import Prepared, partial_drops, prepare, prepared_before, restored_sets
 from layerwise.server.recovery import Recovery
 from layerwise.server.routing import Routing
+from layerwise.server.sample_ledger import DroppedMicrobatch
 from layerwise.server.shard_places import ShardPlaces
 from layerwise.server.training import Training
 from layerwise.server.worker_places import WorkerPlaces
@@ -83,6 +84,7 @@ class Run:
         self.recovery = Recovery()
         self._routing = Routing(self.shards)
         self._room: dict[str, int] = {}
+        self._num_decisions = 0
         self._began = now
         self._probing = ""
         self._link_down: tuple[str, float] | None = None
@@ -456,7 +458,8 @@ class Run:
 
     def _begin_training(self) -> list[Effect]:
         assert self.prepared is not None
-        done, held = restored_sets(self._routing.applied_sets())
+        sets = self._routing.applied_sets()
+        done, held = restored_sets(sets)
         cut = self._routing.cut
         restored = self.shards.lacking
         evaluations = self.record.evaluations
@@ -474,11 +477,14 @@ class Run:
                 held=held,
                 evaluated=max((one["version"] for one in evaluations), default=0),
                 first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
+                drops=[DroppedMicrobatch.from_json(one) for one in self.record.drops],
+                missing_from=partial_drops(sets, done),
                 journal=self._note,
                 manifest=self._manifest,
                 now=self._now,
             ),
         )
+        self._num_decisions = 0
         if before is not None:
             self.training.carry_on(before, restored, self._now)
         for line, fields in self.recovery.end(restored, cut, self._now):
@@ -517,6 +523,10 @@ class Run:
         cuts = tuple(training.durable[version] for version in sorted(training.durable))
         if cuts != self.record.cuts:
             self.record = replace(self.record, cuts=cuts)
+        if training.ledger.num_decisions != self._num_decisions:
+            self._num_decisions = training.ledger.num_decisions
+            drops = training.ledger.drops
+            self.record = replace(self.record, drops=tuple(drops[index].to_json() for index in sorted(drops)))
         if training.evaluations:
             made = tuple(one.to_json() for one in training.evaluations)
             self.record = replace(self.record, evaluations=(*self.record.evaluations, *made))

@@ -72,6 +72,8 @@ from layerwise.tasks import (
     BackwardResult,
     BackwardTask,
     BlockCompute,
+    DropResult,
+    DropTask,
     EvaluateResult,
     EvaluateTask,
     ForwardResult,
@@ -109,6 +111,7 @@ class ShardRole:
         layer_names: Sequence[str],
         generation: int = 0,
         task_seconds: float = 60.0,
+        drops_bad_samples: bool = False,
         coordinator: str = COORDINATOR,
     ) -> None:
         self.job = job
@@ -127,6 +130,7 @@ class ShardRole:
             layer_names=layer_names,
             coordinator=coordinator,
             generation=generation,
+            drops_bad_samples=drops_bad_samples,
         )
         self._compute = compute
         self._schedule = schedule
@@ -180,13 +184,13 @@ class ShardRole:
     def begin(self, applied: Sequence[AppliedSet], now: float) -> list[Effect]:
         """The block's state is built or restored; ``applied`` has each layer's set."""
         self._schedule_cuts(self._version)
-        effects = [*self._connect(), self._ready(applied)]
+        effects = self._connect()
         if self._version:
             # The copy that was restored is here still, in case the version has not been evaluated.
             taken = CutTaken(job=self.job, block=self.block, version=self._version)
             effects.append(Send(self._coordinator, taken))
             self._cuts[self._version] = None
-        return effects
+        return [*effects, self._ready(applied)]
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
         """A message of this job arrived from ``peer``."""
@@ -263,6 +267,8 @@ class ShardRole:
                 return self._passes.on_forward_done(task, result, now)
             case BackwardTask(), BackwardResult():
                 return self._passes.finish(task.number, result.gradients, now)
+            case DropTask(), DropResult():
+                return self._passes.on_dropped(task, result, now)
             case ApplyTask(), _:
                 return self._detached.on_applied(task, now)
             case EvaluateTask(), EvaluateResult():
@@ -290,6 +296,8 @@ class ShardRole:
                 what = f"evaluation of samples {task.start}-{task.stop} at version {task.version}"
             case ApplyTask():
                 what = f"gradient of layer {task.push.layer} for {task.push.attempt.microbatch}"
+            case DropTask():
+                what = f"drop of {task.attempt.microbatch}"
             case _:
                 what = f"{'forward' if isinstance(task, ForwardTask) else 'backward'} pass of {task.attempt.microbatch}"
         return self._context.fail(f"{what} failed in {self._context.describe()}: {str(error) or type(error).__name__}")
@@ -393,12 +401,13 @@ class ShardRole:
         after = context.downstream
         if before is not None and after is not None and before.shard != after.shard:
             effects.append(Disconnect(before.shard))
-        effects += [*self._connect(), self._ready(self._compute.applied())]
+        effects += self._connect()
         for version, saved in sorted(self._cuts.items()):
             if version >= message.durable:
                 effects.append(Send(self._coordinator, CutTaken(job=self.job, block=self.block, version=version)))
                 effects += [Send(self._coordinator, saved)] if saved is not None else []
-        return effects
+        # Last: with the last one that is ready training begins, and must know of the cuts.
+        return [*effects, self._ready(self._compute.applied())]
 
     def _ready(self, applied: Sequence[AppliedSet]) -> Send:
         sets = tuple(json.dumps(one.to_json()) for one in applied)

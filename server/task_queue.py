@@ -7,16 +7,16 @@ import threading
 from itertools import count
 
 from layerwise.errors import BusyError
-from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, Task
+from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, Task
 
 MAX_EVALUATIONS = 256
 """Evaluation microbatches that may wait at one block; forward workers keep at most two each on the way."""
 
-_RANKS: dict[type, int] = {ApplyTask: 0, BackwardTask: 1, ForwardTask: 2, EvaluateTask: 3}
+_RANKS: dict[type, int] = {ApplyTask: 0, DropTask: 0, BackwardTask: 1, ForwardTask: 2, EvaluateTask: 3}
 
 
 class TaskQueue:
-    """Pushed gradients first, then backward, forward and evaluation passes; inside each kind the lowest number first.
+    """Pushed gradients and drops first, then backward, forward and evaluation passes; inside each kind the lowest number first.
 
     Gradients come first because they make weights fresher at little cost; backward passes before forward passes because they free what
     is kept. The bounds are reservations made at admission (`window` numbers are open at most), so a full queue is a bug of ours or of a

@@ -12,11 +12,11 @@ and every block has reported the last version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from layerwise.applied import AppliedSet
-from layerwise.ids import Attempt
+from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
     AttemptsClosed,
     BlockReport,
@@ -25,6 +25,7 @@ from layerwise.messages import (
     CutDurable,
     CutSaved,
     CutTaken,
+    DroppedAttempt,
     Evaluated,
     LayerFile,
     LayerReport,
@@ -41,7 +42,7 @@ from layerwise.server.evaluation_round import Evaluation, EvaluationRound
 from layerwise.server.job_record import CutRecord
 from layerwise.server.membership import natural_order
 from layerwise.server.preparation import Prepared
-from layerwise.server.sample_ledger import SampleLedger
+from layerwise.server.sample_ledger import DroppedMicrobatch, SampleLedger
 from layerwise.server.training_loss import TrainingLoss
 
 LOAD_FAILED = "load-failed"
@@ -59,7 +60,8 @@ class Training:
     """Decides for one run and one route, from `StartTraining` on. Not thread-safe.
 
     No layer began below version ``restored``; the microbatches in ``done`` are on all of them, those in ``held`` on at
-    least one. Attempts are numbered from ``first_attempt``; version ``evaluated`` and those below need no evaluation.
+    least one. Attempts are numbered from ``first_attempt``; ``drops`` are given up already, those in ``missing_from`` are on
+    some layers (see `SampleLedger`). Version ``evaluated`` and those below need no evaluation.
     ``failure`` holds the sentence once the run can't go on; ``finished`` says that nothing is left to do.
     """
 
@@ -75,6 +77,8 @@ class Training:
         held: AppliedSet,
         evaluated: int,
         first_attempt: int,
+        drops: Iterable[DroppedMicrobatch],
+        missing_from: Mapping[int, int],
         journal: Journal,
         manifest: Callable[[int, tuple[LayerFile, ...]], str],
         now: float,
@@ -82,7 +86,14 @@ class Training:
         self.plan = prepared.settings.plan
         top = max(held.above, default=held.watermark - 1) + 1
         partial = [index for index in done.missing(top) if index in held]
-        self.ledger = SampleLedger(self.plan, done=done, partial=partial, first_attempt=first_attempt)
+        self.ledger = SampleLedger(
+            self.plan,
+            done=done,
+            partial=partial,
+            first_attempt=first_attempt,
+            drops=drops,
+            missing_from=missing_from,
+        )
         self.cuts = CutLedger(
             len(shards), keep=prepared.spec.checkpoint.keep, durable=tuple(cut.version for cut in durable)
         )
@@ -105,6 +116,7 @@ class Training:
         # Places for a window of microbatches are planned for, with all that is kept of them; evaluation keeps nothing.
         self._range_samples = min(self.plan.batch, self.plan.microbatch_samples * prepared.settings.window)
         self._timeouts = prepared.spec.timeouts
+        self._train = prepared.spec.train
         self._journal = journal
         self._manifest = manifest
         self._capacity: dict[str, int] = {}
@@ -179,7 +191,6 @@ class Training:
     def carry_on(self, before: Training, restored: Iterable[int], now: float) -> None:
         """Take over what ``before``, the training until the route changed, has counted; ``restored`` blocks report anew."""
         self.loss = before.loss
-        self.ledger.explain(before.ledger.dropped)
         self.reports = {block: report for block, report in before.reports.items() if block not in set(restored)}
         self._samples_before = before._samples_before
         self._active_before, self._active_seconds = before._active_before, before._active_seconds
@@ -212,8 +223,12 @@ class Training:
         """A worker does not work on a lease any more."""
         if message.reason.startswith(LOAD_FAILED):
             what = message.reason.removeprefix(LOAD_FAILED).lstrip(": ")
-            self.failure = f"forward worker {worker} could not load samples {message.attempt.microbatch}: {what}"
-            return []
+            if self._train.on_bad_sample == "fail":
+                self.failure = f"forward worker {worker} could not load samples {message.attempt.microbatch}: {what}"
+                return []
+            if self.ledger.give_up(worker, message.attempt, what):
+                self._count_drop(message.attempt.microbatch, what)
+            return self._advance(now)
         if self.round is None or not self.round.give_back(worker, message.attempt.microbatch):
             self.ledger.give_back(worker, message.attempt, message.reason)
         return self._advance(now)
@@ -221,13 +236,14 @@ class Training:
     def close(self, message: AttemptsClosed, now: float) -> list[Effect]:
         """The first shard reports closed numbers."""
         for closed in message.closed:
+            known = self.ledger.reason_to_drop(closed.attempt.microbatch)
             fresh = self.ledger.close(
                 closed.attempt, closed.outcome, reason=closed.reason, missing_from=closed.missing_from
             )
             if fresh and closed.loss is not None:
                 self.loss.add(closed.loss, closed.attempt.microbatch.num_samples)
-            if fresh and closed.outcome is Outcome.DROPPED:
-                self._journal("warning", f"microbatch {closed.attempt.microbatch} is dropped: {closed.reason}")
+            if fresh and closed.outcome is Outcome.DROPPED and not known:
+                self._count_drop(closed.attempt.microbatch, closed.reason)
         if message.active_seconds > self._active_seconds:
             self._active_seconds = message.active_seconds
             self._paused_seconds += self._pause_to_count
@@ -369,7 +385,29 @@ class Training:
                 else []
             )
         attempts: tuple[Attempt, ...] = self.ledger.lease(worker, self._capacity[worker], now, paused=bool(self._due))
-        return [Send(worker, Lease(job=self._job, kind=LeaseKind.TRAIN, attempts=attempts))] if attempts else []
+        if not attempts:
+            return []
+        reasons = {attempt: self.ledger.reason_to_drop(attempt.microbatch) for attempt in attempts}
+        lease = Lease(
+            job=self._job,
+            kind=LeaseKind.TRAIN,
+            attempts=tuple(attempt for attempt, reason in reasons.items() if not reason),
+            drops=tuple(
+                DroppedAttempt(attempt=attempt, reason=reason) for attempt, reason in reasons.items() if reason
+            ),
+        )
+        return [Send(worker, lease)]
+
+    def _count_drop(self, microbatch: Microbatch, reason: str) -> None:
+        """Say what is given up; too much of one epoch is no accident any more."""
+        self._journal("warning", f"samples {microbatch} are dropped: {reason}")
+        share, total = self._train.max_dropped, self.plan.num_samples
+        dropped, most = self.ledger.samples_given_up(microbatch.epoch), int(share * total)
+        if dropped > most:
+            self.failure = (
+                f"{dropped} of the {total} samples of epoch {microbatch.epoch} had to be dropped, and train.max_dropped "
+                f"({share:g}) allows {most}; the last ones are {microbatch}: {reason}"
+            )
 
     def _end_round(self, now: float) -> list[Effect]:
         assert self.round is not None

@@ -9,10 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from layerwise.background import Background, sentence
-from layerwise.data.dataset import TrainingData
+from layerwise.data.dataset import Dataset, TrainingData
 from layerwise.data.load import load_dataset
+from layerwise.data.sampling import microbatch_indices
+from layerwise.errors import LayerwiseError
 from layerwise.job import parse_job
 from layerwise.messages import Assignment, Hosting, Message, Role, Tensors, Welcome
 from layerwise.roles import Effect
@@ -123,7 +126,11 @@ class ForwardWorker:
         data, seed = self._data[job]
 
         def work() -> tuple[Tensors, Tensors]:
-            inputs, targets = data.training_batch(seed, attempt.microbatch)
+            try:
+                inputs, targets = data.training_batch(seed, attempt.microbatch)
+            except Exception as error:
+                indices = microbatch_indices(seed, attempt.microbatch, len(data.train))
+                raise LayerwiseError(_which(data.train, indices, error)) from error
             return _tensors(inputs), _tensors(targets)
 
         self._loader.run(
@@ -133,7 +140,7 @@ class ForwardWorker:
                 self._role.on_load_failed(
                     job,
                     attempt,
-                    f"samples {attempt.microbatch} could not be loaded: {sentence(error)}",
+                    sentence(error),
                     self._service.loop.time(),
                 )
             ),
@@ -160,6 +167,16 @@ class ForwardWorker:
                 )
             ),
         )
+
+
+def _which(data: Dataset, indices: Sequence[int] | NDArray[np.int64], error: Exception) -> str:
+    """Why samples can't be loaded, with the name of the first one that alone can't be."""
+    for index in indices:
+        try:
+            data.batch([int(index)])
+        except Exception as alone:  # a user's own code may raise anything
+            return f"sample {index} of the training data can't be loaded: {sentence(alone)}"
+    return sentence(error)
 
 
 def _tensors(values: Sequence[torch.Tensor]) -> Tensors:

@@ -30,6 +30,7 @@ from enum import Enum, auto
 
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
+    NO_TENSORS,
     Assignment,
     Closed,
     Decline,
@@ -136,6 +137,8 @@ class _Job:
     leases: dict[Attempt, _Lease] = field(default_factory=dict)
     held: list[Attempt] = field(default_factory=list)
     """A heap of leases for later: nothing of them is loaded."""
+    drops: dict[Attempt, str] = field(default_factory=dict)
+    """Leases of microbatches that are given up, and why: there is nothing to load."""
     evaluation: int = 0
     to_evaluate: deque[Microbatch] = field(default_factory=deque)
     evaluating: set[Microbatch] = field(default_factory=set)
@@ -159,6 +162,7 @@ class _Job:
         self.stopping = False
         self.leases.clear()
         self.held.clear()
+        self.drops.clear()
         self.evaluation = 0
         self.to_evaluate.clear()
         self.evaluating.clear()
@@ -250,8 +254,9 @@ class ForwardRole:
                     job.count(now)
                     if job.leases.pop(message.attempt, None) is None:
                         return []
+                    job.drops.pop(message.attempt, None)
                     self._load_next(job)
-                    return self._ask(job, now)
+                    return [*self._offer(job), *self._ask(job, now)]
                 case Evaluated():
                     return self._on_evaluated(job, message)
         log.warning("%s from %s refused: it has no business with this worker", type(message).__name__, peer)
@@ -323,7 +328,8 @@ class ForwardRole:
         if state is None or state.leases.pop(attempt, None) is None:
             return []
         self._load_next(state)
-        return [Send(self._coordinator, LeaseReturn(job=job, attempt=attempt, reason=f"load-failed: {sentence}"))]
+        returned = LeaseReturn(job=job, attempt=attempt, reason=f"load-failed: {sentence}")
+        return [Send(self._coordinator, returned), *self._offer(state)]
 
     def on_evaluation_loaded(
         self, job: str, version: int, samples: Microbatch, inputs: Tensors, targets: Tensors, now: float
@@ -396,15 +402,18 @@ class ForwardRole:
             job.to_evaluate.extend(message.ranges)
             self._load_evaluations(job)
             return []
-        for attempt in message.attempts:
+        job.drops.update((one.attempt, one.reason) for one in message.drops)
+        for attempt in (*message.attempts, *(one.attempt for one in message.drops)):
             if attempt not in job.leases:
                 heapq.heappush(job.held, attempt)
         self._load_next(job)
-        return []
+        return self._offer(job)
 
     def _on_recall(self, job: _Job) -> list[Effect]:
         """Give back what is not even being loaded: the coordinator waits for what is leased to close."""
         held, job.held = sorted(job.held), []
+        for attempt in held:
+            job.drops.pop(attempt, None)
         return [
             Send(self._coordinator, LeaseReturn(job=job.job, attempt=attempt, reason="recalled")) for attempt in held
         ]
@@ -413,6 +422,9 @@ class ForwardRole:
         """Load the lowest microbatches that are held, as far as there is room."""
         while job.held and len(job.leases) < job.capacity:
             attempt = heapq.heappop(job.held)
+            if attempt in job.drops:
+                job.leases[attempt] = _Lease(_State.READY, NO_TENSORS, NO_TENSORS)
+                continue
             job.leases[attempt] = _Lease()
             self._requests.append(Load(job=job.job, attempt=attempt))
 
@@ -430,6 +442,7 @@ class ForwardRole:
             needed_from=job.assignment.route[-1].stop,
             inputs=lease.inputs,
             targets=lease.targets,
+            dropped=job.drops.pop(message.attempt, ""),
         )
         lease.state, lease.inputs, lease.targets = _State.SENT, None, None
         return [Send(job.first_shard, forward), *self._offer(job)]
@@ -437,6 +450,7 @@ class ForwardRole:
     def _on_decline(self, job: _Job, message: Decline, now: float) -> list[Effect]:
         if job.leases.pop(message.attempt, None) is None:
             return []
+        job.drops.pop(message.attempt, None)
         job.stopping = job.stopping or message.reason == "stopping"
         returned = LeaseReturn(job=job.job, attempt=message.attempt, reason=message.reason)
         self._load_next(job)

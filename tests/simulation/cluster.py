@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerwise.audit import DroppedMicrobatch, SampleLedgerSummary, StoredEvents, audit
+from layerwise.audit import SampleLedgerSummary, StoredEvents, audit
+from layerwise.audit_report import DroppedMicrobatch
 from layerwise.ids import Microbatch
 from layerwise.messages import Hello, Message, Role
 from layerwise.profile import LayerProfile, Profile
@@ -129,10 +130,11 @@ class SimulatedCluster:
                     step_seconds=scenario.step_seconds,
                     hiccups=scenario.hiccups,
                     frozen_below=scenario.frozen_below,
+                    bad=scenario.bad,
                 )
                 self.works.append(shard.history)
             case Role.FORWARD:
-                SimulatedForward(world, name, hello, load_seconds=scenario.load_seconds)
+                SimulatedForward(world, name, hello, load_seconds=scenario.load_seconds, bad=scenario.bad)
             case _:
                 SimulatedBackward(
                     world, name, hello, step_seconds=scenario.step_seconds, frozen_below=scenario.frozen_below
@@ -240,13 +242,25 @@ class SimulatedCluster:
                 assert ledger.version == final, f"layer {layer} is at version {ledger.version}, the job at {final}"
                 assert ledger.staleness.num_open == 0, f"layer {layer} has open tickets: {ledger.staleness.tickets}"
                 assert max(parameter.values(), default=1) == 1, f"layer {layer} took a microbatch twice: {parameter}"
-                assert len(parameter) == plan.gradients_before(final)
-                assert set(parameter) == {index for index in range(plan.num_microbatches) if not ledger.lacks(index)}
-                wanted = set(parameter) if wanted is None else wanted
-                assert set(parameter) == wanted, f"layers differ: {sorted(set(parameter) ^ wanted)}"
+                dropped = ledger.applied.dropped
+                taken = set(parameter) | dropped
+                assert not set(parameter) & dropped, (
+                    f"layer {layer} applied what it dropped: {set(parameter) & dropped}"
+                )
+                assert dropped <= self.scenario.bad.torn | self.scenario.bad.spoilt, f"dropped without need: {dropped}"
+                assert len(taken) == plan.gradients_before(final)
+                assert taken == {index for index in range(plan.num_microbatches) if not ledger.lacks(index)}
+                wanted = taken if wanted is None else wanted
+                assert taken == wanted, f"layers differ: {sorted(taken ^ wanted)}"
         if document["state"] == "done":
             assert final == plan.num_updates
-            assert document["ledger"]["samples_applied"] == plan.total_samples
+            counts = document["ledger"]
+            assert counts["samples_applied"] + counts["samples_dropped"] == plan.total_samples
+            if self.scenario.bad.often == 1.0:
+                # What is on the validation of a whole run: no bad sample was ever applied.
+                bad = self.scenario.bad.torn | self.scenario.bad.spoilt
+                wrong = {plan.index(Microbatch(one["epoch"], one["start"], one["stop"])) for one in counts["dropped"]}
+                assert wrong == {index for index in bad if index < plan.num_microbatches}
             # A run that only finds out that nothing is left to train does not evaluate again.
             if all(work.assignment.cut < final for work in last):
                 assert (document["validation"] is not None) == bool(self.scenario.num_validation)

@@ -34,11 +34,12 @@ from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.task_queue import TaskQueue
 from layerwise.settings import ResolvedSettings
-from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult
+from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult
 from layerwise.worker.backward_role import BackwardRole, Build, Execute
 from layerwise.worker.forward_role import MAX_AHEAD, ForwardRole, Load, LoadEvaluation, Prepare
 from tests.simulation.counting_block import CountingBlock, FlushedLog, LayerCopy, activation, expect, gradient, target
 from tests.simulation.disk import Disk
+from tests.simulation.scenario import BadSamples
 from tests.simulation.world import Process
 
 
@@ -72,6 +73,7 @@ class SimulatedShard(Process):
     hiccups: float = 0.0
     frozen_below: int = 0
     not_finite: tuple[int, int] | None = None
+    bad: BadSamples = field(default_factory=lambda: BadSamples())
     history: list[Work] = field(default_factory=list)
     _works: dict[str, Work] = field(default_factory=dict)
     _wanted: dict[str, Assignment] = field(default_factory=dict)
@@ -183,6 +185,7 @@ class SimulatedShard(Process):
             on_cut=lambda version, copies: self.after(0.0005, lambda: self._on_cut(work, version, copies)),
         )
         block.not_finite = self.not_finite
+        block.spoilt = lambda index: self.bad.spoils(index, self.world.random)
         queue = TaskQueue(window=settings.window, num_layers=place.stop - place.start, attached=spec.cluster.attached)
         role = ShardRole(
             job=message.job,
@@ -198,6 +201,7 @@ class SimulatedShard(Process):
             layer_names=[f"layer-{layer}" for layer in range(num_layers)],
             generation=message.generation,
             task_seconds=spec.timeouts.task,
+            drops_bad_samples=spec.train.on_bad_sample == "drop",
         )
         work = Work(message, plan, log, header, block, queue, role)
         self._works[message.job] = work
@@ -281,6 +285,9 @@ def _steps(block: CountingBlock, task: Task) -> Steps[TaskResult]:
             return (yield from block.backward(task))
         case ApplyTask():
             return (yield from block.apply(task))
+        case DropTask(attempt=attempt, reason=reason):
+            yield
+            return block.drop(attempt, reason)
         case EvaluateTask():
             return (yield from block.evaluate(task))
 
@@ -290,6 +297,7 @@ class SimulatedForward(Process):
     """A forward worker process whose samples are tokens."""
 
     load_seconds: float = 0.001
+    bad: BadSamples = field(default_factory=lambda: BadSamples())
     role: ForwardRole = field(default_factory=lambda: ForwardRole(prefetch=3))
     _plans: dict[str, Any] = field(default_factory=dict)
     _room: int = 0
@@ -327,6 +335,9 @@ class SimulatedForward(Process):
                     )
                 case Load(job=job, attempt=attempt):
                     index = self._plans[job].index(attempt.microbatch)
+                    if self.bad.tears(index, self.world.random):
+                        self._answer(delay, self.role.on_load_failed, job, attempt, f"file {index} is torn")
+                        continue
                     self._answer(delay, self.role.on_loaded, job, attempt, activation(index, -1), target(index))
                 case LoadEvaluation(job=job, version=version, samples=samples):
                     inputs, targets = activation(samples.start, -1), target(samples.start)

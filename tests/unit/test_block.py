@@ -8,7 +8,7 @@ from layerwise.errors import NotFoundError, NotOwnerError, RejectedError, WrongL
 from layerwise.events import AbortEvent, AccumulateEvent, ForwardEvent, WeightMode
 from layerwise.ids import Attempt
 from layerwise.messages import NamedTensors, PushGradient, Tensors
-from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, run_to_end
+from layerwise.tasks import ApplyTask, BackwardTask, DropResult, EvaluateTask, ForwardTask, run_to_end
 from tests.unit.pipeline import OPTIMIZERS, Pipeline, assert_same, plain_loop
 
 WIDTH = 12
@@ -413,7 +413,11 @@ def test_a_dropped_microbatch_fills_its_place_in_the_update() -> None:
     pipeline.forward(0)
     pipeline.forward(1)
     pipeline.backward(0)
-    assert [block.drop(pipeline.attempt(1), "lost") for block in pipeline.blocks] == [0, 2]
+    assert not any(block.dropped(1) for block in pipeline.blocks)
+    whole = [DropResult(missing_from=start, partial=False) for start in (0, 2)]
+    assert [block.drop(pipeline.attempt(1), "lost") for block in pipeline.blocks] == whole
+    assert [block.drop(pipeline.attempt(1), "lost") for block in pipeline.blocks] == whole  # a repeat says the same
+    assert all(block.dropped(1) for block in pipeline.blocks)
     assert [one.version for block in pipeline.blocks for one in block.report()] == [1] * 5
     assert all(block.lacking(1) == () for block in pipeline.blocks)
 

@@ -385,7 +385,7 @@ def test_a_run_in_which_nothing_moves_warns_and_is_given_up_in_the_end() -> None
 def test_dropped_microbatches_are_listed_and_the_run_still_ends() -> None:
     played = cluster()
     played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN and not played.leases
-    job = played.submit()
+    job = played.submit(spec(train={"on_bad_sample": "drop", "max_dropped": 0.1}))
     (_, lease), *_ = played.held
     played.held.clear()
     played.leases.append(("forward-0", lease.attempts[0]))

@@ -50,7 +50,7 @@ from layerwise.server.admission import GENERATION_BITS
 from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.task_queue import TaskQueue
-from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, run_to_end
+from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, run_to_end
 from tests.simulation.counting_block import CountingBlock, FlushedLog, activation, gradient, target
 
 PLAN = TrainingPlan(num_samples=8, batch=2, accumulation=2, num_updates=6)
@@ -65,7 +65,14 @@ class Bench:
     """One block of ``route``, and one slot that works when it is told to."""
 
     def __init__(
-        self, block: int, *, route: Sequence[BlockPlace] = ROUTE, window: int = 3, attached: bool = True, every: int = 2
+        self,
+        block: int,
+        *,
+        route: Sequence[BlockPlace] = ROUTE,
+        window: int = 3,
+        attached: bool = True,
+        every: int = 2,
+        drops: bool = False,
     ) -> None:
         self.now = 0.0
         self.cuts: list[int] = []
@@ -96,6 +103,7 @@ class Bench:
             version=0,
             layer_names=[f"layer-{layer}" for layer in range(6)],
             task_seconds=10.0,
+            drops_bad_samples=drops,
         )
         self.begun = self.role.begin([AppliedSet()] * 2, 0.0)
 
@@ -118,6 +126,8 @@ class Bench:
                 case ApplyTask():
                     run_to_end(self.compute.apply(task))
                     effects += self.role.on_task_done(task, None, self.now)
+                case DropTask(attempt=given_up, reason=reason):
+                    effects += self.role.on_task_done(task, self.compute.drop(given_up, reason), self.now)
                 case EvaluateTask():
                     effects += self.role.on_task_done(task, run_to_end(self.compute.evaluate(task)), self.now)
         return effects
