@@ -4,6 +4,7 @@
 #   make test     install the development tools too, run the whole suite (make test ARGS="tests/unit -k window" for a part)
 #   make check    format, lint, types, generated code, wheel, deployment files: all that is not a test
 #   make bench    the benchmarks of benchmarks/ (BENCH="name ..." for some of them)
+#   make chaos    kill, pause and cut off real processes for about an hour, and write what it cost into benchmarks/RESULTS.md (CHAOS="--runs 5 ..." for less)
 #   make format   rewrite the sources as `make check` wants them
 #   make proto    generate proto/*_pb2.py again from proto/*.proto
 #   make clean    remove .venv and all that was built
@@ -21,9 +22,10 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 SPEC ?= examples/digits.yaml
 ARGS ?=
 BENCH ?=
+CHAOS ?=
 FOLDERS := layerwise server worker proto tests benchmarks tools examples
 
-.PHONY: help train test check bench venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
+.PHONY: help train test check bench chaos venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,6 +63,9 @@ test: .venv/development
 
 bench: .venv/development
 	$(BIN)/python -m benchmarks $(BENCH)
+
+chaos: .venv/development
+	$(BIN)/python -m benchmarks chaos $(CHAOS)
 
 # ---- make check ----
 

@@ -10,9 +10,9 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from layerwise.lifetime import BEAT, READY
 from layerwise.spare import Task
@@ -70,29 +70,31 @@ class ChildProcess:
         # -P: a file of the working directory that is called like a module must not take that module's place.
         module = ["layerwise.spare"] if spare else ["layerwise", *program.command]
         self._socket, theirs = socket.socketpair()
-        with theirs:
-            output: IO[bytes] | int = program.log.open("ab") if program.log is not None else subprocess.PIPE
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", *module],
-                    stdin=theirs,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **program.environment},
-                    start_new_session=True,
-                )
-            except OSError:
-                self._socket.close()
-                raise
-            finally:
-                if not isinstance(output, int):
-                    output.close()
+        try:
+            self._process = self._spawn(module, theirs)
+        except OSError:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
         threads = [threading.Thread(target=self._watch, name=f"layerwise-child-{program.name}", daemon=True)]
         if self._process.stdout is not None:
             threads.append(threading.Thread(target=self._read, name=f"layerwise-log-{program.name}", daemon=True))
         self._watcher, self._reader = threads[0], threads[1] if len(threads) > 1 else None
         for thread in reversed(threads):
             thread.start()
+
+    def _spawn(self, module: list[str], their_end: socket.socket) -> subprocess.Popen[bytes]:
+        log = self.program.log
+        with log.open("ab") if log is not None else nullcontext(subprocess.PIPE) as output:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", *module],
+                stdin=their_end.fileno(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.program.environment},
+                start_new_session=True,
+            )
 
     @property
     def name(self) -> str:

@@ -78,7 +78,7 @@ def _wide(output: Tensor) -> Tensor:
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
 
 
-def _classes_last(output: Tensor, targets: Tensor) -> Tensor:
+def _classes_last(output: Tensor, targets: Tensor, key: str) -> Tensor:
     """``output`` with its classes in the last dimension: ``[samples, ..., classes]`` or ``[samples, classes, ...]``.
 
     Raises:
@@ -89,37 +89,37 @@ def _classes_last(output: Tensor, targets: Tensor) -> Tensor:
     if output.ndim == targets.ndim + 1 and (output.shape[0], *output.shape[2:]) == tuple(targets.shape):
         return output.movedim(1, -1)
     raise ConfigError(
-        f"loss: the output {list(output.shape)} does not fit targets {list(targets.shape)}; expected one more "
+        f"{key}: the output {list(output.shape)} does not fit targets {list(targets.shape)}; expected one more "
         "dimension, the classes, last or second"
     )
 
 
 def _cross_entropy(output: Any, targets: Any, *, label_smoothing: float) -> Tensor:
     scores, labels = _wide(_one(output)), _one(targets)
-    scores = _classes_last(scores, labels)
+    scores = _classes_last(scores, labels, "loss")
     return functional.cross_entropy(
         scores.reshape(-1, scores.shape[-1]), labels.reshape(-1).long(), label_smoothing=label_smoothing
     )
 
 
-def _same_shape(output: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def _same_shape(output: Any, targets: Any, key: str) -> tuple[Tensor, Tensor]:
     values, wanted = _wide(_one(output)), _one(targets)
     if values.shape != wanted.shape and values.ndim == wanted.ndim + 1 and values.shape[-1] == 1:
         values = values.squeeze(-1)
     if values.shape != wanted.shape:
         raise ConfigError(
-            f"loss: the output {list(values.shape)} does not fit targets {list(wanted.shape)}; expected one shape"
+            f"{key}: the output {list(values.shape)} does not fit targets {list(wanted.shape)}; expected one shape"
         )
     return values, wanted.to(values.dtype)
 
 
 def _mean_squared_error(output: Any, targets: Any) -> Tensor:
-    return functional.mse_loss(*_same_shape(output, targets))
+    return functional.mse_loss(*_same_shape(output, targets, "loss"))
 
 
 def _accuracy(output: Any, targets: Any, *, top: int) -> tuple[float, float]:
     labels = _one(targets)
-    scores = _classes_last(_one(output), labels)
+    scores = _classes_last(_one(output), labels, "metrics: accuracy")
     if top == 1:
         hits = scores.argmax(dim=-1) == labels
     else:
@@ -128,7 +128,7 @@ def _accuracy(output: Any, targets: Any, *, top: int) -> tuple[float, float]:
 
 
 def _absolute_error(output: Any, targets: Any) -> tuple[float, float]:
-    values, wanted = _same_shape(output, targets)
+    values, wanted = _same_shape(output, targets, "metrics: mae")
     return float((values - wanted).abs().sum(dtype=torch.float64)), float(wanted.numel())
 
 

@@ -194,7 +194,10 @@ def run_node(settings: NodeSettings, *, on_line: Callable[[str, str], None], exi
             failures.append(problem)
             lifetime.end(f"{problem.name} can't run")
 
-        node = Node(settings, on_problem=lambda problem: loop.call_soon_threadsafe(fail, problem), on_line=on_line)
+        def hear(problem: Problem) -> None:
+            loop.call_soon_threadsafe(fail, problem)
+
+        node = Node(settings, on_problem=hear, on_line=on_line)
         try:
             if settings.metrics:
                 address = serve_metrics(settings.metrics, node.collect, insecure=settings.insecure)

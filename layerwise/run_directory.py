@@ -17,6 +17,7 @@ from layerwise.job import JobSpec, load_job, parse_job
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
+NAMES_BEFORE_TRAINING = {JOB_FILE, RESULT_FILE, "coordinator", "lock", "logs"}
 OWN_NAMES = (JOB_FILE, "coordinator", "cuts", "events")
 
 
@@ -24,11 +25,11 @@ def directory_for(wanted: str | Path, *, overwrite: bool = False) -> Path:
     """The absolute directory that a new run gets: ``wanted``, or with a number behind it when a run lies there already.
 
     So that training twice neither fails nor mixes two runs nor destroys one. With ``overwrite`` the run that lies
-    there is deleted.
+    there is deleted. One that failed before it trained anything is deleted in any case: its job is mended now.
 
     Raises:
         NotAllowedError: ``overwrite``, and what lies there is no run of ours.
-        ConfigError: something that is no directory is in the way.
+        ConfigError: something that is no directory is in the way, or it may not be read.
     """
     first = Path(wanted).expanduser().absolute()
     if overwrite and _taken(first):
@@ -38,7 +39,7 @@ def directory_for(wanted: str | Path, *, overwrite: bool = False) -> Path:
             )
         DirectoryLock(first).close()
         shutil.rmtree(first)
-    return next(one for one in _candidates(first) if not _taken(one))
+    return next(one for one in _candidates(first) if not _taken(one) or _cleared(one))
 
 
 def _candidates(first: Path) -> Iterator[Path]:
@@ -48,17 +49,55 @@ def _candidates(first: Path) -> Iterator[Path]:
 
 
 def _taken(path: Path) -> bool:
-    if not path.exists():
+    try:
+        if not path.exists():
+            return False
+        if not path.is_dir():
+            raise ConfigError(f"{path} is a file; checkpoint.path must name a directory")
+        return any(path.iterdir())
+    except OSError as error:
+        raise ConfigError(f"checkpoint.path: {path} can't be looked into: {error.strerror}") from error
+
+
+def _cleared(path: Path) -> bool:
+    """Delete the logs and the queue of a run that failed before it trained anything; False where there is more."""
+    if not _never_began(path):
         return False
-    if not path.is_dir():
-        raise ConfigError(f"{path} is a file; checkpoint.path must name a directory")
-    return any(path.iterdir())
+    try:
+        lock = DirectoryLock(path)
+    except BusyError:
+        return False
+    try:
+        # Whoever had the lock before may have begun a run here.
+        if not _never_began(path):
+            return False
+        shutil.rmtree(path)
+    finally:
+        lock.close()
+    return True
+
+
+def _never_began(path: Path) -> bool:
+    if not path.is_dir() or not {one.name for one in path.iterdir()} <= NAMES_BEFORE_TRAINING:
+        return False
+    try:
+        document = load_result(path)
+    except CorruptError:
+        return False
+    return document is not None and document.get("state") == "failed"
 
 
 def save_spec(directory: Path, spec: JobSpec) -> None:
-    """Keep the job beside its run, for `resume`."""
+    """Keep the job beside its run, for `resume`.
+
+    Raises:
+        ConfigError: the directory can't be made, or not written into.
+    """
     text = json.dumps(json.loads(spec.to_json()), indent=2) + "\n"
-    disk.write_durably(directory / JOB_FILE, text.encode(), "spec")
+    try:
+        disk.write_durably(directory / JOB_FILE, text.encode(), "spec")
+    except OSError as error:
+        raise ConfigError(f"checkpoint.path: {directory} can't be written into: {error.strerror}") from error
 
 
 def spec_in(directory: Path) -> JobSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from layerwise.chaos.log_facts import LogFacts, read_log_facts
 from layerwise.chaos.log_tail import LayerProgress, LogTail
 from layerwise.chaos.plan import ChaosPlan
 from layerwise.chaos.recovery import FaultOutcome, RecoveryWatch, time_to_updates
-from layerwise.chaos.report import ChaosReport, Hang
+from layerwise.chaos.report import ChaosReport, Hang, ReplayOutcome
 from layerwise.chaos.stacks import dump_stacks
 from layerwise.chaos.status_watch import StatusWatch
 from layerwise.cluster import LocalCluster
-from layerwise.errors import CorruptError, NotFoundError
+from layerwise.errors import ConfigError, CorruptError, NotFoundError, RetryableError
 from layerwise.fault_points import fired_disk_faults
 from layerwise.faults import fired_faults
 from layerwise.job import JobSpec
@@ -65,9 +65,16 @@ class ChaosRun:
         self._watchdog_seconds = watchdog_seconds
         self._resumes = 0
         self._hang: Hang | None = None
+        self._problems: list[str] = []
 
-    def run(self, *, baseline: Mapping[str, Any] | None = None) -> ChaosReport:
-        """Return the report when the job has ended, or hangs.
+    def run(
+        self,
+        *,
+        baseline: Mapping[str, Any] | None = None,
+        replay: bool = True,
+        allow_imports: Sequence[str] = (),
+    ) -> ChaosReport:
+        """Return the report when the job has ended, or hangs; with ``replay`` a job that is done is executed again.
 
         Raises:
             LayerwiseError: the job is refused, or a process of the cluster ended for good.
@@ -84,7 +91,7 @@ class ChaosRun:
             tail.close()
         outcomes = watch.outcomes(tail.layers)
         seconds = time.monotonic() - began
-        problems: list[str] = []
+        problems = self._problems
         return ChaosReport(
             plan=self._plan,
             directory=str(directory),
@@ -92,9 +99,9 @@ class ChaosRun:
             baseline=baseline,
             faults=(*outcomes, *self._fired_outcomes(began, tail.layers)),
             unfired=(*waiting, *self._unfired()),
-            log_facts=self._log_facts(directory, problems),
-            audit=self._audit(directory, document, problems),
-            replay=None,
+            log_facts=_log_facts(directory, problems),
+            audit=_audit(directory, document, problems),
+            replay=_replay(directory, allow_imports, problems) if replay and document.get("state") == "done" else None,
             resumes=self._resumes,
             seconds=seconds,
             hang=self._hang,
@@ -134,16 +141,19 @@ class ChaosRun:
             if acted or injector.paused or stand != seen:
                 moved_at, seen = now, stand
             elif now - moved_at > self._watchdog_seconds:
-                self._give_up(str(document.get("message") or "not submitted"), now - moved_at, str(document.get("job")))
+                self._give_up(status.job, str(document.get("message") or "no answer yet"), now - moved_at)
                 return
         now = time.monotonic()
         tail.poll(now)
         watch.observe(tail.layers, tail.lowest_version, now)
 
-    def _give_up(self, phase: str, seconds: float, job: str) -> None:
+    def _give_up(self, job: str, phase: str, seconds: float) -> None:
         self._hang = Hang(seconds=seconds, phase=phase, stacks=dump_stacks(self._cluster))
-        with self._cluster.client() as client:
-            client.cancel(job)
+        try:
+            with self._cluster.client() as client:
+                client.cancel(job)
+        except RetryableError as error:
+            self._problems.append(f"the job that hangs can't be cancelled: {error}")
 
     def _fired_outcomes(self, began: float, layers: Mapping[int, LayerProgress]) -> list[FaultOutcome]:
         """Faults of frames and disks, as the processes have noted them."""
@@ -174,16 +184,32 @@ class ChaosRun:
             *(fault for fault in self._plan.disk_faults if fault not in disk),
         ]
 
-    def _log_facts(self, directory: Path, problems: list[str]) -> LogFacts | None:
-        try:
-            return read_log_facts(directory)
-        except CorruptError as error:
-            problems.append(str(error))
-            return None
 
-    def _audit(self, directory: Path, document: Mapping[str, Any], problems: list[str]) -> AuditReport | None:
-        try:
-            return audit_job(directory, document)
-        except (CorruptError, NotFoundError) as error:
-            problems.append(f"no audit: {error}")
-            return None
+def _log_facts(directory: Path, problems: list[str]) -> LogFacts | None:
+    try:
+        return read_log_facts(directory)
+    except CorruptError as error:
+        problems.append(str(error))
+        return None
+
+
+def _audit(directory: Path, document: Mapping[str, Any], problems: list[str]) -> AuditReport | None:
+    try:
+        return audit_job(directory, document)
+    except (CorruptError, NotFoundError) as error:
+        problems.append(f"no audit: {error}")
+        return None
+
+
+def _replay(directory: Path, allow_imports: Sequence[str], problems: list[str]) -> ReplayOutcome | None:
+    from layerwise.replay import Replay
+
+    try:
+        report = Replay(directory, allowed_imports=allow_imports).run()
+    except (CorruptError, NotFoundError, ConfigError) as error:
+        problems.append(f"no replay: {error}")
+        return None
+    detail = f"{report.updates} updates of {report.lives} lives from version {report.start} on"
+    if report.divergence is not None:
+        detail = str(report.divergence)
+    return ReplayOutcome(exact=report.passed, detail=report.unfinished or detail)

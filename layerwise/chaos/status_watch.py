@@ -16,7 +16,7 @@ class StatusWatch:
     """Asks ``address`` for ``job`` until it has ended. Any thread may read; close it, or use it as a context manager."""
 
     def __init__(self, address: str, job: str) -> None:
-        self._job = job
+        self.job = job
         self._client = CoordinatorClient(address, call_seconds=CALL_SECONDS)
         self._document: dict[str, Any] = {}
         self._error: LayerwiseError | None = None
@@ -52,7 +52,7 @@ class StatusWatch:
         pause = threading.Event()
         while not self._closed:
             try:
-                self._document = self._client.get_job(self._job)
+                self._document = self._client.get_job(self.job)
             except RetryableError:
                 pass  # away, or paused: both are what this run is about
             except LayerwiseError as error:

@@ -52,6 +52,12 @@ REPORT_FILE = "report.json"
     "--baseline/--no-baseline", default=True, show_default=True, help="Train the same job without faults first."
 )
 @click.option(
+    "--replay/--no-replay",
+    default=True,
+    show_default=True,
+    help="Execute the recorded run again and compare every bit.",
+)
+@click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the runs and the report go.  [default: the job's folder, with the scenario and seed behind it]",
@@ -65,6 +71,7 @@ def chaos_command(
     scenario: str,
     seed: int,
     baseline: bool,
+    replay: bool,
     directory: Path | None,
     overrides: tuple[str, ...],
     allow_imports: tuple[str, ...],
@@ -99,7 +106,9 @@ def chaos_command(
     with cluster:
         cluster.wait_for_nodes()
         cluster.wait_for_spare()
-        report = ChaosRun(cluster, job, plan, fired=fired).run(baseline=calm)
+        report = ChaosRun(cluster, job, plan, fired=fired).run(
+            baseline=calm, replay=replay, allow_imports=allow_imports
+        )
     (folder / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     if output == "json":
         print_json(report.to_json())
@@ -134,7 +143,9 @@ def show_report(report: ChaosReport) -> None:
             "samples redone": values["samples_redone"],
             "resumed": f"{report.resumes} times" if report.resumes else None,
             "audit": None if audit is None else ("passed" if audit["passed"] else ", ".join(audit["failed_checks"])),
-            "replay": None if replay is None else ("bit for bit" if replay["exact"] else "differs"),
+            "replay": None
+            if replay is None
+            else f"{'bit for bit' if replay['exact'] else 'DIFFERS'}: {replay['detail']}",
             "with faults": _figures(values["final"]),
             "without": _figures(values["baseline"]),
             "directory": report.directory,

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "replay": ("replay", "execute a recorded run again, bit for bit"),
     "plan": ("planning", "show how a job would be split and what staleness to expect"),
     "verify": ("planning", "compare window 1 with a plain PyTorch loop, bit for bit"),
-    "chaos": ("chaos", "train a job while its processes are killed, paused and cut off, and report"),
+    "chaos": ("chaos", "train a job under planned faults, and report"),
     "schema": ("planning", "print the JSON Schema of job files"),
     "coordinator": ("services", "run a coordinator"),
     "node": ("node", "run a machine's shards and workers and keep them running"),

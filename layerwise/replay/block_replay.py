@@ -43,6 +43,7 @@ class BlockReplay:
         self.execution = Execution(index, block, exchange, owners=owners, head=head, on_cut=on_cut)
         self.num_updates = 0
         self.num_records = 0
+        self.num_left = index.num_records
         self._emitted = emitted
         self._ahead: dict[int, deque[Event]] = {layer.index: deque() for layer in block.layers}
         self._records: Iterator[Record] = iter(LogReader(index.folder).records)
@@ -76,7 +77,8 @@ class BlockReplay:
         if record is None:
             return None
         event = record.event
-        if not self._skip(event):
+        skipped = self._skip(event)
+        if not skipped:
             ahead = self._ahead.get(event.layer)
             if ahead is None:
                 self._diverge(record, "a record of a layer of another block", "", "")
@@ -91,8 +93,9 @@ class BlockReplay:
                     return blocked
                 self._sort()
             self._compare(record)
-        self.num_records += 1
-        self.num_updates += isinstance(event, UpdateEvent)
+            self.num_records += 1
+            self.num_updates += isinstance(event, UpdateEvent)
+        self.num_left -= 1
         self._next_record = next(self._records, None)
         return event
 

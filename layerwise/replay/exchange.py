@@ -27,8 +27,9 @@ class Handed:
 class Exchange:
     """Outputs on their way up and gradients on their way down, each kept until it is used.
 
-    A boundary between blocks is named by the first layer above it. What was handed over for an attempt that nobody
-    goes on with is forgotten when the receiver begins a later attempt at the same microbatch.
+    A boundary between blocks is named by the first layer above it. An attempt's number is used once in a job, also
+    across lives and resumes, so it says what belongs together. What was handed over for an attempt that nobody goes on
+    with is forgotten when the receiver begins a later attempt at the same microbatch.
     """
 
     def __init__(self, samples: Samples, *, num_layers: int) -> None:
@@ -70,11 +71,6 @@ class Exchange:
     def drop_gradient(self, boundary: int, attempt: Attempt) -> None:
         """It was used."""
         self._gradients.get(boundary, {}).pop(attempt, None)
-
-    def forget(self, start: int, stop: int) -> None:
-        """The block ``[start, stop)`` begins a new life: what its last one left unused is not for it."""
-        self._forwards.pop(start, None)
-        self._gradients.pop(stop, None)
 
 
 def _forget_older(waiting: dict[Attempt, Handed] | dict[Attempt, Tensors], attempt: Attempt) -> None:

@@ -195,9 +195,8 @@ class Replay:
         for one in stuck:
             later = {layer for life in self._waiting for layer in layers_of(life)}
             if all(layer in later for layer in layers_of(one.index)):
-                left = one.index.num_records - one.num_records
                 self._left_out.append(
-                    f"{one.index}: its last {left} records were made void by a later life and are left out: "
+                    f"{one.index}: its last {one.num_left} records were made void by a later life and are left out: "
                     f"{self._explain(one)}"
                 )
                 self._end(one)
@@ -245,7 +244,6 @@ class Replay:
             on_cut=lambda event, copy: self._on_cut(life, event, copy),
             after_cut=self.start.version if inside else None,
         )
-        self._exchange.forget(life.header.start, life.header.stop)
         self._running.append(one)
         for layer in block.layers:
             self._current[layer.index] = one

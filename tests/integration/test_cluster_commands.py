@@ -212,7 +212,7 @@ def test_up_is_found_by_other_commands_until_ctrl_c(
     with Command("up", "--shards", "1", folder=tmp_path) as command:
         command.wait_for("Ctrl-C ends them")
         nodes = shown(capsys, "nodes")
-        assert [node["name"] for node in nodes] == ["forward-0", "shard-0"]
+        assert [node["name"] for node in nodes] == ["coordinator", "forward-0", "shard-0"]
         command.interrupt()
         assert command.finish() == 0, command.errors
         assert command.output.startswith("unix:")

@@ -118,6 +118,42 @@ def test_an_unknown_process_can_not_be_killed(supervised: Supervised) -> None:
         supervised.cluster.kill("shard-7")
 
 
+def test_a_spare_that_is_stopped_is_of_no_use_and_ends(supervised: Supervised) -> None:
+    cluster = supervised.cluster
+    spare = cluster.wait_for_spare()
+    os.kill(spare, signal.SIGSTOP)
+    process = psutil.Process(spare)
+    while process.status() != psutil.STATUS_STOPPED:
+        pass
+    started = cluster.wait_for_restart("shard-0", cluster.kill("shard-0"))
+    assert started != spare
+    cluster.wait_for_nodes()
+    assert cluster.wait_for_spare() not in (spare, started)
+    assert not psutil.pid_exists(spare)
+
+
+def test_a_process_that_the_kernel_killed_for_lack_of_memory_is_told_as_such(
+    socket_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's counter is a file here, since a test can't make a machine run out of memory."""
+    counters = tmp_path / "vmstat"
+    counters.write_text("nr_free_pages 7\noom_kill 3\n", encoding="ascii")
+    monkeypatch.setattr("layerwise.supervisor.VMSTAT", counters)
+    told: queue.SimpleQueue[Problem] = queue.SimpleQueue()
+    supervisor = Supervisor(Supervision(), on_problem=told.put, on_line=lambda name, line: None)
+    state = ("--state", str(tmp_path / "state"))
+    program = Program(name="coordinator", arguments=("coordinator", "--listen", f"unix:{socket_folder}/socket", *state))
+    try:
+        supervisor.start(program)
+        supervisor.send("coordinator", signal.SIGKILL)
+        assert "memory" not in told.get(timeout=SECONDS).sentence
+        counters.write_text("nr_free_pages 0\noom_kill 4\n", encoding="ascii")
+        supervisor.send("coordinator", signal.SIGKILL)
+        assert "ended with signal SIGKILL, the kernel's way when memory runs out" in told.get(timeout=SECONDS).sentence
+    finally:
+        supervisor.stop(0.0)
+
+
 def test_without_a_parent_nothing_lives_on(tmp_path: Path) -> None:
     """SIGKILL leaves the parent no time to end anybody; the spare, and one that has become a shard, end all the same."""
     code = (

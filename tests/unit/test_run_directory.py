@@ -24,6 +24,39 @@ def test_a_second_run_gets_a_number_and_leaves_the_first_alone(tmp_path: Path) -
     assert (tmp_path / "run" / "job.json").exists()
 
 
+def test_a_run_that_failed_before_it_trained_anything_does_not_keep_its_path(tmp_path: Path) -> None:
+    save_spec(tmp_path / "run", SPEC)
+    save_result(tmp_path / "run", {"state": "failed"})
+    assert directory_for(tmp_path / "run") == tmp_path / "run"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "more"), [("failed", "cuts"), ("failed", "notes"), ("done", "logs"), ("cancelled", "logs"), ("", "logs")]
+)
+def test_what_has_trained_or_may_do_so_keeps_its_path(tmp_path: Path, state: str, more: str) -> None:
+    save_spec(tmp_path / "run", SPEC)
+    (tmp_path / "run" / more).mkdir()
+    save_result(tmp_path / "run", {"state": state} if state else None)
+    assert directory_for(tmp_path / "run") == tmp_path / "run-2"
+    assert (tmp_path / "run" / more).exists()
+
+
+def test_a_failed_run_that_goes_on_keeps_its_path(tmp_path: Path) -> None:
+    save_spec(tmp_path / "run", SPEC)
+    save_result(tmp_path / "run", {"state": "failed"})
+    lock = DirectoryLock(tmp_path / "run")
+    assert directory_for(tmp_path / "run") == tmp_path / "run-2"
+    lock.close()
+
+
+@pytest.mark.parametrize("path", ["/proc/nowhere", "file/run"])
+def test_a_path_that_can_not_be_written_is_named(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"checkpoint\.path: .* can't be written into"):
+        save_spec(directory_for(tmp_path / path), SPEC)
+
+
 def test_overwrite_deletes_the_run_that_lies_there(tmp_path: Path) -> None:
     save_spec(tmp_path / "run", SPEC)
     assert directory_for(tmp_path / "run", overwrite=True) == tmp_path / "run"
