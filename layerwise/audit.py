@@ -12,23 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.applied import AppliedSet
-<<<<<<< HEAD
-from layerwise.audit_report import AuditReport, Findings, LayerFacts
+from layerwise.audit_report import AuditReport, DroppedMicrobatch, Findings, LayerFacts
 from layerwise.block_audit import AttemptNumbers, BlockEvents, log_name, replay_block
 from layerwise.block_audit import StoredEvents as StoredEvents
 from layerwise.errors import CorruptError, NotFoundError
-from layerwise.ids import Microbatch
 from layerwise.layer_audit import CutState, LayerAudit
 from layerwise.log_header import LogHeader
 from layerwise.log_reader import LogReader, find_logs
-=======
-from layerwise.audit_report import AuditReport, DroppedMicrobatch, Findings, LayerFacts
-from layerwise.errors import CorruptError, NotFoundError
-from layerwise.event_log import LogHeader, LogReader, find_logs
-from layerwise.events import AbortEvent, AccumulateEvent, DropEvent, Event, ForwardEvent, Record
-from layerwise.ids import Attempt
-from layerwise.layer_audit import CutState, LayerAudit, LearningRate, RateBook
->>>>>>> recovery
 from layerwise.plan import TrainingPlan
 from layerwise.rate_book import LearningRate, RateBook
 
