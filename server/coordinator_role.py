@@ -252,7 +252,7 @@ class CoordinatorRole:
 
     def _fill_vacancies(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for run in self.runs.values():
+        for run in list(self.runs.values()):
             for vacancy in run.vacancies():
                 process = replacement(vacancy, run.spec, self.members, now)
                 if process is None:
@@ -260,6 +260,10 @@ class CoordinatorRole:
                 self.members.assign([process.name], run.job, run.spec.timeouts.heartbeat)
                 effects += run.join(process, vacancy.role, vacancy.block, now)
                 self._take_events(run)
+                if run.over:
+                    break
+            if run.over:
+                effects += self._after(run, now)
         return effects
 
     # Inside: jobs ----------------------------------------------------------------------------------------------------

@@ -299,8 +299,12 @@ class Run:
             case LinkDown():
                 return self._on_link_down(peer, message)
         if training is None or training.suspended:
-            if peer in self.shards:
-                self._routing.keep(peer, message)
+            if peer not in self.shards:
+                return []
+            if training is not None and self.shards.empty and isinstance(message, CutCommitted):
+                # No new route yet: the newer the cut, the less is to be done again.
+                return training.commit_cut(message, now) if self.shards.of(peer).block == 0 else []
+            self._routing.keep(peer, message)
             return []
         if peer in self.workers:
             match message:
@@ -359,6 +363,10 @@ class Run:
         older = tuple(cut for cut in self.record.cuts if cut.version < message.cut)
         said = f"{message.message.rstrip('.')}"
         self.record = replace(self.record, cuts=older)
+        if self.training is not None:
+            for cut in tuple(self.training.durable):
+                if cut >= message.cut:
+                    self.training.forget_cut(cut)
         if not older:
             return self.fail(f"{said}, and there is no cut before it", self._now)
         self._note("warning", f"{said}; going on from the cut at version {older[-1].version}", version=message.cut)

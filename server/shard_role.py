@@ -211,7 +211,7 @@ class ShardRole:
         self._routed = self._routed or isinstance(message, Forward | EvaluateForward | StopAt | Stop | Abort)
         try:
             return self._dispatch(peer, message, now)
-        except (ValueError, BusyError) as error:
+        except (ValueError, BusyError, RejectedError) as error:
             return context.refuse(peer, message, str(error))
 
     def on_unfit(self, peer: str, message: Message, why: str, now: float) -> list[Effect]:
@@ -377,8 +377,12 @@ class ShardRole:
     # A new route ------------------------------------------------------------------------------------------------------
 
     def _on_reroute(self, message: Reroute, now: float) -> list[Effect]:
-        if message.generation <= self._context.generation:
+        context = self._context
+        if message.generation <= context.generation:
             return []
+        place = message.route[self.block] if len(message.route) == context.num_blocks else None
+        if message.block != self.block or place is None or place.life != context.life:
+            return context.refuse(self._coordinator, message, f"it does not lead over block {self.block}")
         self._context.generation = message.generation
         self._reroute = message
         self.queue.purge()
@@ -418,6 +422,9 @@ class ShardRole:
     # Stop and cuts ----------------------------------------------------------------------------------------------------
 
     def _on_stop_at(self, message: StopAt) -> list[Effect]:
+        reached = max(layer.version for layer in self._compute.report())
+        if message.version < reached:
+            raise ValueError(f"training can't stop at version {message.version}, the block is at version {reached}")
         self._schedule.stop_at(message.version)
         self._cut_at(message.version)
         downstream = self._context.downstream

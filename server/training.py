@@ -292,6 +292,10 @@ class Training:
         durable = Send(self._shards[0], CutDurable(job=self._job, version=message.version))
         return [durable, *self._commit_next()]
 
+    def forget_cut(self, version: int) -> None:
+        """A durable cut has turned out to be damaged."""
+        self.durable.pop(version, None)
+
     def ledger_summary(self) -> dict[str, Any]:
         """The ``ledger`` part of the job document."""
         return {
