@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.recovery:
         chaos_recovery.measure(command, given.recovery, given.roles)
     if given.soak:
-        chaos_soak.with_kills(command, given.soak, given.every)
+        chaos_soak.with_kills(command, given.soak, given.every, given.roles)
     if given.memory:
         chaos_soak.for_memory(command, given.memory)
 

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +167,7 @@ def standing_job(folder: Path, *, restart: bool = True) -> Iterator[Standing]:
                 tail.close()
 
 
-def with_kills(command: str, seconds: float, every: float) -> None:
+def with_kills(command: str, seconds: float, every: float, roles: Sequence[str] = ROLES) -> None:
     """Kill a random process of a random role every so often; count samples and leaks afterwards."""
     rng = random.Random("soak")
     before = _resources()
@@ -178,7 +178,7 @@ def with_kills(command: str, seconds: float, every: float) -> None:
         end, following = time.monotonic() + seconds, time.monotonic() + every
         while following < end:
             standing.look_until(following)
-            killed.append(standing.kill(rng.choice(ROLES), rng))
+            killed.append(standing.kill(rng.choice(roles), rng))
             following += every
         standing.look_until(end)
         version = standing.tail.lowest_version

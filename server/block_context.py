@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from layerwise.messages import BlockPlace, Failure, Message
 from layerwise.plan import TrainingPlan
+from layerwise.refusals import Refusals, Refused
 from layerwise.roles import Effect, Send
 from layerwise.server.task_queue import TaskQueue
 from layerwise.tasks import BlockCompute
-
-log = logging.getLogger(__name__)
 
 
 class BlockContext:
@@ -49,6 +47,7 @@ class BlockContext:
         self.drops_bad_samples = drops_bad_samples
         self.failed = False
         self.num_refused = 0
+        self._refusals = Refusals()
         self.take_route(route, generation)
 
     def take_route(self, route: Sequence[BlockPlace], generation: int) -> None:
@@ -78,7 +77,8 @@ class BlockContext:
     def refuse(self, peer: str, message: Message, why: str) -> list[Effect]:
         """Do nothing with a message, and say so."""
         self.num_refused += 1
-        log.warning("%s from %s refused by %s: %s", type(message).__name__, peer, self.describe(), why)
+        sentence = f"{type(message).__name__} from {peer} refused by {self.describe()}: {why}"
+        self._refusals.add(Refused.UNEXPECTED, sentence)
         return []
 
     def fail(self, sentence: str) -> list[Effect]:

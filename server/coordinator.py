@@ -14,12 +14,14 @@ from typing import IO, Any
 from layerwise.errors import ConfigError
 from layerwise.job import parse_job
 from layerwise.lifetime import Lifetime
-from layerwise.messages import Assignment, Message, Reroute
+from layerwise.messages import Assignment, Hello, Message, Reroute
 from layerwise.metrics_server import MetricsServer
+from layerwise.refusals import Refused
 from layerwise.roles import Connect, Disconnect, Effect, Send
 from layerwise.server.adopted_job import read_job, unused_directory
 from layerwise.server.client_service import ClientService
 from layerwise.server.coordinator_role import EVENTS_AT_ONCE, CoordinatorRole
+from layerwise.server.hello_check import hello_fault
 from layerwise.server.job_record import JobEvent
 from layerwise.server.job_store import SqliteJobStore
 from layerwise.server.memory_store import MemoryJobStore
@@ -105,6 +107,7 @@ class Coordinator:
             on_lost=self._on_lost,
             on_error=self._fail,
             max_outbox_bytes=MAX_OUTBOX_BYTES,
+            max_message_bytes=0,  # no tensors come here: to decode one would import torch
         )
         self._transport = transport
         transport.add_servicer(ClientService(self).add_to)
@@ -198,6 +201,15 @@ class Coordinator:
         return self._epoch + time.monotonic()
 
     def _on_message(self, peer: str, message: Message) -> None:
+        assert self._transport is not None
+        refusals = self._transport.refusals
+        if isinstance(message, Hello) and (fault := hello_fault(peer, message)):
+            refusals.add(Refused.HELLO, f"{peer} is not let in: {fault}")
+            self._perform([*self._role.on_lost(peer, self._now()), Disconnect(peer)])
+            return
+        if not isinstance(message, Hello) and self._role.members.get(peer) is None:
+            sentence = f"{type(message).__name__} from {peer} refused: it has not presented itself"
+            refusals.add(Refused.UNEXPECTED, sentence)
         self._perform(self._role.on_message(peer, message, self._now()))
 
     def _on_lost(self, peer: str) -> None:
