@@ -196,6 +196,7 @@ def test_a_killed_shard_that_nobody_replaces_ends_the_job_with_the_way_to_resume
     failed = wait(running)
     gate.open()
     fragile.start(name)
+    fragile.wait_for_nodes()  # the job would wait for it no longer than it did
     assert failed.state == "failed"
     assert failed.message.startswith(f"shard {name} (block {name[-1]}) was lost")
     assert "and no other took its place within 8 s" in failed.message
