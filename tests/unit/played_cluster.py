@@ -322,11 +322,11 @@ class PlayedCluster:
             applied=saved.copy(),
             version=message.cut,
         )
-        self._say_ready(name, message.cut)
         if message.cut:
             taken = CutTaken(job=message.job, block=message.block, version=message.cut)
             self.blocks[name].cuts[message.cut] = [taken]
             self._answer(name, taken)
+        self._say_ready(name, message.cut)
 
     def _on_reroute(self, name: str, message: Reroute) -> None:
         if name in self.workers:
@@ -338,11 +338,11 @@ class PlayedCluster:
         one.generation = message.generation
         if one.block == 0:
             self.jobs[message.job].route = message.route
-        self._say_ready(name, 0)
         for version in sorted(one.cuts):
             if version >= message.durable:
                 for told in one.cuts[version]:
                     self._answer(name, told)
+        self._say_ready(name, 0)
 
     def _ready_to_work(self, name: str) -> None:
         worker = self.workers[name]
