@@ -199,6 +199,7 @@ def training_of(spec: JobSpec, settings: ResolvedSettings, device: torch.device)
         policy=delay_policy(settings.delay_policy),
         position_order=settings.mode == "synchronous",
         precision=precision_of(spec, device),
+        finite_buffers=spec.train.on_bad_sample == "drop",
     )
 
 

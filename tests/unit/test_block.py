@@ -430,6 +430,28 @@ def test_an_update_of_tombstones_only_advances_the_version_and_nothing_else() ->
     assert_same(pipeline.state(), before)
 
 
+def buffers_of(pipeline: Pipeline) -> list[torch.Tensor]:
+    found = [one for layer in pipeline.blocks[0].layers for one in layer.module.buffers]
+    return [one.clone() for one in found if one.is_floating_point()]
+
+
+def test_samples_that_are_not_finite_can_leave_the_buffers_as_they_were() -> None:
+    inputs, targets = samples()
+    spoilt = [torch.full_like(inputs[0], float("nan"))]
+    for finite_buffers in (False, True):
+        pipeline = Pipeline(normalised_model(), spoilt, targets, finite_buffers=finite_buffers)
+        before = buffers_of(pipeline)
+        pipeline.forward(0)
+        same = [torch.equal(one, other) for one, other in zip(before, buffers_of(pipeline), strict=True)]
+        assert before
+        assert all(same) == finite_buffers
+    modules = normalised_model()
+    guarded, plain = (Pipeline(modules, inputs, targets, finite_buffers=one) for one in (True, False))
+    for pipeline in (guarded, plain):
+        pipeline.train()
+    assert_same(guarded.state(), plain.state())
+
+
 def push_for(pipeline: Pipeline, layer: int, life: int = 1, names: tuple[str, ...] | None = None) -> PushGradient:
     owned = pipeline.blocks[0].layers[min(layer, 4)].compute.owned
     return PushGradient(

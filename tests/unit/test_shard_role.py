@@ -798,3 +798,10 @@ def test_a_role_that_has_failed_ignores_new_routes() -> None:
     assert isinstance(task, ForwardTask)
     bench.role.on_task_failed(task, RuntimeError("shapes differ"), 0.0)
     assert bench.hears("coordinator", reroute(block=1)) == []
+
+
+def test_cuts_are_told_of_before_the_block_is_ready_so_that_the_coming_training_knows_them_from_its_start() -> None:
+    bench = Bench(1)
+    bench.role.on_cut_taken(2, 0.0)
+    effects = bench.hears("coordinator", reroute(block=1, durable=2))
+    assert [kind for kind in kinds(effects) if kind in ("CutTaken", "Ready")] == ["CutTaken", "Ready"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,7 +14,12 @@ from layerwise.server.task_queue import TaskQueue
 from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, Task
 from tests.unit.test_task_queue import apply, backward, evaluate, forward
 
-MAKERS = {"apply": apply, "backward": backward, "forward": forward, "evaluate": evaluate}
+MAKERS: dict[str, Callable[[int], Task]] = {
+    "apply": apply,
+    "backward": backward,
+    "forward": forward,
+    "evaluate": evaluate,
+}
 ORDER = (ApplyTask, BackwardTask, ForwardTask, EvaluateTask)
 WINDOW, NUM_LAYERS = 2, 2
 
