@@ -277,11 +277,12 @@ class SampleLedger:
             return
         if reason == ALREADY_APPLIED or (reason == STILL_OPEN and not current.older_aborted):
             current.holder = None
-        elif reason in (STOPPING, OUT_OF_ORDER):
+        elif reason == STOPPING or (reason == OUT_OF_ORDER and index != self._closed.watermark):
             self._remove_open(index)
             (self._unneeded if reason == STOPPING else self._early).append(index)
         else:
-            # The report that the older attempt was aborted overtook this answer, or the reason says that nobody has it.
+            # The report that the older attempt was aborted overtook this answer, or those that came first have closed
+            # since (nothing else may), or the reason says that nobody has it.
             self._release(index)
 
     def lose(self, worker: str) -> int:

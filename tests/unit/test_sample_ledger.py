@@ -10,7 +10,7 @@ from layerwise.applied import AppliedSet
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import Outcome
 from layerwise.plan import TrainingPlan
-from layerwise.server.sample_ledger import DroppedMicrobatch, SampleLedger
+from layerwise.server.sample_ledger import OUT_OF_ORDER, DroppedMicrobatch, SampleLedger
 
 # Two epochs of five microbatches, the last of each with one sample.
 PLAN = TrainingPlan(num_samples=9, batch=4, accumulation=2, num_updates=6)
@@ -200,6 +200,16 @@ def test_samples_that_can_t_be_loaded_are_given_up_once_and_leased_again_to_be_d
     ledger.close(again, Outcome.DROPPED, reason="a torn file")
     assert [one.reason for one in ledger.dropped] == ["a torn file"]
     assert (ledger.samples_leased, ledger.samples_dropped) == (2, 2)
+
+
+def test_what_comes_back_out_of_order_when_it_is_its_turn_already_is_leased_at_once() -> None:
+    ledger = ledger_with()
+    [first] = ledger.lease("a", 1, 0.0)
+    [second] = ledger.lease("b", 1, 0.0)
+    ledger.close(first, Outcome.APPLIED)
+    ledger.give_back("b", second, OUT_OF_ORDER)  # said before the first one closed, by a worker that was paused since
+    [again] = ledger.lease("a", 1, 0.0)
+    assert (again.microbatch, again.attempt) == (second.microbatch, 2)
 
 
 def test_who_no_longer_has_the_lease_can_t_give_it_up() -> None:
