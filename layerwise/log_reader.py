@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from layerwise.errors import CorruptError, NotFoundError
+from layerwise.errors import CorruptError, NotFoundError, RetryableError
 from layerwise.event_records import record_from_json
 from layerwise.events import Record
 from layerwise.log_header import LogHeader, text_of_line
@@ -60,7 +62,12 @@ class LogReader:
         self.torn_bytes = 0
         self.summary: LogSummary | None = None
         self._segments: dict[int, Path] = {}
-        self._find_segments()
+        if not self._find_segments() and not self._find_segments():  # one may just have been renamed
+            first = 0 if self.summary is None else self.summary.segment
+            raise CorruptError(
+                f"segments are missing in {self.directory}: there are {list(self._segments)}, the first one must be "
+                f"{first}"
+            )
         header = None if self.summary is None else self.summary.header
         if self._segments:
             first = self.segment_start(min(self._segments))
@@ -126,8 +133,8 @@ class LogReader:
             return self._parse_start(self._segments[number], text)
         return None
 
-    def _find_segments(self) -> None:
-        """Note the segments, and the summary of those before them."""
+    def _find_segments(self) -> bool:
+        """Note the segments, and the summary of those before them; whether they belong together."""
         found: dict[int, Path] = {}
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             match = _SEGMENT.fullmatch(path.name)
@@ -139,13 +146,8 @@ class LogReader:
             self.summary = load_summary(summaries[first])
         self._segments = {number: found[number] for number in sorted(found) if number >= first}
         whole = self.summary is not None and self.summary.whole
-        if list(self._segments) != list(range(first, first + len(self._segments))) or (
-            self.summary is not None and not self._segments and not whole
-        ):
-            raise CorruptError(
-                f"segments are missing in {self.directory}: there are {list(self._segments)}, the first one must be "
-                f"{first}"
-            )
+        follow = list(self._segments) == list(range(first, first + len(self._segments)))
+        return follow and (self.summary is None or bool(self._segments) or whole)
 
     def _parse_start(self, path: Path, text: bytes) -> SegmentStart:
         try:
@@ -159,17 +161,27 @@ class LogReader:
         following = self._segments.get(segment + 1)
         sealed = following is not None and following.suffix != ".next"
         offset = 0
-        with path.open("rb") as file:
+        with self._open(segment) as file:
             for number, line in enumerate(file, start=1):
                 text = text_of_line(line) if line.endswith(b"\n") else None
                 if text is None and not sealed and (b"\0" in line or not line.endswith(b"\n")):
-                    self.torn_bytes = path.stat().st_size - offset
+                    self.torn_bytes = os.fstat(file.fileno()).st_size - offset
                     return
                 if text is None:
                     what = "the line is incomplete, and the log goes on in another segment"
                     raise _corrupt(path, number, offset, "its checksum does not fit" if line.endswith(b"\n") else what)
                 yield number, offset, text
                 offset += len(line)
+
+    def _open(self, segment: int) -> IO[bytes]:
+        """Open a segment of a log that may be written to, sealed and trimmed meanwhile."""
+        path = self._segments[segment]
+        for name in (path, path.with_suffix(".log")):
+            try:
+                return name.open("rb")
+            except FileNotFoundError:
+                continue
+        raise RetryableError(f"{path} was removed while the event log was read; read it again")
 
 
 def _corrupt(path: Path, line: int, offset: int, what: str) -> CorruptError:

@@ -211,4 +211,10 @@ class _Counted:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    size = 0
+    for path in folder.iterdir():
+        try:
+            size += path.stat().st_size
+        except FileNotFoundError:
+            continue  # sealed or trimmed meanwhile
+    return size

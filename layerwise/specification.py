@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
         """Like the base class's; a plain word that is too long for a number is text."""
         if kind is yaml.ScalarNode and implicit[0] and len(value) > LONGEST_NUMBER:
             return "tag:yaml.org,2002:str"
-        tag: str = super().resolve(kind, value, implicit)
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         return tag
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:

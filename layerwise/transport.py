@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -36,11 +34,11 @@ from layerwise.errors import (
 )
 from layerwise.faults import frame_faults_of
 from layerwise.grpc_status import status_of
-from layerwise.link import Link, LinkLost, LinkTable, Packet
+from layerwise.link import LinkLost, Packet
 from layerwise.messages import Message
 from layerwise.peer import Peer
+from layerwise.peers import LONGEST_REASON, Peers
 from layerwise.proto.frames import (
-    MAX_FRAME_PACKETS,
     MAX_MESSAGE_BYTES,
     Frame,
     FrameHeader,
@@ -60,10 +58,7 @@ from layerwise.streams import (
     open_channel,
 )
 
-_ACKNOWLEDGE_SECONDS = 0.05
 _BACKOFF_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2)
-_MAX_REASONS = 256
-_LONGEST_REASON = 500
 
 
 class Transport:
@@ -107,7 +102,6 @@ class Transport:
         self._entrance = Entrance(name, limits or Limits(), self.refusals, dialed_only=dialed_only)
         self._loop = asyncio.get_running_loop()
         self._on_message = on_message
-        self._on_lost = on_lost
         self._before_send = before_send
         self._on_error = on_error or self._report
         self._grace_seconds = grace_seconds
@@ -117,10 +111,7 @@ class Transport:
         self._max_message_bytes = max_message_bytes
         self._pool = pool or BufferPool()
         self._faults = frame_faults_of(name)
-        self._table = LinkTable(self._new_link)
-        self._peers: dict[str, Peer] = {}
-        self._reasons: OrderedDict[str, str] = OrderedDict()
-        self._refused: set[str] = set()
+        self._peers = Peers(credit_bytes=credit_bytes, on_lost=lambda peer: self._call(on_lost, peer))
         self._servers: list[grpc.aio.Server] = []
         self._hooks: list[Callable[[grpc.aio.Server], None]] = []
         self._closings: set[asyncio.Task[Any]] = set()
@@ -161,13 +152,14 @@ class Transport:
             return
         state = self._peers.get(peer)
         if state is None:
-            state = self._add_peer(peer, self._table.open(peer))
-            state.expect(self._connect_seconds, self._expire)
+            state = self._peers.open(peer)
+            state.expect(self._connect_seconds, self._peers.expire)
         if state.dialing is None and state.carrier is None:
             try:
                 state.address = parse_address(address)
             except ConfigError as error:
-                self._loop.call_soon(partial(self._lose, state, f"{peer} can't be reached: {error}", refused=True))
+                lose = partial(self._peers.lose, state, f"{peer} can't be reached: {error}", refused=True)
+                self._loop.call_soon(lose)
                 return
             state.dialing = self._loop.create_task(self._dial(state), name=f"layerwise dial {peer}")
             state.dialing.add_done_callback(self._on_dialing_ended)
@@ -189,13 +181,13 @@ class Transport:
         if state.link.outbox_size > self._max_outbox_bytes:
             waiting = state.link.outbox_size
             reason = f"{peer} does not read: {waiting} bytes wait for it, the limit is {self._max_outbox_bytes}"
-            self._loop.call_soon(self._lose, state, reason)
+            self._loop.call_soon(self._peers.lose, state, reason)
 
     def disconnect(self, peer: str) -> None:
         """Close the link: what has room still leaves, the other side hears `on_lost`, this side nothing."""
         state = self._peers.get(peer)
         if state is not None:
-            self._remove(state, f"{self.name} closed the link")
+            self._peers.remove(state, f"{self.name} closed the link")
 
     def outbox_bytes(self, peer: str) -> int:
         """Bytes that wait for the peer's acknowledgements before they may leave."""
@@ -204,22 +196,22 @@ class Transport:
 
     def lost_reason(self, peer: str) -> str:
         """Why the last link to ``peer`` was lost."""
-        return self._reasons.get(peer, "")
+        return self._peers.lost_reason(peer)
 
     def refused(self, peer: str) -> bool:
         """Whether the last link to ``peer`` ended because one side rejects what the other says: dialing is pointless."""
-        return peer in self._refused
+        return self._peers.refused(peer)
 
     @property
     def peers(self) -> list[str]:
         """Names of those to whom there is a link, up or not."""
-        return list(self._peers)
+        return [state.name for state in self._peers]
 
     async def close(self) -> None:
         """Close all links and servers; `on_lost` is not called."""
         self._closed = True
-        for peer in list(self._peers):
-            self.disconnect(peer)
+        for state in self._peers:
+            self.disconnect(state.name)
         if self._closings:
             await asyncio.wait(list(self._closings), timeout=2 * self._grace_seconds)
         await asyncio.gather(*(server.stop(self._grace_seconds) for server in self._servers))
@@ -229,46 +221,9 @@ class Transport:
 
     # --- life of a peer -----------------------------------------------------------------------------------------------
 
-    def _new_link(self) -> Link:
-        return Link(
-            secrets.randbits(63) | 1,
-            resend_seconds=float("inf"),  # a stream loses nothing; after a break everything goes again
-            acknowledge_seconds=_ACKNOWLEDGE_SECONDS,
-            max_packets=MAX_FRAME_PACKETS,
-            max_size=self._credit_bytes,
-        )
-
-    def _add_peer(self, name: str, link: Link) -> Peer:
-        state = self._peers[name] = Peer(name, link, self._loop)
-        self._reasons.pop(name, None)
-        return state
-
-    def _expire(self, state: Peer) -> None:
-        self._lose(
-            state, f"no answer from {state.name}{f' at {state.address}' if state.address else ''}: {state.reason}"
-        )
-
-    def _lose(self, state: Peer, reason: str, *, refused: bool = False) -> None:
-        """End a link that can't go on, and say so once."""
-        if self._peers.get(state.name) is not state:
-            return
-        reason = reason[:_LONGEST_REASON]
-        self._remove(state, reason)
-        self._reasons[state.name] = reason
-        (self._refused.add if refused else self._refused.discard)(state.name)
-        if len(self._reasons) > _MAX_REASONS:
-            self._refused.discard(self._reasons.popitem(last=False)[0])
-        self._call(self._on_lost, state.name)
-
-    def _remove(self, state: Peer, farewell: str) -> None:
-        del self._peers[state.name]
-        if self._table.get(state.name) is state.link:
-            self._table.drop(state.name)
-        state.close(farewell)
-
     def _detach(self, state: Peer, carrier: Carrier) -> None:
         if state.detach(carrier) and state.heard:
-            state.expect(self._grace_seconds, self._expire)
+            state.expect(self._grace_seconds, self._peers.expire)
 
     # --- streams ------------------------------------------------------------------------------------------------------
 
@@ -279,7 +234,7 @@ class Transport:
         for attempt in itertools.count():
             if state.carrier is None:
                 await self._dial_once(state, state.address)
-            if self._peers.get(state.name) is not state:
+            if not self._peers.holds(state):
                 return
             if state.carrier is not None:  # the peer reached us meanwhile
                 await state.down.wait()
@@ -295,12 +250,12 @@ class Transport:
         except BrokenStreamError as error:
             state.reason = str(error)
             if error.refused:
-                self._lose(state, f"{state.name} at {address} refused the link: {error}", refused=True)
+                self._peers.lose(state, f"{state.name} at {address} refused the link: {error}", refused=True)
         except BusyError as error:
             state.reason = str(error)
         except RejectedError as error:
             self.refusals.add(_reason(error), f"a frame of {state.name} at {address} was refused: {error}")
-            self._lose(state, f"{state.name} at {address} can't be understood: {error}", refused=True)
+            self._peers.lose(state, f"{state.name} at {address} can't be understood: {error}", refused=True)
         finally:
             stream.cancel()
             self._detach(state, carrier)
@@ -358,7 +313,7 @@ class Transport:
                 sentence = f"{header.name} has a link to {self.name}; another one takes its place only when it is gone"
                 self.refusals.add(Refused.NAME, sentence)
                 await context.abort(grpc.StatusCode.ALREADY_EXISTS, sentence)
-        admission = self._table.admit(header.name, packet)
+        admission = self._peers.admit(header.name, packet)
         if admission.refusal is not None or admission.link is None:
             writer = FrameWriter()
             reason = admission.refusal.lost if admission.refusal else "no such link"
@@ -366,10 +321,11 @@ class Transport:
             await stream.write(writer.next_frame(answer))
             return None
         if admission.lost and state is not None:
-            self._lose(state, f"{header.name}: {admission.lost}")
-        if self._table.get(header.name) is not admission.link:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self.name} has closed this link")
-        return self._peers.get(header.name) or self._add_peer(header.name, admission.link)
+            self._peers.lose(state, f"{header.name}: {admission.lost}")
+        admitted = self._peers.admitted(header.name, admission.link)
+        if admitted is None:
+            raise UnreachableError(f"{self.name} has closed this link")
+        return admitted
 
     def _reader(self) -> FrameReader:
         return FrameReader(self._pool, max_message_bytes=self._max_message_bytes)
@@ -410,12 +366,12 @@ class Transport:
         header, link, now = frame.header, state.link, self._loop.time()
         try:
             if header.lost:
-                lost = header.lost[:_LONGEST_REASON]
+                lost = header.lost[:LONGEST_REASON]
                 link.receive(Packet(sender=header.sender, receiver=header.receiver, acknowledged=0, lost=lost), now)
                 return
             state.hear()
             if carrier.open_bytes:
-                links = (one.carrier.open_bytes for one in self._peers.values() if one.carrier is not None)
+                links = (one.carrier.open_bytes for one in self._peers if one.carrier is not None)
                 self._entrance.check_receiving(state.name, sum(links))
             for sequence, message in frame.messages or _NOTHING:
                 packet = Packet(
@@ -427,10 +383,10 @@ class Transport:
                 )
                 for one in link.receive(packet, now):
                     self._call(self._on_message, state.name, one)
-                    if self._peers.get(state.name) is not state:
+                    if not self._peers.holds(state):
                         return
         except LinkLost as error:
-            self._lose(state, f"{state.name} gave the link up: {error}")
+            self._peers.lose(state, f"{state.name} gave the link up: {error}")
             return
         if header.answer or carrier.received_bytes >= self._credit_bytes // 4:
             link.acknowledge_now(now)

@@ -108,7 +108,7 @@ class ClientCall:
         wanted = dict if self.reply is pb2.JobReply else list
         if not isinstance(document, wanted):
             raise MalformedMessageError(f"the coordinator answered {text[:80]!r} where a {wanted.__name__} belongs")
-        if self.reply is pb2.JobsReply:
+        if self.reply is pb2.JobsReply and isinstance(document, list):
             return JobsPage(documents=document, next_offset=message.next_offset)  # type: ignore[attr-defined]
         return document
 

@@ -114,13 +114,13 @@ class BackwardRole:
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
         """A message arrived from the coordinator or from the shard that the worker works for."""
         match message:
-            case Assignment():
+            case Assignment() if peer == self._coordinator:
                 if message.job in self._jobs:
                     self._requests.append(Leave(job=message.job))
                 self._jobs[message.job] = _Job(assignment=message)
                 self._requests.append(Build(assignment=message))
                 return []
-            case Unassign():
+            case Unassign() if peer == self._coordinator:
                 if self._jobs.pop(message.job, None) is not None:
                     self._requests.append(Leave(job=message.job))
                 return [Send(self._coordinator, Unassigned(job=message.job))]

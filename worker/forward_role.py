@@ -226,10 +226,10 @@ class ForwardRole:
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
         """A message arrived from the coordinator or from a job's first shard."""
-        if isinstance(message, Assignment):
+        if isinstance(message, Assignment) and peer == self._coordinator:
             return self._on_assignment(message)
         job = self._jobs.get(getattr(message, "job", ""))
-        if isinstance(message, Unassign):
+        if isinstance(message, Unassign) and peer == self._coordinator:
             return self._on_unassign(message)
         if isinstance(message, Reroute) and peer == self._coordinator:
             return self._on_reroute(message, now)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from layerwise.errors import LayerwiseError
-from layerwise.event_log import LogReader
 from layerwise.events import CutEvent, Event, Record, UpdateEvent
 from layerwise.head import Head
 from layerwise.layer import LayerCopy, TrainedLayer
+from layerwise.log_reader import LogReader
 from layerwise.replay.divergence import DivergedError, Divergence
 from layerwise.replay.exchange import Exchange
 from layerwise.replay.execution import Blocked, Execution

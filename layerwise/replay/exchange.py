@@ -27,9 +27,8 @@ class Handed:
 class Exchange:
     """Outputs on their way up and gradients on their way down, each kept until it is used.
 
-    A boundary between blocks is named by the first layer above it. An attempt's number is used once in a job, also
-    across lives and resumes, so it says what belongs together. What was handed over for an attempt that nobody goes on
-    with is forgotten when the receiver begins a later attempt at the same microbatch.
+    A boundary between blocks is named by the first layer above it. What was handed over for an attempt that nobody goes
+    on with is forgotten when the receiver begins a later attempt at the same microbatch, or when all blocks begin anew.
     """
 
     def __init__(self, samples: Samples, *, num_layers: int) -> None:
@@ -57,8 +56,9 @@ class Exchange:
         return handed
 
     def begin(self, top: int, attempt: Attempt) -> None:
-        """The block that ends below ``top`` begins ``attempt``: gradients for older ones are not used any more."""
+        """The block that ends below ``top`` begins ``attempt``: gradients that are there already are not for it."""
         _forget_older(self._gradients.get(top, {}), attempt)
+        self.drop_gradient(top, attempt)
 
     def put_gradient(self, boundary: int, attempt: Attempt, gradients: Tensors) -> None:
         """The block above ``boundary`` has finished its backward pass."""
@@ -71,6 +71,11 @@ class Exchange:
     def drop_gradient(self, boundary: int, attempt: Attempt) -> None:
         """It was used."""
         self._gradients.get(boundary, {}).pop(attempt, None)
+
+    def clear(self) -> None:
+        """All blocks begin anew: nothing is on its way."""
+        self._forwards.clear()
+        self._gradients.clear()
 
 
 def _forget_older(waiting: dict[Attempt, Handed] | dict[Attempt, Tensors], attempt: Attempt) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.errors import CorruptError, NotFoundError
-from layerwise.event_log import find_logs
+from layerwise.log_reader import find_logs
 from layerwise.replay.life_index import LifeIndex, Owners, index_life
 
 
@@ -39,16 +39,32 @@ class History:
     def starts(self, saved: Iterable[int]) -> list[Start]:
         """Where a replay can begin, by version; ``saved`` are the versions of cuts that are on disk."""
         on_disk = set(saved)
-        found = {one.version: one for one in self._inside(on_disk)}
+        found: dict[int, Start] = {}
         for life in self.lives:
             # Every layer's first life from here on: if all begin at one version, nothing was under way between them.
             lives = self._first_lives(life.header.life)
             versions = {one.version for one in lives}
             covered = sum(one.header.stop - one.header.start for one in lives)
-            if len(versions) == 1 and covered == self.num_layers and (versions == {0} or versions <= on_disk):
+            whole = not any(one.trimmed for one in lives)
+            if whole and len(versions) == 1 and covered == self.num_layers and (versions == {0} or versions <= on_disk):
                 version = versions.pop()
                 found.setdefault(version, Start(version=version, lives=lives))
+        for start in self._inside(on_disk):
+            found.setdefault(start.version, start)
         return [found[version] for version in sorted(found)]
+
+    def joint(self, life: LifeIndex) -> tuple[LifeIndex, ...]:
+        """The lives that the whole job began with ``life``, as after a resume; just ``life`` if it began alone.
+
+        Two blocks that were restored at one version one after the other look the same.
+        """
+        lives = self._first_lives(life.header.life)
+        numbers = sorted(one.header.life for one in lives)
+        covered = sum(len(layers_of(one)) for one in lives)
+        together = numbers == list(range(numbers[0], numbers[0] + len(lives))) or len(set(numbers)) == 1
+        if together and covered == self.num_layers and len({one.version for one in lives}) == 1:
+            return tuple(sorted(lives, key=lambda one: one.header.start))
+        return (life,)
 
     def after(self, start: Start) -> tuple[LifeIndex, ...]:
         """The lives that follow those of ``start``, oldest first."""
@@ -118,3 +134,43 @@ def last_at(lives: Sequence[LifeIndex], layer: int, version: int) -> LifeIndex |
         if layer in one.restored and one.restored[layer].version <= version <= one.last[layer]:
             return one
     return None
+
+
+def begins_with(life: LifeIndex) -> set[tuple[int, int]]:
+    """The layers of its block, and the version that each begins with."""
+    return {(layer, event.version) for layer, event in life.restored.items()}
+
+
+def choose_start(history: History, saved: Sequence[int], version: int | None) -> Start:
+    """Where to begin: at ``version``, or by default at the newest place not after the oldest of the ``saved`` cuts.
+
+    Raises:
+        NotFoundError: there is no such place.
+    """
+    starts = [one for one in history.starts(saved) if _can_go_on(history, saved, one)]
+    possible = ", ".join(str(one.version) for one in starts) or "none"
+    if version is not None:
+        for one in starts:
+            if one.version == version:
+                return one
+        raise NotFoundError(
+            f"the replay can't begin at version {version}: a pass that was under way there has read weights that no cut "
+            f"holds, or the cut is not on disk, or the log was removed; possible are {possible}"
+        )
+    oldest = min(saved)
+    fitting = [one for one in starts if one.version <= oldest] or starts[:1]
+    if not fitting:
+        raise NotFoundError(
+            f"the event logs of {history.job} do not reach back to where a replay can begin: the initial weights, a "
+            f"saved cut from which a life began, or one at which nothing was under way"
+        )
+    return fitting[-1]
+
+
+def _can_go_on(history: History, saved: Sequence[int], start: Start) -> bool:
+    """Whether the logs of later lives are whole, and the cuts from which they begin will be there."""
+    return all(
+        not life.trimmed and (version >= start.version or version in saved)
+        for life in history.after(start)
+        for _, version in begins_with(life)
+    )

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from layerwise.event_log import LogHeader, LogReader
+from layerwise.applied import AppliedSet
+from layerwise.event_records import record_from_json
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
@@ -21,6 +22,8 @@ from layerwise.events import (
     WeightMode,
 )
 from layerwise.ids import Attempt
+from layerwise.log_header import LogHeader
+from layerwise.log_reader import LogReader
 
 Owners = Mapping[int, tuple[int, ...]]
 """For each layer the lower ones that own parameters of its."""
@@ -28,17 +31,18 @@ Owners = Mapping[int, tuple[int, ...]]
 _REMEMBERED_WINDOWS = 8
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class LifeIndex:
     """One block in one life.
 
     ``past_reads`` counts passes that read a version of a layer after the layer has left it. ``walks`` has the attempts
     with more than one `WalkEvent`, and how many. ``quiet_cuts`` are the (layer, version) of cuts at which no ticket
-    was open; ``last`` the version at which each layer ends.
+    was open; ``last`` the version at which each layer ends. ``trimmed``: the first part of the log was removed.
     """
 
     folder: Path
     header: LogHeader
+    trimmed: bool = False
     restored: dict[int, RestoreEvent] = field(default_factory=dict)
     past_reads: dict[tuple[int, int], int] = field(default_factory=dict)
     walks: dict[Attempt, int] = field(default_factory=dict)
@@ -75,6 +79,14 @@ def index_life(folder: Path, owners: Owners) -> LifeIndex:
     taken = dict.fromkeys(open_tickets, 0)
     plan = reader.header.plan
     walks = _Walks(reader.header.window)
+    for layer, state in reader.summary.layers.items() if reader.summary is not None else ():
+        found.trimmed = True
+        found.last[layer] = int(state["version"])
+        taken[layer] = len(AppliedSet.from_json(state["applied"]))
+        open_tickets[layer] = len(state["open"])
+        restored = None if state["restored"] is None else record_from_json(state["restored"]).event
+        if isinstance(restored, RestoreEvent):
+            found.restored[layer] = restored
     for record in reader.records:
         event = record.event
         found.num_records += 1

@@ -17,7 +17,6 @@ from layerwise.cut_shelf import CutShelf
 from layerwise.cuts import durable_cuts, layer_files, load_manifest
 from layerwise.data import TrainingData, load_dataset, microbatch_indices
 from layerwise.errors import CorruptError, NotFoundError
-from layerwise.event_log import LogHeader
 from layerwise.events import WeightMode
 from layerwise.head import JobHead, job_head
 from layerwise.ids import Microbatch
@@ -25,6 +24,7 @@ from layerwise.job import JobSpec, parse_job
 from layerwise.layer import LayerCopy
 from layerwise.layer_file import load_layer
 from layerwise.layer_ledger import LedgerState
+from layerwise.log_header import LogHeader
 from layerwise.messages import LayerFile, Tensors
 from layerwise.profile import Profile
 from layerwise.replay.life_index import Owners

@@ -25,7 +25,7 @@ from layerwise.replay.block_replay import BlockReplay
 from layerwise.replay.divergence import DivergedError, Divergence
 from layerwise.replay.exchange import Exchange
 from layerwise.replay.execution import Blocked
-from layerwise.replay.history import History, Start, last_at, layers_of, read_history
+from layerwise.replay.history import History, Start, begins_with, choose_start, last_at, layers_of, read_history
 from layerwise.replay.life_index import LifeIndex
 from layerwise.replay.recorded_job import RecordedJob, recorded_job
 from layerwise.replay.report import ReplayedLayer, ReplayReport
@@ -68,7 +68,7 @@ class Replay:
         self.job: RecordedJob = recorded_job(directory, allowed_imports)
         self.history: History = read_history(directory, self.job.owners)
         self.until = until
-        self.start: Start = _choose(self.history, self.job, start)
+        self.start: Start = choose_start(self.history, self.job.saved, start)
         self.copies: dict[int, LayerCopy] = {}
         self._threads = threads
         self._exchange = Exchange(self.job.samples, num_layers=self.history.num_layers)
@@ -162,7 +162,7 @@ class Replay:
             stuck = [one for one in self._running if one.next_record is not None]
             if not stuck:
                 return ""
-            if not self._relax(stuck) and not self._leave_out(stuck):
+            if not self._relax(stuck) and not self._begin_next(alone=True) and not self._leave_out(stuck):
                 return "; ".join(self._explain(one) for one in stuck)
         return ""
 
@@ -211,12 +211,19 @@ class Replay:
 
     # --- lives --------------------------------------------------------------------------------------------------------
 
-    def _begin_next(self) -> bool:
-        """Begin the lives whose layers' earlier lives are over."""
+    def _begin_next(self, *, alone: bool = False) -> bool:
+        """Begin the lives whose layers' earlier lives are over.
+
+        A job that goes on as a whole begins when all is over, with nothing on its way: attempts may have been counted
+        anew. ``alone``: what looks like that are blocks that were restored one after the other.
+        """
         begun = False
         for life in list(self._waiting):
-            layers = set(layers_of(life))
-            earlier = [one for one in self._waiting if one is not life and one.header.life < life.header.life]
+            lives = (life,) if alone else self.history.joint(life)
+            if life not in self._waiting or any(one not in self._waiting for one in lives):
+                continue
+            layers = {layer for one in lives for layer in layers_of(one)}
+            earlier = [one for one in self._waiting if one not in lives and one.header.life < life.header.life]
             if any(layers.intersection(layers_of(one)) for one in earlier):
                 continue
             before = [one for one in self._running if layers.intersection(layers_of(one.index))]
@@ -224,8 +231,11 @@ class Replay:
                 continue
             for one in before:
                 self._end(one)
-            self._waiting.remove(life)
-            self._begin(life, inside=False)
+            if len(lives) > 1:
+                self._exchange.clear()
+            for one_life in lives:
+                self._waiting.remove(one_life)
+                self._begin(one_life, inside=False)
             begun = True
         return begun
 
@@ -262,7 +272,7 @@ class Replay:
                 f"{life} begins at version {version}, of which there is neither a file any more nor a record before the "
                 f"start of the replay at version {self.start.version}; begin earlier"
             )
-        if not any((layer, version) in _needs(one) for one in self._waiting):
+        if not any((layer, version) in begins_with(one) for one in self._waiting):
             self._snapshots.pop((layer, version), None)
         return copy
 
@@ -280,7 +290,7 @@ class Replay:
 
     def _on_cut(self, life: LifeIndex, event: CutEvent, copy: LayerCopy) -> None:
         key = (event.layer, event.version)
-        if any(key in _needs(one) for one in self._waiting):
+        if any(key in begins_with(one) for one in self._waiting):
             self._snapshots[key] = copy
         file = self.job.saved_file(event.version, event.layer)
         if file is not None and file.life == life.header.life:
@@ -337,10 +347,6 @@ class Replay:
         return tuple(found)
 
 
-def _needs(life: LifeIndex) -> set[tuple[int, int]]:
-    return {(layer, event.version) for layer, event in life.restored.items()}
-
-
 def _named(copy: LayerCopy) -> dict[str, torch.Tensor]:
     groups = (("parameter", copy.parameters), ("buffer", copy.buffers), ("moment", copy.moments))
     return {f"{kind}:{name}": tensor for kind, group in groups for name, tensor in group.items()}
@@ -352,34 +358,6 @@ def _advice(divergence: Divergence, notes: Sequence[str]) -> str:
     return (
         "processor, torch and threads of the shards are the recorded ones: look at detached workers (they need the "
         "same), at operations that do not repeat, or for a log or data that were changed"
-    )
-
-
-def _choose(history: History, job: RecordedJob, version: int | None) -> Start:
-    starts = [one for one in history.starts(job.saved) if _can_go_on(history, job, one)]
-    possible = ", ".join(str(one.version) for one in starts) or "none"
-    if version is not None:
-        for one in starts:
-            if one.version == version:
-                return one
-        raise NotFoundError(
-            f"the replay can't begin at version {version}: a pass that was under way there has read weights that no cut "
-            f"holds, or the cut is not on disk; possible are {possible}"
-        )
-    oldest = min(job.saved)
-    fitting = [one for one in starts if one.version <= oldest] or starts[:1]
-    if not fitting:
-        raise NotFoundError(
-            f"the event logs in {job.directory} do not reach back to where a replay can begin: the initial weights, a "
-            f"saved cut from which a life began, or one at which nothing was under way"
-        )
-    return fitting[-1]
-
-
-def _can_go_on(history: History, job: RecordedJob, start: Start) -> bool:
-    """Whether the cuts from which later lives begin will be there."""
-    return all(
-        version >= start.version or version in job.saved for life in history.after(start) for _, version in _needs(life)
     )
 
 

@@ -177,6 +177,19 @@ def test_without_a_parent_nothing_lives_on(tmp_path: Path) -> None:
     assert alive == []
 
 
+def test_a_parent_may_give_a_pipe_in_place_of_a_socket(socket_folder: Path, tmp_path: Path) -> None:
+    """Then there are no signs of life, but the end of the parent is noticed all the same."""
+    command = [sys.executable, "-m", "layerwise", "coordinator", "--exit-with-parent"]
+    command += ["--listen", f"unix:{socket_folder}/socket", "--state", str(tmp_path / "state")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        assert "the coordinator listens" in process.stderr.readline()
+        process.stdin.close()
+        assert "the parent process ended" in process.stderr.read()
+        assert process.wait(SECONDS) == 0
+
+
 def test_a_crash_loop_is_slowed_down_and_told_each_time() -> None:
     """A Python that can't find its library ends at once, with status 1."""
     told: queue.SimpleQueue[Problem] = queue.SimpleQueue()

@@ -133,7 +133,7 @@ def test_nothing_goes_that_the_oldest_kept_cut_may_need(tmp_path: Path) -> None:
 
 
 def test_a_log_that_contradicts_a_promise_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("WARNING")
+    caplog.set_level("WARNING", logger="layerwise.log_retention")
     world = one_life()
     block = world.blocks[0]
     place, update = next((n, event) for n, event in block.records if isinstance(event, UpdateEvent))
@@ -151,7 +151,7 @@ def test_a_log_that_contradicts_a_promise_is_kept(tmp_path: Path, caplog: pytest
 
 
 def test_a_damaged_log_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("WARNING")
+    caplog.set_level("WARNING", logger="layerwise.log_retention")
     write(one_life(), tmp_path, 400)
     path = find_logs(tmp_path)[0] / "segment-000001.log"
     path.write_bytes(path.read_bytes().replace(b'"layer":1', b'"layer":0', 1))
@@ -259,7 +259,7 @@ def test_a_summary_that_does_not_fit_its_checksum_is_named(tmp_path: Path) -> No
 def test_the_keeper_removes_in_the_background_and_survives_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("WARNING")
+    caplog.set_level("WARNING", logger="layerwise.log_retention")
     world = honest()
     write(world, tmp_path)
     files = num_files(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,22 @@ import torch
 from layerwise.audit import audit_directory
 from layerwise.cuts import cut_folder, layer_files, load_manifest
 from layerwise.errors import ConfigError, NotAllowedError, NotFoundError
-from layerwise.event_log import LogReader, find_logs
+from layerwise.event_log import EventLog, LogReader, find_logs
 from layerwise.events import BackwardEvent, PassEvent, WalkEvent
 from layerwise.job import JobSpec
+from layerwise.log_retention import remove_old_records
 from layerwise.replay import Replay, ReplayReport, Until, parse_until
 from layerwise.replay.history import read_history
 from layerwise.verify import cut_state, first_difference
 from tests.unit.recorded_run import ALLOWED, RecordedRun, recorded_spec
 
 LAST = 10
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(f"layerwise.disk.os.{name}", lambda file: None)
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +200,31 @@ def test_an_open_ticket_keeps_a_replay_from_beginning_at_a_cut(tmp_path: Path) -
     with pytest.raises(NotFoundError, match=r"can't begin at version 6: .* possible are 0"):
         Replay(tmp_path, start=6)
     assert Replay(tmp_path).start.version == 0
+
+
+def test_a_trimmed_log_is_replayed_from_a_cut_in_the_part_that_is_left(tmp_path: Path) -> None:
+    run = RecordedRun(weights("latest", 1), tmp_path)
+    run.begin()
+    run.train()
+    run.commit(6)
+    run.commit(LAST)
+    run.close()
+    for folder in find_logs(tmp_path):
+        reader = LogReader(folder)
+        records = list(reader.records)
+        shutil.rmtree(folder)
+        with EventLog(tmp_path, reader.header, segment_bytes=1000, retry_seconds=1e6) as log:
+            for record in records:
+                log.append(record.event)
+                log.flush()
+                log.tend()
+    assert check(tmp_path, start=0)[1].updates == 4 * LAST
+    assert remove_old_records(tmp_path, 6, kept_bytes=0) > 0
+    _, report = check(tmp_path, start=6)
+    assert (report.start, report.updates, report.cuts) == (6, 4 * 4, (LAST,))
+    assert Replay(tmp_path).start.version == 6
+    with pytest.raises(NotFoundError, match="possible are 6, 10"):
+        Replay(tmp_path, start=0)
 
 
 # Where it stops ------------------------------------------------------------------------------------------------------

@@ -18,9 +18,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.ids import Attempt, Microbatch
-from layerwise.messages import Hello, Message, NamedTensors, Offer, Probed, Ready, Role, StartTraining, Tensors
+from layerwise.messages import (
+    Assignment,
+    BlockPlace,
+    Hello,
+    Lease,
+    LeaseKind,
+    Message,
+    NamedTensors,
+    Offer,
+    Probed,
+    Ready,
+    Role,
+    StartTraining,
+    Tensors,
+)
 from layerwise.roles import Send
 from layerwise.server.metrics import coordinator_metrics
+from layerwise.worker.backward_role import BackwardRole
+from layerwise.worker.forward_role import ForwardRole
 from tests.simulation.counting_block import activation, gradient, target
 from tests.unit.played_cluster import PlayedCluster
 from tests.unit.test_coordinator_role import cluster, hold_training
@@ -212,6 +228,67 @@ def test_no_message_raises_an_exception_at_a_block(block: int, heard: list[tuple
         assert all(isinstance(effect.peer, str) for effect in effects if isinstance(effect, Send))
         bench.role.on_tick(bench.now)
     bench.role.on_lost("forward-0", bench.now)
+
+
+# A worker ---------------------------------------------------------------------------------------------------------
+
+
+def assignment(job: str, block: int) -> Assignment:
+    route = tuple(
+        BlockPlace(start=2 * one, stop=2 * one + 2, shard=f"shard-{one}", address=f"here:{one}", life=one + 1)
+        for one in range(3)
+    )
+    return Assignment(
+        job=job, spec_json="{}", settings_json="{}", profile_json="{}", route=route, block=block, cut=0, directory=""
+    )
+
+
+def forward_worker() -> ForwardRole:
+    role = ForwardRole()
+    role.on_message("coordinator", assignment("job", -1), 0.0)
+    role.on_prepared("job", 3, 0.0)
+    lease = Lease(job="job", kind=LeaseKind.TRAIN, attempts=(Attempt(PLAN.microbatch(0)), Attempt(PLAN.microbatch(1))))
+    role.on_message("coordinator", lease, 0.0)
+    role.take_requests()
+    role.on_loaded("job", Attempt(PLAN.microbatch(0)), activation(0, -1), target(0), 0.0)
+    return role
+
+
+def backward_worker() -> BackwardRole:
+    role = BackwardRole()
+    role.on_message("coordinator", assignment("job", 1), 0.0)
+    role.on_built("job", 0.0)
+    role.take_requests()
+    return role
+
+
+WORKERS = {"forward": forward_worker, "backward": backward_worker}
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(sorted(WORKERS)), st.lists(said(), min_size=1, max_size=8))
+def test_a_stranger_changes_nothing_at_a_worker(kind: str, messages: list[Message]) -> None:
+    role = WORKERS[kind]()
+    before = role.describe()
+    for message in messages:
+        assert role.on_message("stranger", message, 0.0) == []
+        assert role.take_requests() == []
+    assert role.describe() == before
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from(sorted(WORKERS)),
+    st.lists(st.tuples(st.sampled_from(("coordinator", "shard-0", "shard-1")), said(Assignment)), max_size=12),
+)
+def test_no_message_raises_an_exception_at_a_worker(kind: str, heard: list[tuple[str, Message]]) -> None:
+    role = WORKERS[kind]()
+    for now, (peer, message) in enumerate(heard):
+        role.on_message(peer, dataclasses.replace(message, job="job") if hasattr(message, "job") else message, 0.0)
+        role.take_requests()
+        role.on_tick(float(now))
+    role.on_lost("shard-0", 99.0)
+    role.describe()
 
 
 @pytest.mark.parametrize("role", list(Role))
