@@ -88,6 +88,11 @@ class CutLedgerMachine(RuleBasedStateMachine):
             self.written.add(version)
             self.saved.pop(version, None)
             self.taken.pop(version, None)
+            for older in {*self.saved, *self.taken}:
+                if older < version and not self.settled(older):
+                    self.given_up[older] = f"the cut at version {version} was durable before it"
+                    self.saved.pop(older, None)
+                    self.taken.pop(older, None)
 
     @invariant()
     def it_says_what_the_model_says(self) -> None:

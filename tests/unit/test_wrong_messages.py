@@ -239,7 +239,15 @@ def assignment(job: str, block: int) -> Assignment:
         for one in range(3)
     )
     return Assignment(
-        job=job, spec_json="{}", settings_json="{}", profile_json="{}", route=route, block=block, cut=0, directory=""
+        job=job,
+        spec_json="{}",
+        settings_json="{}",
+        profile_json="{}",
+        route=route,
+        block=block,
+        cut=0,
+        directory="",
+        generation=1,
     )
 
 
