@@ -43,7 +43,7 @@ def export(directory: str | Path, version: int, destination: str | Path, layers:
 
     Raises:
         NotFoundError, CorruptError: the cut is not there or damaged.
-        ConfigError: the model is another one than the cut's.
+        ConfigError: the model is another one than the cut's, or ``destination`` can't be written.
     """
     manifest = load_manifest(directory, version)
     found = cut_state_dict(directory, version)
@@ -67,6 +67,9 @@ def export(directory: str | Path, version: int, destination: str | Path, layers:
         "model": manifest.get("spec", {}).get("model"),
         "spec": manifest.get("spec"),
     }
-    write_durably(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode(), "export")
-    write_durably(folder / WEIGHTS, safetensors.torch.save(state, {"format": "pt"}), "export")
+    try:
+        write_durably(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode(), "export")
+        write_durably(folder / WEIGHTS, safetensors.torch.save(state, {"format": "pt"}), "export")
+    except OSError as error:
+        raise ConfigError(f"{folder} can't be written into: {error.strerror}") from error
     return folder / WEIGHTS

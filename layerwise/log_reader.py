@@ -63,10 +63,10 @@ class LogReader:
         self.summary: LogSummary | None = None
         self._segments: dict[int, Path] = {}
         if not self._find_segments() and not self._find_segments():  # one may just have been renamed
-            first = 0 if self.summary is None else self.summary.segment
+            expected = 0 if self.summary is None else self.summary.segment
             raise CorruptError(
                 f"segments are missing in {self.directory}: there are {list(self._segments)}, the first one must be "
-                f"{first}"
+                f"{expected}"
             )
         header = None if self.summary is None else self.summary.header
         if self._segments:

@@ -18,7 +18,7 @@ from layerwise.messages import Assignment, Hello, Message, Reroute
 from layerwise.metrics_server import MetricsServer
 from layerwise.refusals import Refused
 from layerwise.roles import Connect, Disconnect, Effect, Send
-from layerwise.server.adopted_job import read_job, unused_directory
+from layerwise.server.adopted_job import read_job, unused_directory, with_cuts_on_disk
 from layerwise.server.client_service import ClientService
 from layerwise.server.coordinator_role import EVENTS_AT_ONCE, CoordinatorRole
 from layerwise.server.hello_check import hello_fault
@@ -155,9 +155,12 @@ class Coordinator:
         return await self._stored(*self._role.cancel(job, self._now()))
 
     async def resume(self, job: str, directory: str) -> dict[str, Any]:
-        """Queue a job again."""
-        if job:
+        """Queue a job again, from the newest sound cut that is on disk, whatever was noted of it."""
+        if job and not self._role.record(job).state.final:
             return await self._stored(*self._role.resume(job, self._now()))
+        if job:
+            record = await asyncio.to_thread(with_cuts_on_disk, self._role.record(job))
+            return await self._stored(*self._role.adopt(record, self._now()))
         record = await asyncio.to_thread(read_job, directory)
         return await self._stored(*self._role.adopt(record, self._now()))
 

@@ -135,7 +135,12 @@ class CoordinatorRole:
         for known in list(self._jobs.values()):
             if known.directory == record.directory:
                 if known.state.final:
-                    self._put(replace(known, cuts=record.cuts, next_life=max(known.next_life, record.next_life)))
+                    fresh = tuple(one for one in record.warnings if one not in known.warnings)
+                    next_life = max(known.next_life, record.next_life)
+                    warnings = (*known.warnings, *fresh)
+                    self._put(replace(known, cuts=record.cuts, next_life=next_life, warnings=warnings))
+                    for warning in fresh:
+                        self._note(known.job, "warning", warning, now)
                 return self.resume(known.job, now)
         if record.job in self._jobs:
             record = replace(record, job=self._new_id(record.name))

@@ -291,6 +291,7 @@ class ShardRole:
                 return self._detached.on_applied(task, now)
             case EvaluateTask() if isinstance(error, NotFoundError):
                 log.warning("evaluation of version %d given up: %s", task.version, error)
+                self._evaluations.on_failed(task)
                 return []
             case EvaluateTask():
                 what = f"evaluation of samples {task.start}-{task.stop} at version {task.version}"

@@ -15,6 +15,8 @@ from layerwise.cli.options import (
     command,
     device_name,
     forget_coordinator,
+    listen_address,
+    metrics_address,
     output_option,
     record_coordinator,
     set_option,
@@ -83,7 +85,7 @@ def train_command(
             "allow_imports": allow_imports,
             "threads": threads,
             "devices": devices,
-            "metrics": metrics,
+            "metrics": metrics_address(metrics),
             "spare": spare,
             "hang_seconds": hang_timeout or None,
         },
@@ -184,7 +186,6 @@ def up_command(
     A process that dies is started again. Jobs are remembered: after the next `layerwise up` with the same --state
     they can be resumed.
     """
-    from layerwise.address import parse_address
     from layerwise.cli.following import signals_call
     from layerwise.cli.output import print_json
     from layerwise.cluster import LocalCluster
@@ -196,6 +197,11 @@ def up_command(
         if len(signals) == 1:  # the end itself is not to be interrupted; it has a time limit
             raise KeyboardInterrupt
 
+    def on_problem(sentence: str, last: bool) -> None:
+        if runs.is_set():  # before that, the command itself ends with this sentence
+            click.echo(f"warning: {sentence}", err=True)
+
+    runs = threading.Event()
     cluster = LocalCluster(
         shards=shards,
         forward=forward,
@@ -204,16 +210,17 @@ def up_command(
         allow_imports=allow_imports,
         threads=threads,
         devices=devices or ("auto",),
-        listen=str(parse_address(listen)) if listen else None,
-        metrics=metrics,
+        listen=listen_address(listen, insecure=insecure),
+        metrics=metrics_address(metrics, insecure=insecure),
         insecure=insecure,
         restart=True,
         spare=spare,
         hang_seconds=hang_timeout or None,
-        on_problem=lambda sentence, last: click.echo(f"warning: {sentence}", err=True),
+        on_problem=on_problem,
     )
     with signals_call(end_once), cluster:
         cluster.wait_for_nodes()
+        runs.set()
         recorded = record_coordinator(cluster.coordinator_address)
         try:
             if output == "json":

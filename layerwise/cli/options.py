@@ -118,6 +118,46 @@ def supervision_options(function: Function) -> Function:
     return function
 
 
+def listen_address(given: str | None, *, insecure: bool) -> str | None:
+    """``--listen`` of a cluster that the command starts itself, checked before any process is.
+
+    Raises:
+        ConfigError: it is no address, or it is taken.
+        NotAllowedError: others could reach it, and ``--insecure`` was not said.
+    """
+    from layerwise.address import check_may_listen, parse_address
+
+    if given is None:
+        return None
+    address = parse_address(given)
+    check_may_listen(address, insecure=insecure)
+    return str(address)
+
+
+def metrics_address(given: str | None, *, insecure: bool | None = None) -> str | None:
+    """``--metrics``, likewise; None where the command has no ``--insecure``.
+
+    Raises:
+        ConfigError: it is not ``host:port``.
+        NotAllowedError: other machines could reach it.
+    """
+    from layerwise.address import TcpAddress, check_may_listen, parse_address
+    from layerwise.errors import NotAllowedError
+
+    if given is None:
+        return None
+    address = parse_address(given)
+    if not isinstance(address, TcpAddress):
+        raise ConfigError(f"--metrics: got {given}, expected host:port; port 0 takes a free one")
+    if insecure is None and not address.loopback:
+        raise NotAllowedError(
+            f"--metrics: {given} could be reached from other machines; this command serves on loopback addresses only, "
+            "such as 127.0.0.1:9090"
+        )
+    check_may_listen(address, insecure=bool(insecure))
+    return str(address)
+
+
 def device_name(value: str) -> str:
     """The type of ``--device`` options; whether there is such a device is seen where it is used."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):

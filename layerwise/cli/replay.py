@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -69,7 +70,7 @@ def replay_command(
     if save is not None:
         check_empty(save)
     replay = Replay(directory, start=start, until=stop, threads=threads, allowed_imports=allow_imports)
-    shown = not quiet and click.get_text_stream("stderr").isatty()
+    shown = not quiet and sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
         click.echo(f"\r{done} of {total} updates", nl=False, err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from layerwise.cli import exit_codes
 from layerwise.cli.options import allow_import_option, command, coordinator_option, device_name, output_option
 from layerwise.cli.output import print_facts, print_json
-from layerwise.errors import NotFoundError
+from layerwise.errors import ConfigError, NotFoundError
 
 
 def job_directory(job: str, coordinator: str | None) -> tuple[Path, dict[str, Any] | None]:
@@ -20,6 +21,8 @@ def job_directory(job: str, coordinator: str | None) -> tuple[Path, dict[str, An
         if not path.is_dir():
             raise NotFoundError(f"no directory {path}")
         return path, recorded_result(path)
+    if path.is_file() and not re.search(r"-\d+$", job):  # as every id ends
+        raise ConfigError(f"{job} is a file; expected the directory of a run, or the id of a cluster's job")
     from layerwise.cli.jobs import coordinator_client
 
     with coordinator_client(coordinator) as client:

@@ -26,7 +26,16 @@ from layerwise.replay.exchange import Exchange, Handed, travelled, travelled_by_
 from layerwise.replay.life_index import LifeIndex, Owners, reads_of
 from layerwise.replay.past_weights import PastWeights
 from layerwise.replay.recorded_block import RecordedBlock
-from layerwise.tasks import ApplyTask, BackwardResult, BackwardTask, ForwardResult, ForwardTask, Steps, run_to_end
+from layerwise.tasks import (
+    ApplyTask,
+    BackwardResult,
+    BackwardTask,
+    ForwardResult,
+    ForwardTask,
+    Result,
+    Steps,
+    run_to_end,
+)
 
 NO_GRADIENT = Tensors((None,))
 """What stands for a boundary gradient where nothing below wants one."""
@@ -317,12 +326,13 @@ class Execution:
         return self.block.layers[index - self.block.start]
 
 
-def _next(steps: Steps[BackwardResult] | Steps[ForwardResult]) -> BackwardResult | ForwardResult | None:
+def _next(steps: Steps[Result]) -> Result | None:
     """One step; what it returns if it was the last."""
     try:
         next(steps)
     except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
+        result: Result = end.value
+        return result
     return None
 
 

@@ -81,7 +81,7 @@ class Replay:
         self._compared: set[int] = set()
         self._over: list[tuple[int, int]] = []
         self._left_out: list[str] = []
-        self._wanted_index = None
+        self._wanted_index: int | None = None
         if until is not None and until.update is None:
             self._wanted_index = until.index(self._lives[-1].header.plan)
 
@@ -309,9 +309,10 @@ class Replay:
             return False
         if self.until.update is not None:
             return len(self.copies) == self.history.num_layers
-        return len(self._current) == self.history.num_layers and all(
-            not layer.ledger.lacks(self._wanted_index) for layer in self.layers.values()
-        )
+        wanted = self._wanted_index
+        assert wanted is not None
+        layers = self.layers
+        return len(layers) == self.history.num_layers and not any(one.ledger.lacks(wanted) for one in layers.values())
 
     def _layer_facts(self) -> Iterator[ReplayedLayer]:
         for index, layer in self.layers.items():

@@ -65,6 +65,9 @@ def test_a_finished_run_can_be_evaluated_exported_and_audited_with_no_cluster(
 
     assert sum(tensor.numel() for tensor in load_file(tmp_path / "model" / "model.safetensors").values()) > 0
 
+    assert run(["export", "runs/tiny", "/proc/model"]) == 2
+    assert "/proc/model can't be written into" in capsys.readouterr().err
+
     assert run(["audit", "runs/tiny"]) == 0
     assert "FAIL" not in capsys.readouterr().out
 

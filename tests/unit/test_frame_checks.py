@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from layerwise.errors import NotFoundError
 from layerwise.ids import Attempt, Microbatch
 from layerwise.job import parse_job
 from layerwise.messages import (
@@ -31,6 +32,7 @@ from layerwise.probe import probe
 from layerwise.profile import Profile
 from layerwise.server.first_shard import MAX_UNFIT
 from layerwise.server.frame_checks import FrameChecks
+from layerwise.tasks import EvaluateTask
 from tests.simulation.counting_block import activation, target
 from tests.unit.test_shard_role import Bench, attempt, sent
 
@@ -245,3 +247,18 @@ def test_an_unfit_message_of_another_life_gives_nothing_up() -> None:
     bench.hears("forward-0", tensors_for(grant, bench))
     assert len(bench.queue) == 1
     assert attempt(0) == grant.attempt
+
+
+def test_evaluations_of_cuts_that_are_not_held_are_forgotten() -> None:
+    bench = Bench(0)
+    bench.start()
+    for version in range(1000):
+        asked = EvaluateForward(
+            job="job", version=version, start=0, stop=4, life=bench.place.life, inputs=Tensors((None,)), targets=Tensors((None,))
+        )  # fmt: skip
+        bench.hears("stranger", asked)
+        task = bench.queue.try_pop()
+        assert isinstance(task, EvaluateTask)
+        assert bench.role.on_task_failed(task, NotFoundError("it is not held"), 0.0) == []
+    assert bench.role._evaluations.num_awaited == 0
+    assert not bench.role.failed
