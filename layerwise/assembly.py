@@ -37,6 +37,7 @@ class Training:
     policy: DelayPolicy = constant
     position_order: bool = False
     precision: Precision = field(default_factory=Precision)
+    finite_buffers: bool = False
 
     @property
     def rate(self) -> Callable[[int], float]:
@@ -81,6 +82,7 @@ def assemble(
             version=_version_of(ledger),
             precision=training.precision,
             clones_input=profile is not None and profile.clones_input,
+            finite_buffers=training.finite_buffers,
             foreign=foreign,
             lower=[layers[owner - start].compute for owner in lower],
         )
@@ -111,6 +113,7 @@ def compute_layer(
     version: Callable[[], int],
     precision: Precision,
     clones_input: bool,
+    finite_buffers: bool = False,
     foreign: Sequence[tuple[str, Destination]] = (),
     lower: Sequence[LayerCompute] = (),
 ) -> LayerCompute:
@@ -122,6 +125,7 @@ def compute_layer(
         version=version,
         precision=precision,
         clones_input=clones_input,
+        finite_buffers=finite_buffers,
         foreign=foreign,
         owners=lower,
     )

@@ -12,25 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.applied import AppliedSet
-from layerwise.audit_report import AuditReport, Findings, LayerFacts
+from layerwise.audit_report import AuditReport, DroppedMicrobatch, Findings, LayerFacts
 from layerwise.block_audit import AttemptNumbers, BlockEvents, log_name, replay_block
 from layerwise.block_audit import StoredEvents as StoredEvents
 from layerwise.errors import CorruptError, NotFoundError
-from layerwise.ids import Microbatch
 from layerwise.layer_audit import CutState, LayerAudit
 from layerwise.log_header import LogHeader
 from layerwise.log_reader import LogReader, find_logs
 from layerwise.plan import TrainingPlan
 from layerwise.rate_book import LearningRate, RateBook
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DroppedMicrobatch:
-    """A microbatch that the ledger lists as dropped; ``missing_from`` is the lowest layer that lacks it, if known."""
-
-    microbatch: Microbatch
-    reason: str
-    missing_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +87,13 @@ def audit(
         _check_chain(chain, findings)
     last = {layer: chain[-1] for layer, chain in sorted(lives.items())}
     _check_agreement(last, findings, ledger)
-    _check_ledger(last, findings, ledger)
+    dropped = _dropped(lives)
+    _check_ledger(last, dropped, findings, ledger)
     if not any(block.header.position_order for block in every):
         findings.skip("position-order", "gradients are summed as they arrive")
     job = every[0].header.job if every else "of no name"
     return findings.report(
-        job, _DETAILS, (_facts(layer, names[layer], chain) for layer, chain in sorted(lives.items()))
+        job, _DETAILS, (_facts(layer, names[layer], chain) for layer, chain in sorted(lives.items())), dropped
     )
 
 
@@ -174,28 +165,29 @@ def _check_chain(chain: list[LayerAudit], findings: Findings) -> None:
         restored = layer.restored
         if restored is None:
             continue
-        found = _saved(chain[:number], restored.version)
+        saved = _saved(chain[:number], restored.version)
         state = CutState(
             samples=restored.samples, digest=restored.digest, applied=restored.applied, buffers=restored.buffers
         )
-        if found is None:
+        if not saved:
             findings.fail("lives", f"{who} begins at version {restored.version}, which no earlier life saved")
-        elif found != state:
+        elif state not in saved:
             findings.fail(
                 "lives",
                 f"{who} begins at version {restored.version} with other contents than were saved: "
-                f"{_difference(found, state)}",
+                f"{_difference(saved[-1], state)}",
             )
 
 
-def _saved(chain: list[LayerAudit], version: int) -> CutState | None:
-    """The newest saved state of ``version`` that a life after ``chain`` may begin with."""
-    for layer in reversed(chain):
-        if version in layer.cuts:
-            return layer.cuts[version]
-        if layer.restored is not None and version > layer.restored.version:
-            return None  # it was passed here and not saved; what older lives had there was rewound
-    return CutState(samples=0, digest="", applied=AppliedSet(), buffers=AppliedSet()) if version == 0 else None
+def _saved(chain: list[LayerAudit], version: int) -> list[CutState]:
+    """The states at ``version`` that a life after ``chain`` may begin with, oldest first.
+
+    Not only the newest: a cut may become durable with the files of a life that was lost meanwhile, while the next life has
+    begun below it and will pass the version once more.
+    """
+    saved = [layer.cuts[version] for layer in chain if version in layer.cuts]
+    initial = CutState(samples=0, digest="", applied=AppliedSet(), buffers=AppliedSet())
+    return [initial, *saved] if version == 0 else saved
 
 
 def _difference(saved: CutState, found: CutState) -> str:
@@ -231,7 +223,33 @@ def _same_members(one: AppliedSet, other: AppliedSet) -> bool:
     return one.watermark == other.watermark and one.above == other.above
 
 
-def _check_ledger(last: dict[int, LayerAudit], findings: Findings, ledger: SampleLedgerSummary | None) -> None:
+def _dropped(lives: dict[int, list[LayerAudit]]) -> list[DroppedMicrobatch]:
+    """What the layers hold as dropped at the end of their last lives; the reasons are those of any life."""
+    reasons: dict[int, str] = {}
+    layers: dict[int, list[int]] = {}
+    for layer, chain in sorted(lives.items()):
+        for life in chain:
+            reasons.update(life.reasons)
+        for index in chain[-1].applied.dropped:
+            layers.setdefault(index, []).append(layer)
+    plan = next((chain[-1].header.plan for chain in lives.values()), None)
+    return [
+        DroppedMicrobatch(
+            microbatch=plan.microbatch(index),
+            reason=reasons.get(index, "the logs that are here do not say why"),
+            missing_from=None if len(missing) == len(lives) else missing[0],
+        )
+        for index, missing in sorted(layers.items())
+        if plan is not None
+    ]
+
+
+def _check_ledger(
+    last: dict[int, LayerAudit],
+    dropped: list[DroppedMicrobatch],
+    findings: Findings,
+    ledger: SampleLedgerSummary | None,
+) -> None:
     """Compare the coordinator's account with the logs'."""
     if ledger is None:
         findings.skip("ledger", "no ledger was given")
@@ -249,29 +267,33 @@ def _check_ledger(last: dict[int, LayerAudit], findings: Findings, ledger: Sampl
         return  # there is no one total to compare with; the check "agreement" has said so
     plan = first.header.plan
     common = AppliedSet.intersection([layer.applied for layer in last.values()])
-    lowest: dict[Microbatch, int] = {}
-    for number, layer in last.items():
-        for index in layer.applied.dropped:
-            lowest.setdefault(plan.microbatch(index), number)
     samples = plan.samples_in(common.watermark) + sum(plan.microbatch(index).num_samples for index in common.above)
-    dropped = sum(microbatch.num_samples for microbatch in lowest)
+    tombstones = {one.microbatch: one for one in dropped}
+    missing = sum(microbatch.num_samples for microbatch in tombstones)
     findings.count("ledger", len(common))
-    if (ledger.samples_applied, ledger.samples_dropped) != (samples - dropped, dropped):
+    if (ledger.samples_applied, ledger.samples_dropped) != (samples - missing, missing):
         findings.fail(
             "ledger",
             f"the ledger says {ledger.samples_applied} samples applied and {ledger.samples_dropped} dropped, the logs "
-            f"{samples - dropped} and {dropped}",
+            f"{samples - missing} and {missing}",
         )
     listed = {one.microbatch: one for one in ledger.dropped}
-    for microbatch in sorted(lowest.keys() ^ listed.keys()):
+    for microbatch in sorted(tombstones.keys() ^ listed.keys()):
         where = "the ledger and not in the logs" if microbatch in listed else "the logs and not in the ledger"
         findings.fail("ledger", f"{microbatch} is dropped in {where}")
-    for microbatch in sorted(lowest.keys() & listed.keys()):
-        said = listed[microbatch].missing_from
-        if said is not None and said != lowest[microbatch]:
+    for microbatch in sorted(tombstones.keys() & listed.keys()):
+        said, found = listed[microbatch], tombstones[microbatch]
+        if said.missing_from != found.missing_from:
             findings.fail(
-                "ledger", f"{microbatch} is missing from layer {lowest[microbatch]}, the ledger says from {said}"
+                "ledger",
+                f"{microbatch} is missing from {_missing(found)} in the logs and from {_missing(said)} in the ledger",
             )
+        if not said.reason:
+            findings.fail("ledger", f"{microbatch} is dropped, and the ledger does not say why")
+
+
+def _missing(dropped: DroppedMicrobatch) -> str:
+    return "every layer" if dropped.missing_from is None else f"layer {dropped.missing_from} and not from all"
 
 
 def _facts(layer: int, name: str, chain: list[LayerAudit]) -> LayerFacts:

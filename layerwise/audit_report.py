@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from layerwise.errors import AuditError
+from layerwise.ids import Microbatch
 
 CLAIMS: dict[str, str] = {
     "log": "the logs of all blocks can be read, number their records without gaps, and belong together",
@@ -26,6 +27,7 @@ CLAIMS: dict[str, str] = {
 """Every check by name, with the promise it tests."""
 
 _MAX_FAILURES = 5
+_MAX_DROPPED = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +71,29 @@ class LayerFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedMicrobatch:
+    """A microbatch that was given up, and why.
+
+    ``missing_from`` is the lowest layer that dropped it, where others have applied it (``None``: all layers dropped it).
+    """
+
+    microbatch: Microbatch
+    reason: str
+    missing_from: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.missing_from is None else f" (layer {self.missing_from} dropped it, others applied it)"
+        return f"samples {self.microbatch} are dropped: {self.reason}{where}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditReport:
-    """The outcome of an audit."""
+    """The outcome of an audit. ``dropped`` is what the layers' last lives hold as dropped, in position order."""
 
     job: str
     checks: tuple[AuditCheck, ...]
     layers: tuple[LayerFacts, ...]
+    dropped: tuple[DroppedMicrobatch, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -141,6 +160,16 @@ class AuditReport:
                 }
                 for facts in self.layers
             ],
+            "dropped": [
+                {
+                    "epoch": one.microbatch.epoch,
+                    "start": one.microbatch.start,
+                    "stop": one.microbatch.stop,
+                    "reason": one.reason,
+                    "missing_from": one.missing_from,
+                }
+                for one in self.dropped
+            ],
         }
 
     def lines(self) -> list[str]:
@@ -153,6 +182,9 @@ class AuditReport:
             result.extend(f"      {'':{width}}  {sentence}" for sentence in check.failures)
             if check.num_failures > len(check.failures):
                 result.append(f"      {'':{width}}  and {check.num_failures - len(check.failures)} more")
+        result.extend(str(one) for one in self.dropped[:_MAX_DROPPED])
+        if len(self.dropped) > _MAX_DROPPED:
+            result.append(f"and {len(self.dropped) - _MAX_DROPPED} more; --output json has them all")
         count = sum(check.passed for check in self.checks)
         result.append(f"job {self.job}: {count} of {len(self.checks)} checks passed")
         return result
@@ -181,7 +213,9 @@ class Findings:
         """Promise ``name`` is not made here."""
         self.not_applicable[name] = why
 
-    def report(self, job: str, details: dict[str, str], layers: Iterable[LayerFacts]) -> AuditReport:
+    def report(
+        self, job: str, details: dict[str, str], layers: Iterable[LayerFacts], dropped: Iterable[DroppedMicrobatch]
+    ) -> AuditReport:
         """Everything found; ``details[name]`` says what was examined."""
         checks = []
         for name in CLAIMS:
@@ -196,4 +230,4 @@ class Findings:
                     failures=tuple(self.failures[name]),
                 )
             )
-        return AuditReport(job=job, checks=tuple(checks), layers=tuple(layers))
+        return AuditReport(job=job, checks=tuple(checks), layers=tuple(layers), dropped=tuple(dropped))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from layerwise.applied import AppliedSet
 from layerwise.backward import forward_again, walk_backward
 from layerwise.block_evaluation import evaluate_copies, first_not_finite
 from layerwise.cut_shelf import CutShelf
@@ -32,6 +33,7 @@ from layerwise.tasks import (
     ApplyTask,
     BackwardResult,
     BackwardTask,
+    DropResult,
     EvaluateResult,
     EvaluateTask,
     ForwardResult,
@@ -99,6 +101,10 @@ class Block:
     def lacking(self, index: int) -> tuple[int, ...]:
         """The block's layers that have neither applied nor dropped microbatch ``index``."""
         return tuple(layer.index for layer in self.layers if layer.ledger.lacks(index))
+
+    def applied(self) -> tuple[AppliedSet, ...]:
+        """A copy of each layer's set. No pass may be under way."""
+        return tuple(layer.ledger.applied.copy() for layer in self.layers)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -341,12 +347,22 @@ class Block:
         for layer in self.layers:
             layer.abort(attempt)
 
-    def drop(self, attempt: Attempt, reason: str) -> int | None:
-        """Put tombstones in every layer that still lacks the microbatch; gives the lowest such layer."""
+    def drop(self, attempt: Attempt, reason: str) -> DropResult:
+        """Put tombstones in every layer that still lacks the microbatch; gives how all of them stand to it then.
+
+        What its forward pass wrote into buffers stays.
+        """
         self.release(attempt)
         with self._transfers.computing():
-            dropped = [layer.index for layer in self.layers if layer.drop(attempt, reason)]
-        return min(dropped, default=None)
+            for layer in self.layers:
+                layer.drop(attempt, reason)
+        index = self._plan.index(attempt.microbatch)
+        missing = [layer.index for layer in self.layers if index in layer.ledger.applied.dropped]
+        return DropResult(missing_from=min(missing, default=None), partial=len(missing) < len(self.layers))
+
+    def dropped(self, index: int) -> bool:
+        """Whether a layer has a tombstone in the place of microbatch ``index``."""
+        return any(index in layer.ledger.applied.dropped for layer in self.layers)
 
     # --- evaluation and cuts ------------------------------------------------------------------------------------------
 

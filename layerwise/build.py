@@ -108,10 +108,12 @@ def build_block(
     moves = transfers(device)
     moves.finish()
     writer = CutWriter(assignment.directory, assignment.job, before_save=events.sync)
+    shelf = CutShelf(len(layers), cut_events, writer.save)
+    shelf.restore([copy.to(device) for copy in copies or ()])
     block = Block(
         layers,
         settings.plan,
-        CutShelf(len(layers), cut_events, writer.save),
+        shelf,
         mode=WeightMode(settings.backward_weights),
         head=head,
         trainable_below=trainable_below,
@@ -197,6 +199,7 @@ def training_of(spec: JobSpec, settings: ResolvedSettings, device: torch.device)
         policy=delay_policy(settings.delay_policy),
         position_order=settings.mode == "synchronous",
         precision=precision_of(spec, device),
+        finite_buffers=spec.train.on_bad_sample == "drop",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from layerwise.errors import NotFoundError
@@ -63,6 +63,13 @@ class CutShelf:
             self._saved(version, (), "")
         else:
             self._save(version, copies, lambda files, error: self._saved(version, files, error))
+
+    def restore(self, copies: Sequence[LayerCopy]) -> None:
+        """The block begins with these: they are on disk, and stay here until `release`, for evaluation. No event follows."""
+        with self._lock:
+            for copy in copies:
+                self._copies.setdefault(copy.state.version, {})[copy.layer] = copy
+                self._held.add(copy.state.version)
 
     def get(self, version: int) -> tuple[LayerCopy, ...]:
         """The copies of all layers, lowest first; ``NotFoundError`` when the cut is not held."""

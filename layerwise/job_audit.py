@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.audit import DroppedMicrobatch, SampleLedgerSummary, audit_directory
-from layerwise.audit_report import AuditReport
+from layerwise.audit import SampleLedgerSummary, audit_directory
+from layerwise.audit_report import AuditReport, DroppedMicrobatch
 from layerwise.cuts import durable_cuts, load_manifest
 from layerwise.errors import CorruptError, NotFoundError
 from layerwise.event_log import LogReader, find_logs

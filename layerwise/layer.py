@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -35,6 +35,16 @@ class LayerCopy:
     parameters: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
     moments: Mapping[str, torch.Tensor]
+
+    def to(self, device: torch.device) -> LayerCopy:
+        """The same on ``device``; what is there already is shared."""
+
+        def moved(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: one.to(device) for name, one in tensors.items()}
+
+        return replace(
+            self, parameters=moved(self.parameters), buffers=moved(self.buffers), moments=moved(self.moments)
+        )
 
 
 @dataclass(slots=True)

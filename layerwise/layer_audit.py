@@ -70,6 +70,7 @@ class LayerAudit:
         self.open: dict[int, ForwardEvent] = {}
         self.cuts: dict[int, CutState] = {}
         self.staleness: dict[int, int] = {}
+        self.reasons: dict[int, str] = {}
         self._plan = header.plan
         self._findings = findings
         self._rates = rates
@@ -262,6 +263,7 @@ class LayerAudit:
             self._closed_age += event.update - event.base
         elif index in self.open:
             self._fail_ticket(event.attempt, f"is dropped and {self.open.pop(index).attempt} stays open")
+        self.reasons[index] = event.reason
         self._fill(index, event.attempt, event.update, dropped=True)
 
     def _abort(self, event: AbortEvent) -> None:

@@ -102,10 +102,14 @@ class LayerCompute:
         version: Callable[[], int],
         precision: Precision | None = None,
         clones_input: bool = False,
+        finite_buffers: bool = False,
         foreign: Sequence[tuple[str, Destination]] = (),
         owners: Sequence[LayerCompute] = (),
     ) -> None:
-        """``foreign`` names parameters that belong to lower layers, which are ``owners`` (lowest first)."""
+        """``foreign`` names parameters that belong to lower layers, which are ``owners`` (lowest first).
+
+        ``finite_buffers``: a forward pass never leaves a buffer with a value that is not finite.
+        """
         self.module = module
         self.index = module.index
         self.lock = SharedLock()
@@ -115,6 +119,7 @@ class LayerCompute:
         self._clones_input = clones_input
         self._owners = tuple(owners)
         self._outer_locks = tuple(one.lock for one in owners)
+        self._finite_buffers = finite_buffers
         foreign_names = {name for name, _ in foreign}
         self.owned = {
             name: parameter
@@ -225,7 +230,8 @@ class LayerCompute:
             with module.exchanged(parameters=parameters, buffers=given):
                 outputs = self._call(inputs, microbatch, graph)
                 left = module.learn_written(before if buffers is None else buffers, given)
-                after = left if commit else before
+                if commit:
+                    after = _finite_or_before(left, before) if self._finite_buffers else left
         finally:
             module.set_buffers(after)
         return outputs
@@ -324,6 +330,15 @@ class _Nested(AbstractContextManager[None]):
         finally:
             for lock in reversed(self._outer):
                 lock.release_shared()
+
+
+@torch.no_grad()
+def _finite_or_before(left: Sequence[torch.Tensor], before: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The buffers that a pass has ``left``; as they were ``before`` where they are not finite. Asks no device to answer."""
+    return tuple(
+        torch.where(torch.isfinite(new).all(), new, old) if new is not old and new.is_floating_point() else new
+        for new, old in zip(left, before, strict=True)
+    )
 
 
 def _leaf(item: torch.Tensor | None, gradient: bool) -> torch.Tensor | None:

@@ -59,6 +59,10 @@ class Tensors:
     single: bool = True
 
 
+NO_TENSORS = Tensors((), single=False)
+"""Where a dropped microbatch has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class NamedTensors:
     """Tensors of one layer by name (``None``: there is no gradient), in a fixed order."""
@@ -139,7 +143,11 @@ class Closed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """A microbatch enters a block. ``needed_from``: the lowest layer before this block that lacks it (the number of layers when none does)."""
+    """A microbatch enters a block. ``needed_from``: the lowest layer before this block that lacks it (the number of layers when none does).
+
+    ``dropped`` says, where it is not empty, why the microbatch is given up: there are no tensors, and a tombstone takes its place on every
+    layer from here on that lacks it.
+    """
 
     job: str
     attempt: Attempt
@@ -148,17 +156,22 @@ class Forward:
     needed_from: int
     inputs: Tensors
     targets: Tensors
+    dropped: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundaryGradient:
-    """The loss's gradient with respect to what this (upstream) block put out; all ``None`` when nothing below is trainable."""
+    """The loss's gradient with respect to what this (upstream) block put out; all ``None`` when nothing below is trainable.
+
+    ``dropped`` as in `Forward`: there is no gradient, and this block's layers that lack the microbatch drop it.
+    """
 
     job: str
     attempt: Attempt
     number: int
     life: int
     gradients: Tensors
+    dropped: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +179,7 @@ class BlockClosed:
     """Upstream to the first shard: block ``block`` has applied (dropped, or aborted and freed) the attempt on all of its layers.
 
     The last block adds the summed loss and metrics. Counted only if ``fresh``: at least one layer took it in for the first time.
-    ``missing_from`` names the lowest layer from which a dropped microbatch is missing.
+    ``missing_from`` is the block's lowest layer that dropped it; ``partial``: another layer of the block has applied it.
     """
 
     job: str
@@ -179,6 +192,7 @@ class BlockClosed:
     metrics: tuple[Metric, ...] = ()
     reason: str = ""
     missing_from: int | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,8 +332,24 @@ class TaskFinished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hosting:
+    """What a process still does for a job while nobody coordinates it: ``block`` in ``life`` (-1 and 0: a forward worker).
+
+    For a backward worker ``block`` is the one that it works for and ``life`` that block's. ``generation`` is that of the route it knows.
+    """
+
+    job: str
+    block: int
+    life: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """A process presents itself. ``address`` is where peers reach it (empty: it accepts no links); ``device`` as in ``--device``."""
+    """A process presents itself. ``address`` is where peers reach it (empty: it accepts no links); ``device`` as in ``--device``.
+
+    ``hosting`` names the jobs that it goes on with: it has only lost its coordinator, or that was started again.
+    """
 
     role: Role
     name: str
@@ -330,6 +360,7 @@ class Hello:
     version: str
     allowed_imports: tuple[str, ...] = ()
     metrics_address: str = ""
+    hosting: tuple[Hosting, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,6 +425,7 @@ class Assignment:
 
     ``block`` is the index into ``route`` for a shard (for a backward worker: the block it works for), -1 for a forward worker.
     ``cut`` is the version to restore (0: the initial weights). ``directory`` is where cuts and event logs go.
+    ``generation`` counts the routes of the job: every admission number and every attempt of this one is above those of the routes before.
     """
 
     job: str
@@ -404,16 +436,45 @@ class Assignment:
     block: int
     cut: int
     directory: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reroute:
+    """Coordinator to a process that keeps what it has: the job goes on over ``route``.
+
+    It aborts what was under way, forgets its leases, connects anew and answers `Ready`. A shard tells again of its cuts above ``durable``, the
+    newest durable version.
+    """
+
+    job: str
+    route: tuple[BlockPlace, ...]
+    block: int
+    generation: int
+    durable: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The assignment is carried out. A shard tells which microbatches each of its layers already has, as JSON of `AppliedSet`."""
+    """The assignment (or the new route) of ``generation`` is carried out.
+
+    A shard tells which microbatches each of its layers already has, as JSON of `AppliedSet`, and the version it has restored.
+    """
 
     job: str
     block: int
+    generation: int
     applied_json: tuple[str, ...] = ()
     version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkDown:
+    """Shard: my link to ``peer``, a neighbour on the route of ``generation``, is gone, so nothing passes between us."""
+
+    job: str
+    peer: str
+    generation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -444,10 +505,11 @@ class Unassigned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A role: the job can't go on, and why, in one sentence."""
+    """A role: the job can't go on, and why, in one sentence. ``cut`` names the version of a cut that can't be restored (0: it is not that)."""
 
     job: str
     message: str
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -459,19 +521,38 @@ class LeaseRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedAttempt:
+    """An attempt at a microbatch that is given up, and why."""
+
+    attempt: Attempt
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """Coordinator: these attempts are yours until they close, or until you are gone. Evaluation leases name the cut."""
+    """Coordinator: these attempts are yours until they close, or until you are gone. Evaluation leases name the cut.
+
+    ``drops`` are leased like ``attempts``, but not loaded: they go through the route as drops.
+    """
 
     job: str
     kind: LeaseKind
     attempts: tuple[Attempt, ...] = ()
     version: int = 0
     ranges: tuple[Microbatch, ...] = ()
+    drops: tuple[DroppedAttempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """Coordinator to a forward worker: give back the leases that you have not begun to load ("recalled")."""
+
+    job: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseReturn:
-    """Worker: I no longer work on this attempt (``reason`` as in `Decline`, or "load-failed: ...")."""
+    """Worker: I no longer work on this attempt (``reason`` as in `Decline`, "recalled", or "load-failed: ...")."""
 
     job: str
     attempt: Attempt
@@ -480,7 +561,10 @@ class LeaseReturn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptClosed:
-    """One closed number, for the coordinator's sample ledger."""
+    """One closed number, for the coordinator's sample ledger.
+
+    ``missing_from``: the lowest layer that dropped the microbatch, where others have applied it (``None``: all layers agree).
+    """
 
     attempt: Attempt
     number: int
@@ -621,7 +705,7 @@ class BlockReport:
 Message = (
     Offer | Grant | Decline | Closed | Forward | BoundaryGradient | BlockClosed | Abort | NotFinite | StopAt | EvaluateForward | Evaluated
     | TaskRequest | DetachedTask | PushGradient | TaskFinished
-    | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Ready | StartTraining | Unassign | Unassigned | Failure
-    | LeaseRequest | Lease | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
+    | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | LinkDown | StartTraining | Unassign | Unassigned | Failure
+    | LeaseRequest | Lease | Recall | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
     | Stop | Stopping | BlockReport
 )  # fmt: skip

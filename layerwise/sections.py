@@ -318,6 +318,12 @@ class Train(Section):
     )
     precision: Literal["float32", "bf16"] = "float32"
     evaluate_every: Count | None = Field(default=None, description="updates between evaluations; default: at the end")
+    on_bad_sample: Literal["fail", "drop"] = Field(
+        default="fail", description="what a sample that can't be loaded, or whose loss is not finite, leads to"
+    )
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.01, description="part of an epoch's samples that may be dropped before the job fails"
+    )
 
     @field_validator("epochs")
     @classmethod

@@ -9,7 +9,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from layerwise.address import parse_address
 from layerwise.errors import RejectedError, UnreachableError
 from layerwise.lifetime import Lifetime
 from layerwise.memory import keep_freed_memory
-from layerwise.messages import Heartbeat, Hello, Message, Role, Welcome
+from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Welcome
 from layerwise.metrics_server import serve_metrics
 from layerwise.roles import Connect, Disconnect, Effect, Send
 from layerwise.transport import Transport
@@ -63,6 +63,10 @@ class ServiceHandler(Protocol):
 
     def on_tick(self, now: float) -> list[Effect]:
         """Ten times a second."""
+        ...
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        """The jobs that this process goes on with while it has no coordinator."""
         ...
 
     def before_send(self) -> None:
@@ -179,7 +183,7 @@ class Service:
         if self._unreached_since is None:
             self._unreached_since = time.monotonic()
         self.transport.connect(COORDINATOR, self.settings.coordinator)
-        self.transport.send(COORDINATOR, self._hello)
+        self.transport.send(COORDINATOR, replace(self._hello, hosting=self._handler.hosting()))
 
     def _on_message(self, peer: str, message: Message) -> None:
         if peer == COORDINATOR and isinstance(message, Welcome):

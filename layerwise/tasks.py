@@ -11,6 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from layerwise.applied import AppliedSet
 from layerwise.ids import Attempt
 from layerwise.messages import DetachedTask, LayerReport, LayerRevision, Metric, PushGradient, Tensors
 
@@ -69,6 +70,26 @@ class ApplyTask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DropTask:
+    """Give a microbatch up: tombstones take its place in every layer that lacks it, and what is kept of it goes."""
+
+    attempt: Attempt
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropResult:
+    """How the block stands to a dropped microbatch, whenever it came to that.
+
+    ``missing_from``: the lowest layer with a tombstone (``None``: all have applied it); ``partial``: some have applied it.
+    """
+
+    missing_from: int | None
+    partial: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateTask:
     """Run the block's copy of cut ``version`` in evaluation mode."""
 
@@ -88,8 +109,8 @@ class EvaluateResult:
     metrics: tuple[Metric, ...] = ()
 
 
-Task = ForwardTask | BackwardTask | ApplyTask | EvaluateTask
-TaskResult = ForwardResult | BackwardResult | EvaluateResult | None
+Task = ForwardTask | BackwardTask | ApplyTask | DropTask | EvaluateTask
+TaskResult = ForwardResult | BackwardResult | DropResult | EvaluateResult | None
 
 
 class BlockCompute(Protocol):
@@ -107,6 +128,10 @@ class BlockCompute(Protocol):
 
     def lacking(self, index: int) -> tuple[int, ...]:
         """The block's layers that have neither applied nor dropped microbatch ``index``."""
+        ...
+
+    def applied(self) -> tuple[AppliedSet, ...]:
+        """A copy of each layer's set. No pass may be under way."""
         ...
 
     def forward(self, task: ForwardTask) -> Steps[ForwardResult]:
@@ -133,8 +158,12 @@ class BlockCompute(Protocol):
         """Free what ``attempt`` keeps and abort its open tickets."""
         ...
 
-    def drop(self, attempt: Attempt, reason: str) -> int | None:
-        """Put tombstones in every layer that still lacks the microbatch; gives the lowest such layer (``None``: no layer lacked it)."""
+    def drop(self, attempt: Attempt, reason: str) -> DropResult:
+        """Put tombstones in every layer that still lacks the microbatch, and free what ``attempt`` keeps. Repeats change nothing."""
+        ...
+
+    def dropped(self, index: int) -> bool:
+        """Whether a layer has a tombstone in the place of microbatch ``index``."""
         ...
 
     def evaluate(self, task: EvaluateTask) -> Steps[EvaluateResult]:

@@ -85,7 +85,7 @@ class Packet(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("offer", "grant", "decline", "closed", "forward", "boundary_gradient", "block_closed", "abort", "not_finite", "stop_at", "evaluate_forward", "evaluated", "task_request", "detached_task", "push_gradient", "task_finished", "hello", "welcome", "heartbeat", "probe", "probed", "assignment", "ready", "start_training", "unassign", "unassigned", "failure", "lease_request", "lease", "lease_return", "attempts_closed", "cut_taken", "cut_saved", "commit_cut", "cut_committed", "cut_durable", "hold_cut", "release_cut", "stop", "stopping", "block_report", "echo", "echoed")
+    __slots__ = ("offer", "grant", "decline", "closed", "forward", "boundary_gradient", "block_closed", "abort", "not_finite", "stop_at", "evaluate_forward", "evaluated", "task_request", "detached_task", "push_gradient", "task_finished", "hello", "welcome", "heartbeat", "probe", "probed", "assignment", "ready", "start_training", "unassign", "unassigned", "failure", "lease_request", "lease", "lease_return", "attempts_closed", "cut_taken", "cut_saved", "commit_cut", "cut_committed", "cut_durable", "hold_cut", "release_cut", "stop", "stopping", "block_report", "echo", "echoed", "reroute", "link_down", "recall")
     OFFER_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     DECLINE_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +129,9 @@ class Envelope(_message.Message):
     BLOCK_REPORT_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     ECHOED_FIELD_NUMBER: _ClassVar[int]
+    REROUTE_FIELD_NUMBER: _ClassVar[int]
+    LINK_DOWN_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
     offer: Offer
     grant: Grant
     decline: Decline
@@ -172,7 +175,10 @@ class Envelope(_message.Message):
     block_report: BlockReport
     echo: Echo
     echoed: Echoed
-    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., boundary_gradient: _Optional[_Union[BoundaryGradient, _Mapping]] = ..., block_closed: _Optional[_Union[BlockClosed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., not_finite: _Optional[_Union[NotFinite, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., evaluate_forward: _Optional[_Union[EvaluateForward, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., task_request: _Optional[_Union[TaskRequest, _Mapping]] = ..., detached_task: _Optional[_Union[DetachedTask, _Mapping]] = ..., push_gradient: _Optional[_Union[PushGradient, _Mapping]] = ..., task_finished: _Optional[_Union[TaskFinished, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., start_training: _Optional[_Union[StartTraining, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., unassigned: _Optional[_Union[Unassigned, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., lease_return: _Optional[_Union[LeaseReturn, _Mapping]] = ..., attempts_closed: _Optional[_Union[AttemptsClosed, _Mapping]] = ..., cut_taken: _Optional[_Union[CutTaken, _Mapping]] = ..., cut_saved: _Optional[_Union[CutSaved, _Mapping]] = ..., commit_cut: _Optional[_Union[CommitCut, _Mapping]] = ..., cut_committed: _Optional[_Union[CutCommitted, _Mapping]] = ..., cut_durable: _Optional[_Union[CutDurable, _Mapping]] = ..., hold_cut: _Optional[_Union[HoldCut, _Mapping]] = ..., release_cut: _Optional[_Union[ReleaseCut, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., block_report: _Optional[_Union[BlockReport, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., echoed: _Optional[_Union[Echoed, _Mapping]] = ...) -> None: ...
+    reroute: Reroute
+    link_down: LinkDown
+    recall: Recall
+    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., boundary_gradient: _Optional[_Union[BoundaryGradient, _Mapping]] = ..., block_closed: _Optional[_Union[BlockClosed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., not_finite: _Optional[_Union[NotFinite, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., evaluate_forward: _Optional[_Union[EvaluateForward, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., task_request: _Optional[_Union[TaskRequest, _Mapping]] = ..., detached_task: _Optional[_Union[DetachedTask, _Mapping]] = ..., push_gradient: _Optional[_Union[PushGradient, _Mapping]] = ..., task_finished: _Optional[_Union[TaskFinished, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., start_training: _Optional[_Union[StartTraining, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., unassigned: _Optional[_Union[Unassigned, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., lease_return: _Optional[_Union[LeaseReturn, _Mapping]] = ..., attempts_closed: _Optional[_Union[AttemptsClosed, _Mapping]] = ..., cut_taken: _Optional[_Union[CutTaken, _Mapping]] = ..., cut_saved: _Optional[_Union[CutSaved, _Mapping]] = ..., commit_cut: _Optional[_Union[CommitCut, _Mapping]] = ..., cut_committed: _Optional[_Union[CutCommitted, _Mapping]] = ..., cut_durable: _Optional[_Union[CutDurable, _Mapping]] = ..., hold_cut: _Optional[_Union[HoldCut, _Mapping]] = ..., release_cut: _Optional[_Union[ReleaseCut, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., block_report: _Optional[_Union[BlockReport, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., echoed: _Optional[_Union[Echoed, _Mapping]] = ..., reroute: _Optional[_Union[Reroute, _Mapping]] = ..., link_down: _Optional[_Union[LinkDown, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("dtype", "shape", "strides", "num_bytes", "absent")
@@ -303,7 +309,7 @@ class Closed(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., loss: _Optional[float] = ..., life: _Optional[int] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("job", "attempt", "number", "life", "needed_from", "inputs", "targets")
+    __slots__ = ("job", "attempt", "number", "life", "needed_from", "inputs", "targets", "dropped")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +317,7 @@ class Forward(_message.Message):
     NEEDED_FROM_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     number: int
@@ -318,24 +325,27 @@ class Forward(_message.Message):
     needed_from: int
     inputs: Tensors
     targets: Tensors
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., needed_from: _Optional[int] = ..., inputs: _Optional[_Union[Tensors, _Mapping]] = ..., targets: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    dropped: str
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., needed_from: _Optional[int] = ..., inputs: _Optional[_Union[Tensors, _Mapping]] = ..., targets: _Optional[_Union[Tensors, _Mapping]] = ..., dropped: _Optional[str] = ...) -> None: ...
 
 class BoundaryGradient(_message.Message):
-    __slots__ = ("job", "attempt", "number", "life", "gradients")
+    __slots__ = ("job", "attempt", "number", "life", "gradients", "dropped")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
     GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     number: int
     life: int
     gradients: Tensors
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., gradients: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+    dropped: str
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., gradients: _Optional[_Union[Tensors, _Mapping]] = ..., dropped: _Optional[str] = ...) -> None: ...
 
 class BlockClosed(_message.Message):
-    __slots__ = ("job", "attempt", "number", "life", "block", "outcome", "loss", "metrics", "reason", "missing_from")
+    __slots__ = ("job", "attempt", "number", "life", "block", "outcome", "loss", "metrics", "reason", "missing_from", "partial")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -346,6 +356,7 @@ class BlockClosed(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MISSING_FROM_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     number: int
@@ -356,7 +367,8 @@ class BlockClosed(_message.Message):
     metrics: _containers.RepeatedCompositeFieldContainer[Metric]
     reason: str
     missing_from: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., block: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., reason: _Optional[str] = ..., missing_from: _Optional[int] = ...) -> None: ...
+    partial: bool
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., block: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ..., reason: _Optional[str] = ..., missing_from: _Optional[int] = ..., partial: _Optional[bool] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("job", "attempt", "number", "life")
@@ -522,8 +534,20 @@ class TaskFinished(_message.Message):
     gradients: Tensors
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., gradients: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
 
+class Hosting(_message.Message):
+    __slots__ = ("job", "block", "life", "generation")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    block: int
+    life: int
+    generation: int
+    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., life: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
 class Hello(_message.Message):
-    __slots__ = ("role", "name", "address", "device", "host", "pid", "version", "allowed_imports", "metrics_address")
+    __slots__ = ("role", "name", "address", "device", "host", "pid", "version", "allowed_imports", "metrics_address", "hosting")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -533,6 +557,7 @@ class Hello(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_IMPORTS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HOSTING_FIELD_NUMBER: _ClassVar[int]
     role: Role
     name: str
     address: str
@@ -542,7 +567,8 @@ class Hello(_message.Message):
     version: str
     allowed_imports: _containers.RepeatedScalarFieldContainer[str]
     metrics_address: str
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., version: _Optional[str] = ..., allowed_imports: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    hosting: _containers.RepeatedCompositeFieldContainer[Hosting]
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., version: _Optional[str] = ..., allowed_imports: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., hosting: _Optional[_Iterable[_Union[Hosting, _Mapping]]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("heartbeat_seconds",)
@@ -603,7 +629,7 @@ class Probed(_message.Message):
     def __init__(self, job: _Optional[str] = ..., profile_json: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory")
+    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation")
     JOB_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -612,6 +638,7 @@ class Assignment(_message.Message):
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     job: str
     spec_json: str
     settings_json: str
@@ -620,19 +647,46 @@ class Assignment(_message.Message):
     block: int
     cut: int
     directory: str
-    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ...) -> None: ...
+    generation: int
+    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class Reroute(_message.Message):
+    __slots__ = ("job", "route", "block", "generation", "durable")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    route: _containers.RepeatedCompositeFieldContainer[BlockPlace]
+    block: int
+    generation: int
+    durable: int
+    def __init__(self, job: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., generation: _Optional[int] = ..., durable: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("job", "block", "applied_json", "version")
+    __slots__ = ("job", "block", "applied_json", "version", "generation")
     JOB_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     APPLIED_JSON_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     job: str
     block: int
     applied_json: _containers.RepeatedScalarFieldContainer[str]
     version: int
-    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., applied_json: _Optional[_Iterable[str]] = ..., version: _Optional[int] = ...) -> None: ...
+    generation: int
+    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., applied_json: _Optional[_Iterable[str]] = ..., version: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class LinkDown(_message.Message):
+    __slots__ = ("job", "peer", "generation")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    peer: str
+    generation: int
+    def __init__(self, job: _Optional[str] = ..., peer: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class StartTraining(_message.Message):
     __slots__ = ("job", "done_json", "held_json")
@@ -657,12 +711,14 @@ class Unassigned(_message.Message):
     def __init__(self, job: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("job", "message")
+    __slots__ = ("job", "message", "cut")
     JOB_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
     job: str
     message: str
-    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    cut: int
+    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("job", "count")
@@ -672,19 +728,35 @@ class LeaseRequest(_message.Message):
     count: int
     def __init__(self, job: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
+class DroppedAttempt(_message.Message):
+    __slots__ = ("attempt", "reason")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    attempt: Attempt
+    reason: str
+    def __init__(self, attempt: _Optional[_Union[Attempt, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class Lease(_message.Message):
-    __slots__ = ("job", "kind", "attempts", "version", "ranges")
+    __slots__ = ("job", "kind", "attempts", "version", "ranges", "drops")
     JOB_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
+    DROPS_FIELD_NUMBER: _ClassVar[int]
     job: str
     kind: LeaseKind
     attempts: _containers.RepeatedCompositeFieldContainer[Attempt]
     version: int
     ranges: _containers.RepeatedCompositeFieldContainer[Microbatch]
-    def __init__(self, job: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., version: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[Microbatch, _Mapping]]] = ...) -> None: ...
+    drops: _containers.RepeatedCompositeFieldContainer[DroppedAttempt]
+    def __init__(self, job: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., version: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[Microbatch, _Mapping]]] = ..., drops: _Optional[_Iterable[_Union[DroppedAttempt, _Mapping]]] = ...) -> None: ...
+
+class Recall(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    def __init__(self, job: _Optional[str] = ...) -> None: ...
 
 class LeaseReturn(_message.Message):
     __slots__ = ("job", "attempt", "reason")

@@ -19,6 +19,9 @@ from layerwise.messages import Metric, Outcome
 from layerwise.plan import TrainingPlan
 from layerwise.server.cut_schedule import CutSchedule
 
+GENERATION_BITS = 32
+"""Below these bits of an admission number is the count of numbers, above them the generation of the route."""
+
 MAX_PENDING_CUTS = 3
 """Admission goes on up to this many cuts beyond the newest durable one: so many copies of every layer may be in memory."""
 
@@ -43,7 +46,10 @@ class Declined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedNumber:
-    """Every block has reported ``number``. ``peer`` offered it (``None``: it is lost)."""
+    """Every block has reported ``number``. ``peer`` offered it (``None``: it is lost).
+
+    ``missing_from``: the lowest layer that dropped the microbatch while others have applied it.
+    """
 
     number: int
     attempt: Attempt
@@ -74,6 +80,7 @@ class OpenNumber:
     metrics: tuple[Metric, ...] = ()
     reason: str = ""
     missing_from: int | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +107,7 @@ class Admission:
         schedule: CutSchedule,
         synchronous: bool = False,
         durable: int = 0,
+        generation: int = 0,
     ) -> None:
         if window < 1 or num_blocks < 1:
             raise ValueError(f"window and number of blocks must be at least 1, got {window} and {num_blocks}")
@@ -107,7 +115,7 @@ class Admission:
         self.ordered = synchronous or window == 1
         self.started = False
         self.done = AppliedSet()
-        self.next_number = 0
+        self.next_number = generation << GENERATION_BITS
         self.stop_version: int | None = None
         self._plan = plan
         self._num_blocks = num_blocks
@@ -216,6 +224,7 @@ class Admission:
         metrics: tuple[Metric, ...] = (),
         reason: str = "",
         missing_from: int | None = None,
+        partial: bool = False,
     ) -> list[Decision]:
         """``block`` has closed ``number``; a repeat, or a report of a number that is not open, changes nothing."""
         entry = self._open.get(number)
@@ -226,6 +235,7 @@ class Admission:
         entry.metrics = metrics or entry.metrics
         entry.reason = entry.reason or reason
         if missing_from is not None:
+            entry.partial = entry.partial or partial
             entry.missing_from = missing_from if entry.missing_from is None else min(entry.missing_from, missing_from)
         if len(entry.reports) < self._num_blocks:
             return []
@@ -300,7 +310,7 @@ class Admission:
             loss=entry.loss,
             metrics=entry.metrics,
             reason=entry.reason,
-            missing_from=entry.missing_from,
+            missing_from=entry.missing_from if entry.partial or Outcome.APPLIED in outcomes else None,
         )
 
     def _settle(self, now: float) -> list[Decision]:

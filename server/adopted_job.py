@@ -51,6 +51,7 @@ def read_job(directory: str | Path) -> JobRecord:
             resume_count=manifest["resume_count"],
             cuts=_cuts(folder, version, ()),
             evaluations=tuple(manifest["evaluations"]),
+            drops=tuple(manifest["ledger"].get("dropped", ())),
         )
     except (KeyError, TypeError) as error:
         raise CorruptError(f"the manifest of cut {version} in {folder} lacks {error}; it can't be resumed") from error

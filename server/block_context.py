@@ -13,7 +13,11 @@ from layerwise.tasks import BlockCompute
 
 
 class BlockContext:
-    """Block ``block`` of ``route`` in ``job``, its neighbours, its arithmetic (``compute``) and its slots' ``queue``."""
+    """Block ``block`` of ``route`` in ``job``, its neighbours, its arithmetic (``compute``) and its slots' ``queue``.
+
+    ``generation`` is that of the route; `take_route` replaces both. ``drops_bad_samples``: a loss that is not finite costs the job
+    that microbatch only.
+    """
 
     def __init__(
         self,
@@ -27,12 +31,11 @@ class BlockContext:
         queue: TaskQueue,
         layer_names: Sequence[str],
         coordinator: str,
+        generation: int,
+        drops_bad_samples: bool = False,
     ) -> None:
         self.job = job
         self.block = block
-        self.place = route[block]
-        self.upstream = route[block - 1] if block > 0 else None
-        self.downstream = route[block + 1] if block + 1 < len(route) else None
         self.num_blocks = len(route)
         self.num_layers = route[-1].stop
         self.plan = plan
@@ -41,9 +44,18 @@ class BlockContext:
         self.queue = queue
         self.layer_names = tuple(layer_names)
         self.coordinator = coordinator
+        self.drops_bad_samples = drops_bad_samples
         self.failed = False
         self.num_refused = 0
         self._refusals = Refusals()
+        self.take_route(route, generation)
+
+    def take_route(self, route: Sequence[BlockPlace], generation: int) -> None:
+        """The neighbours are those of ``route`` from now on."""
+        self.generation = generation
+        self.place = route[self.block]
+        self.upstream = route[self.block - 1] if self.block > 0 else None
+        self.downstream = route[self.block + 1] if self.block + 1 < len(route) else None
 
     @property
     def life(self) -> int:

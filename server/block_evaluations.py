@@ -82,3 +82,7 @@ class BlockEvaluations:
     def on_lost(self, peer: str) -> None:
         """A worker is gone; nobody waits for its answers."""
         self._workers = {key: worker for key, worker in self._workers.items() if worker != peer}
+
+    def forget_all(self) -> None:
+        """What is on its way is given up; the coordinator asks again."""
+        self._workers.clear()

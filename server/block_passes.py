@@ -6,6 +6,9 @@ upstream                       this block                             downstream
                                BackwardTask ◄───────────────────────  BoundaryGradient
   BoundaryGradient ◄────────   every lacking layer has its gradient
   BlockClosed ◄─────────────                          (relayed) ◄───  BlockClosed
+
+A microbatch that is dropped goes the same ways: a `Forward` without tensors from where that was decided (or where a layer has its
+tombstone) to the end of the route, a `BoundaryGradient` without gradients to its beginning. Each block drops it by a `DropTask`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from layerwise.ids import Attempt
 from layerwise.messages import (
+    NO_TENSORS,
     Abort,
     BlockClosed,
     BoundaryGradient,
@@ -28,8 +32,10 @@ from layerwise.messages import (
 from layerwise.roles import Effect, Send
 from layerwise.server.block_context import BlockContext
 from layerwise.server.first_shard import FirstShard
-from layerwise.tasks import BackwardTask, ForwardResult, ForwardTask
+from layerwise.tasks import BackwardTask, DropResult, DropTask, ForwardResult, ForwardTask
 
+TOMBSTONE = "dropped before"
+"""Why an attempt is dropped where nobody told: some layer has a tombstone of an earlier one."""
 NO_GRADIENT = Tensors((None,))
 """Stands for a boundary gradient where nothing below is trainable: the blocks there still have to close the attempt."""
 
@@ -86,7 +92,8 @@ class BlockPasses:
             return context.refuse(peer, message, f"number {message.number} is here already, or {peer} is not upstream")
         elif len(self._passes) >= context.window:
             return context.refuse(peer, message, f"{context.window} microbatches are here, which is the window")
-        lacking = context.compute.lacking(context.plan.index(message.attempt.microbatch))
+        index = context.plan.index(message.attempt.microbatch)
+        lacking = context.compute.lacking(index)
         below = needed_from < context.place.start
         one = _Pass(
             attempt=message.attempt,
@@ -98,6 +105,11 @@ class BlockPasses:
             input_gradient=below,
         )
         self._passes[one.number] = one
+        if message.dropped:
+            return effects + self._hand_on_drop(one, message.dropped) + self._push_drop(one, message.dropped)
+        if context.compute.dropped(index):
+            # Decided before, and lost with a crash on the way to the other blocks.
+            return effects + self._hand_on_drop(one, TOMBSTONE) + self._drop(one, TOMBSTONE)
         context.queue.push(
             ForwardTask(
                 attempt=one.attempt,
@@ -127,11 +139,13 @@ class BlockPasses:
                 targets=one.targets,
             )
             effects.append(Send(context.downstream.shard, forward))
-        elif one.lacking:
-            # A block that has the microbatch already has had its loss counted.
-            one.loss, one.metrics = result.loss, result.metrics
-            if result.loss is not None and not math.isfinite(result.loss):
+        else:
+            if one.keep and result.loss is not None and not math.isfinite(result.loss):
+                if context.drops_bad_samples:
+                    return self._drop(one, f"its loss is not finite ({result.loss})")
                 return self.find_not_finite(one.number, result.loss)
+            if one.lacking:  # a block that has the microbatch already has had its loss counted
+                one.loss, one.metrics = result.loss, result.metrics
         if not one.keep:
             effects += self._report(one, now)
         elif context.downstream is None:
@@ -146,6 +160,8 @@ class BlockPasses:
         one = self._passes.get(message.number)
         if one is None or one.attempt != message.attempt or not one.keep:
             return self._context.refuse(peer, message, f"number {message.number} does not wait for it")
+        if message.dropped:
+            return self._drop(one, message.dropped)
         return self._push(BackwardTask(attempt=one.attempt, number=one.number, gradients=message.gradients), now)
 
     def finish(self, number: int, gradients: Tensors | None, now: float) -> list[Effect]:
@@ -164,6 +180,50 @@ class BlockPasses:
             )
             effects.append(Send(context.upstream.shard, boundary))
         return effects + self._report(one, now)
+
+    # Drops -----------------------------------------------------------------------------------------------------------
+
+    def on_dropped(self, task: DropTask, result: DropResult, now: float) -> list[Effect]:
+        """Every layer of the block has the microbatch or its tombstone."""
+        return self._report(self._passes[task.number], now, dropped=result, reason=task.reason)
+
+    def _hand_on_drop(self, one: _Pass, reason: str) -> list[Effect]:
+        context = self._context
+        if context.downstream is None:
+            return []
+        forward = Forward(
+            job=context.job,
+            attempt=one.attempt,
+            number=one.number,
+            life=context.downstream.life,
+            needed_from=one.needed_from,
+            inputs=NO_TENSORS,
+            targets=NO_TENSORS,
+            dropped=reason,
+        )
+        return [Send(context.downstream.shard, forward)]
+
+    def _drop(self, one: _Pass, reason: str) -> list[Effect]:
+        """Drop it here and, where they wait for its gradient, in the blocks before."""
+        context = self._context
+        effects = self._push_drop(one, reason)
+        if one.input_gradient:
+            assert context.upstream is not None
+            boundary = BoundaryGradient(
+                job=context.job,
+                attempt=one.attempt,
+                number=one.number,
+                life=context.upstream.life,
+                gradients=NO_TENSORS,
+                dropped=reason,
+            )
+            effects.append(Send(context.upstream.shard, boundary))
+        return effects
+
+    def _push_drop(self, one: _Pass, reason: str) -> list[Effect]:
+        one.loss, one.metrics, one.targets = None, (), NO_TENSORS
+        self._context.queue.push(DropTask(attempt=one.attempt, number=one.number, reason=reason))
+        return []
 
     # Reports ---------------------------------------------------------------------------------------------------------
 
@@ -192,6 +252,12 @@ class BlockPasses:
             outcome=Outcome.ABORTED,
         )
         return effects + self.close(report, now)
+
+    def abort_all(self) -> None:
+        """Free everything that is under way; nobody is told. No slot may be computing."""
+        for one in self._passes.values():
+            self._context.compute.abort(one.attempt)
+        self._passes.clear()
 
     # A loss that is not finite ---------------------------------------------------------------------------------------
 
@@ -227,17 +293,21 @@ class BlockPasses:
         self._context.queue.push(task)
         return self._feed(now)
 
-    def _report(self, one: _Pass, now: float) -> list[Effect]:
+    def _report(self, one: _Pass, now: float, *, dropped: DropResult | None = None, reason: str = "") -> list[Effect]:
         context = self._context
         del self._passes[one.number]
+        tombstone = None if dropped is None else dropped.missing_from
         report = BlockClosed(
             job=context.job,
             attempt=one.attempt,
             number=one.number,
             life=context.life,
             block=context.block,
-            outcome=Outcome.APPLIED,
+            outcome=Outcome.APPLIED if tombstone is None else Outcome.DROPPED,
             loss=one.loss,
             metrics=one.metrics,
+            reason=reason,
+            missing_from=tombstone,
+            partial=dropped is not None and tombstone is not None and dropped.partial,
         )
         return self.close(report, now)

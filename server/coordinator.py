@@ -14,7 +14,7 @@ from typing import IO, Any
 from layerwise.errors import ConfigError
 from layerwise.job import parse_job
 from layerwise.lifetime import Lifetime
-from layerwise.messages import Assignment, Hello, Message
+from layerwise.messages import Assignment, Hello, Message, Reroute
 from layerwise.metrics_server import MetricsServer
 from layerwise.refusals import Refused
 from layerwise.roles import Connect, Disconnect, Effect, Send
@@ -229,7 +229,7 @@ class Coordinator:
             self._fail(error)
 
     def _perform(self, effects: list[Effect]) -> None:
-        if any(isinstance(effect, Send) and isinstance(effect.message, Assignment) for effect in effects):
+        if any(isinstance(effect, Send) and isinstance(effect.message, Assignment | Reroute) for effect in effects):
             # A life that a shard has heard of must never be given again, not even after a crash.
             self._flush()
         assert self._transport is not None

@@ -9,14 +9,14 @@ from typing import Any
 
 from layerwise.errors import BusyError, NotAllowedError, NotFoundError
 from layerwise.job import JobSpec, parse_job
-from layerwise.messages import Heartbeat, Hello, Message, Role, Unassign, Unassigned, Welcome
+from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Unassign, Unassigned, Welcome
 from layerwise.roles import Disconnect, Effect, Send
 from layerwise.server.job_document import job_document
 from layerwise.server.job_record import JobEvent, JobRecord, JobState
 from layerwise.server.membership import Membership
 from layerwise.server.memory_store import JobStore
 from layerwise.server.node_document import node_document
-from layerwise.server.placement import Places, Shortage, check_can_be_placed, place, replacement
+from layerwise.server.placement import Places, Shortage, check_can_be_placed, place, places_before, replacement
 from layerwise.server.run import Run
 
 HEARTBEAT_SECONDS = 1.0
@@ -25,15 +25,13 @@ STORE_SECONDS = 2.0
 EVENTS_AT_ONCE = 1000
 MAX_QUEUED = 1000
 """Jobs that may wait at the same time: a script that submits without end must not fill the store."""
-MAX_LEFT_OVER = 4096
-"""Lost processes that are remembered, to be told to leave their job should they come back."""
 
 
 class CoordinatorRole:
     """Knows the processes and the jobs; gives each job its processes in the order of submission.
 
     ``now`` is always unix seconds, and never goes back. Not thread-safe. Jobs that the store knows as active belonged
-    to a coordinator that ended; they are marked failed, with the way to go on.
+    to a coordinator that ended: their processes, which go on, come back with what they hold.
     """
 
     def __init__(
@@ -54,10 +52,9 @@ class CoordinatorRole:
         self._waiting_for: dict[str, str] = {}
         self._lacking_since: tuple[str, float] | None = None
         self._stored_at = now
-        self._left_over: dict[str, set[str]] = {}
         for record in list(self._jobs.values()):
             if record.state.active:
-                self._interrupt(record, now)
+                self._take_over(record, now)
 
     # Processes -------------------------------------------------------------------------------------------------------
 
@@ -233,17 +230,25 @@ class CoordinatorRole:
             return [*effects, Disconnect(peer)]
         self.members.join(hello, now)
         effects.append(Send(peer, Welcome(heartbeat_seconds=self._heartbeat_seconds)))
-        for job in sorted(self._left_over.pop(peer, ())):
-            effects.append(Send(peer, Unassign(job=job)))
+        for hosting in hello.hosting:
+            effects += self._take_back(peer, hosting, now)
         return effects + self._fill_vacancies(now) + self._schedule(now)
+
+    def _take_back(self, name: str, hosting: Hosting, now: float) -> list[Effect]:
+        """A process still works for a job: it has its place again, or is told to leave."""
+        run = self.runs.get(hosting.job)
+        process = self.members.get(name)
+        assert process is not None
+        taken = run.take_back(process, hosting, now) if run is not None and process.free else None
+        if run is None or taken is None:
+            return [Send(name, Unassign(job=hosting.job))]
+        self.members.assign([name], run.job, run.spec.timeouts.heartbeat)
+        return taken + self._after(run, now)
 
     def _lose(self, name: str, why: str, now: float) -> list[Effect]:
         process = self.members.lose(name)
         if process is None or process.job is None:
             return []
-        self._left_over.setdefault(name, set()).add(process.job)
-        if len(self._left_over) > MAX_LEFT_OVER:
-            del self._left_over[next(iter(self._left_over))]
         run = self.runs.get(process.job)
         if run is None or name not in run.names:
             return self._schedule(now)
@@ -252,14 +257,18 @@ class CoordinatorRole:
 
     def _fill_vacancies(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for run in self.runs.values():
-            for role, block in run.vacancies():
-                process = replacement(role, run.spec, self.members)
+        for run in list(self.runs.values()):
+            for vacancy in run.vacancies():
+                process = replacement(vacancy, run.spec, self.members, now)
                 if process is None:
                     continue
                 self.members.assign([process.name], run.job, run.spec.timeouts.heartbeat)
-                effects += run.join(process, role, block, now)
+                effects += run.join(process, vacancy.role, vacancy.block, now)
                 self._take_events(run)
+                if run.over:
+                    break
+            if run.over:
+                effects += self._after(run, now)
         return effects
 
     # Inside: jobs ----------------------------------------------------------------------------------------------------
@@ -338,17 +347,21 @@ class CoordinatorRole:
                 known.state != run.record.state
                 or known.cuts != run.record.cuts
                 or known.next_life != run.record.next_life
+                or known.placement != run.record.placement
+                or known.drops != run.record.drops
             ):
                 self._store.put(run.record)
 
-    def _interrupt(self, record: JobRecord, now: float) -> None:
-        for one in record.placement:
-            self._left_over.setdefault(one.process, set()).add(record.job)
-        durable = record.durable_cut
-        where = f"from version {durable.version} " if durable is not None else ""
-        remedy = f"go on {where}with `layerwise resume {record.job}`"
-        message = f"the coordinator was started again while the job was {record.state}; {remedy}"
-        self._close(replace(record, placement=()), JobState.FAILED, message, "error", now)
+    def _take_over(self, record: JobRecord, now: float) -> None:
+        """Go on with a job of the coordinator before; one that had not begun to train waits in the queue again."""
+        if record.state is JobState.PREPARING or not record.placement or not record.settings_json:
+            self._put(replace(record, state=JobState.QUEUED, placement=(), message=""))
+            self._note(record.job, "warning", "the coordinator was started again; the job begins anew", now)
+            return
+        run = Run(record, self._spec(record), places_before(record), {}, now)
+        self.runs[record.job] = run
+        run.revive(now)
+        self._take_events(run)
 
     def _close(self, record: JobRecord, state: JobState, message: str, level: str, now: float) -> None:
         self._put(replace(record, state=state, message=message, finished=now))

@@ -99,6 +99,10 @@ class CutLedger:
             return False
         self._durable = list(self._kept_with(version))
         self._cuts.pop(version, None)
+        for older in [one for one in self._cuts if one < version and not self._settled(one)]:
+            # Its files were deleted with what is older than the cuts that are kept.
+            self._given_up[older] = f"the cut at version {version} was durable before it"
+            del self._cuts[older]
         return True
 
     def _kept_with(self, version: int) -> tuple[int, ...]:

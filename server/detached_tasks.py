@@ -134,6 +134,11 @@ class DetachedTasks:
                 effects += self._settle(given, now)
         return effects
 
+    def abort_all(self) -> None:
+        """Forget who works on what; what the workers still send of it is refused."""
+        self._given.clear()
+        self._idle.clear()
+
     def _take_from(self, given: _Given, why: str) -> list[Effect]:
         """Let another worker do it; the job fails when nobody does it well."""
         self._num_unfit += 1

@@ -56,6 +56,7 @@ class FirstShard:
             schedule=schedule,
             synchronous=synchronous,
             durable=version,
+            generation=context.generation,
         )
         self.max_span = 0
         """The largest span of open numbers so far; the window at most."""
@@ -63,12 +64,14 @@ class FirstShard:
         self._job = context.job
         self._life = context.life
         self._schedule = schedule
+        self._synchronous = synchronous
         self._task_seconds = task_seconds
         self._closed: list[AttemptClosed] = []
         self._reported_at = 0.0
         self._first_admission: float | None = None
         self._last_close = 0.0
         self._stop_wanted = False
+        self._durable = version
         self._num_unfit = 0
 
     def describe(self) -> str:
@@ -79,6 +82,25 @@ class FirstShard:
             numbers.append(f"{one.number}:{one.attempt} {state} {dict(one.reports)}")
         waiting, done = self.admission.num_waiting, len(self.admission.done)
         return f"open [{', '.join(numbers)}], waiting {waiting}, done {done}, stop {self.admission.stop_version}"
+
+    def begin_anew(self, durable: int) -> list[Effect]:
+        """The route has changed: no number is open any more, and none is given until `on_start`. Cuts up to ``durable`` are on disk.
+
+        What has closed is told first, so that it is not thought open.
+        """
+        context = self._context
+        effects = self._report(self._reported_at)
+        self.admission = Admission(
+            plan=context.plan,
+            window=context.window,
+            num_blocks=context.num_blocks,
+            schedule=self._schedule,
+            synchronous=self._synchronous,
+            durable=max(durable, self._durable),
+            generation=context.generation,
+        )
+        self._stop_wanted = False
+        return effects
 
     def on_start(self, message: StartTraining, now: float) -> list[Effect]:
         """The coordinator says that every role is ready."""
@@ -141,6 +163,7 @@ class FirstShard:
             metrics=report.metrics,
             reason=report.reason,
             missing_from=report.missing_from,
+            partial=report.partial,
         )
         return self._carry_out(decisions, now)
 
@@ -169,6 +192,7 @@ class FirstShard:
 
     def on_cut_durable(self, version: int, now: float) -> list[Effect]:
         """Admission may pass the cuts after ``version``."""
+        self._durable = max(self._durable, version)
         return self._carry_out(self.admission.cut_durable(version, now), now)
 
     def on_tick(self, now: float) -> list[Effect]:

@@ -69,7 +69,9 @@ class HostedBlock:
             schedule=CutSchedule(final=plan.num_updates, intervals=settings.cut_intervals),
             version=assignment.cut,
             layer_names=[layer.name for layer in self._built.profile.layers],
+            generation=assignment.generation,
             task_seconds=spec.timeouts.task,
+            drops_bad_samples=spec.train.on_bad_sample == "drop",
         )
         self.checks = _checks(self._built)
         # Two slots could run the forward passes of two microbatches out of their order, which buffers would show.

@@ -60,6 +60,7 @@ def _empty(record: JobRecord) -> dict[str, Any]:
         "blocks": [],
         "forward_workers": [],
         "backward_workers": [],
+        "recoveries": [],
     }
 
 
@@ -87,6 +88,7 @@ def _from_record(record: JobRecord) -> dict[str, Any]:
 def _from_run(run: Run) -> dict[str, Any]:
     document: dict[str, Any] = {
         "blocks": _blocks(run),
+        "recoveries": list(run.recovery.made),
         "forward_workers": list(run.workers.of_role(Role.FORWARD)),
         "backward_workers": list(run.workers.of_role(Role.BACKWARD)),
     }
@@ -105,7 +107,7 @@ def _from_run(run: Run) -> dict[str, Any]:
         if run.training is not None:
             document |= _from_training(run.training, run.prepared.layer_names, over=run.over)
     if not run.record.message:
-        document["message"] = run.training.phase if run.training is not None else "preparing"
+        document["message"] = run.phase
     return document
 
 
@@ -138,7 +140,7 @@ def _blocks(run: Run) -> list[dict[str, Any]]:
             {
                 "block": block,
                 "shard": place.shard,
-                "device": run.device(place.shard),
+                "device": run.device(block),
                 "start": place.start,
                 "stop": place.stop,
                 "life": place.life,

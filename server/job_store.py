@@ -60,6 +60,10 @@ MIGRATIONS = (
         block INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, PRIMARY KEY (job, life)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN drops TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE jobs ADD COLUMN rollbacks TEXT NOT NULL DEFAULT '[]';
+    """,
 )
 """``MIGRATIONS[v]`` takes a store from schema ``v`` to ``v + 1``; ``PRAGMA user_version`` says which one it has."""
 
@@ -292,6 +296,7 @@ class SqliteJobStore:
                 for one in places
             ),
             evaluations=tuple(json.loads(row["evaluations"])),
+            drops=tuple(json.loads(row["drops"])),
             document=json.loads(row["document"]),
         )
 
@@ -321,6 +326,7 @@ def _put(connection: sqlite3.Connection, record: JobRecord) -> None:
         "next_life": record.next_life,
         "resume_count": record.resume_count,
         "evaluations": _json([dict(one) for one in record.evaluations]),
+        "drops": _json([dict(one) for one in record.drops]),
         "document": _json(dict(record.document)),
     }
     updates = ", ".join(f"{name} = excluded.{name}" for name in row if name != "job")

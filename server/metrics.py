@@ -138,7 +138,7 @@ def _blocks(trained: list[tuple[Run, Training]]) -> Iterable[Metric]:
     log = CounterMetricFamily("layerwise_event_log_bytes", "Bytes written to event logs.", labels=labels)
     for run, training in trained:
         for block, report in sorted(training.reports.items()):
-            where = [run.job, run.shards[block]]
+            where = [run.job, run.shards[block].process]
             depth.add_metric([*where, "forward"], report.forward_queue)
             depth.add_metric([*where, "backward"], report.backward_queue)
             store.add_metric(where, report.store_bytes)

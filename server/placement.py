@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from layerwise.errors import ConfigError
 from layerwise.job import JobSpec
 from layerwise.messages import Role
+from layerwise.server.job_record import JobRecord
 from layerwise.server.membership import Membership, Process
+
+RETURN_SECONDS = 3.0
+"""So long the place of a lost shard is kept for a process of the same name, which its supervisor starts at once."""
 
 COMMANDS = {Role.SHARD: "shard", Role.FORWARD: "forward worker", Role.BACKWARD: "backward worker"}
 
@@ -25,6 +29,19 @@ class Places:
     def names(self) -> tuple[str, ...]:
         """All of them."""
         return (*self.shards, *self.forward, *(name for name, _ in self.backward))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vacancy:
+    """A place of a run that a process left, for ``block`` (-1: a forward worker's).
+
+    A shard's is kept for ``expected``, which may be started again under its name, for some time after ``since``.
+    """
+
+    role: Role
+    block: int
+    expected: str = ""
+    since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +106,23 @@ def place(spec: JobSpec, members: Membership) -> Places | Shortage:
     )
 
 
-def replacement(role: Role, spec: JobSpec, members: Membership) -> Process | None:
-    """A free process to take the place of a lost worker."""
-    return next((one for one in members.of_role(role) if one.free and suits(one, spec)), None)
+def places_before(record: JobRecord) -> Places:
+    """Who works for the job according to its record."""
+    shards = sorted((one for one in record.placement if one.role is Role.SHARD), key=lambda one: one.block)
+    return Places(
+        shards=tuple(one.process for one in shards),
+        forward=tuple(one.process for one in record.placement if one.role is Role.FORWARD),
+        backward=tuple((one.process, one.block) for one in record.placement if one.role is Role.BACKWARD),
+    )
+
+
+def replacement(vacancy: Vacancy, spec: JobSpec, members: Membership, now: float) -> Process | None:
+    """A free process for the vacancy; while the one before it may come back, no other."""
+    free = [one for one in members.of_role(vacancy.role) if one.free and suits(one, spec)]
+    same = next((one for one in free if one.name == vacancy.expected), None)
+    if same is not None or not vacancy.expected or now - vacancy.since > RETURN_SECONDS:
+        return same or next(iter(free), None)
+    return None
 
 
 def _right_device(process: Process, spec: JobSpec) -> bool:

@@ -136,3 +136,13 @@ def restored_sets(layers: Sequence[AppliedSet]) -> tuple[AppliedSet, AppliedSet]
         if any(index in one for one in layers):
             held.add(index)
     return done, held
+
+
+def partial_drops(layers: Sequence[AppliedSet], done: AppliedSet) -> dict[int, int]:
+    """Of what all layers have (``done``), what only some of them dropped, with the lowest of those layers."""
+    found = {}
+    for index in done.dropped:
+        missing = [layer for layer, one in enumerate(layers) if index in one.dropped]
+        if len(missing) < len(layers):
+            found[index] = missing[0]
+    return found

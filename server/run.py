@@ -1,10 +1,12 @@
-"""One job's run, from its first process to its last: measure, assign, train, stop, let go.
+"""One job's run, from its first process to its last: measure, assign, train, recover, stop, let go.
 
 ::
 
     probing ── Probed ──► assigning ── all Ready ──► training ── finished ──► done
+       │                   ▲      └─ a shard lost, a link down ─┘
+       │                   └── every place filled again: a new route in a new generation
        └───────────────────────┴──────────────────────┴── cancel: Stop, drain, last cut ──► cancelled
-                                                      └── a shard lost, a Failure, a time limit ──► failed
+                                                      └── a Failure, a time limit ──► failed
 """
 
 from __future__ import annotations
@@ -13,11 +15,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from layerwise.applied import AppliedSet
 from layerwise.errors import LayerwiseError
 from layerwise.job import JobSpec
 from layerwise.messages import (
-    Assignment,
     AttemptsClosed,
     BlockPlace,
     BlockReport,
@@ -26,9 +26,11 @@ from layerwise.messages import (
     CutTaken,
     Evaluated,
     Failure,
+    Hosting,
     LayerFile,
     LeaseRequest,
     LeaseReturn,
+    LinkDown,
     Message,
     Probe,
     Probed,
@@ -42,19 +44,31 @@ from layerwise.messages import (
 from layerwise.profile import Profile
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_manifest import manifest_json
-from layerwise.server.job_record import JobEvent, JobRecord, JobState, PlacementRecord
+from layerwise.server.job_record import JobEvent, JobRecord, JobState
 from layerwise.server.membership import Process
-from layerwise.server.placement import Places
-from layerwise.server.preparation import Prepared, prepare, prepared_before, restored_sets
+from layerwise.server.placement import Places, Vacancy
+from layerwise.server.preparation import Prepared, partial_drops, prepare, prepared_before, restored_sets
+from layerwise.server.recovery import Recovery
+from layerwise.server.routing import Routing
+from layerwise.server.sample_ledger import DroppedMicrobatch
+from layerwise.server.shard_places import ShardPlaces
 from layerwise.server.training import Training
 from layerwise.server.worker_places import WorkerPlaces
+
+ATTEMPTS_OF_GENERATION = 1000
+"""Attempts are numbered from the generation times this, so that no attempt's name is ever used twice in a job."""
+LINK_SECONDS = 1.0
+"""How long after a broken link between two shards it is waited for one of them to be found lost."""
+MOST_RECOVERIES = 6
+"""New routes without any update in between, after which the run is given up."""
 
 
 class Run:
     """Drives one job on the processes of ``places``. Messages of other processes, or of other runs, do not come here.
 
     ``record`` is the job as it now should be stored; ``events`` what was written to its log since it was last emptied.
-    The run is over when ``record.state`` is final. Not thread-safe.
+    The run is over when ``record.state`` is final. A run whose coordinator was started again begins with its places
+    empty; its processes come back into them (`take_back`), with what they hold. Not thread-safe.
     """
 
     def __init__(
@@ -65,17 +79,17 @@ class Run:
         self.events: list[JobEvent] = []
         self.prepared: Prepared | None = prepared_before(record)
         self.training: Training | None = None
-        self.shards = places.shards
-        self.workers = WorkerPlaces(spec, places)
-        self._addresses = {name: processes[name].hello.address for name in places.shards}
-        self._devices = {name: processes[name].hello.device for name in places.shards}
-        self._cut = record.durable_cut.version if record.durable_cut is not None else 0
-        self._route: tuple[BlockPlace, ...] = ()
-        self._ready: dict[str, Ready] = {}
+        self.shards = ShardPlaces(places.shards, processes, now)
+        self.workers = WorkerPlaces(spec, places, processes)
+        self.recovery = Recovery()
+        self._routing = Routing(self.shards)
         self._room: dict[str, int] = {}
+        self._num_decisions = 0
         self._began = now
+        self._probing = ""
+        self._link_down: tuple[str, float] | None = None
         self._starved_since: float | None = None
-        self._cancelled = False
+        self._cancelled = record.state is JobState.STOPPING
         self._now = now
 
     # What there is ---------------------------------------------------------------------------------------------------
@@ -93,20 +107,40 @@ class Run:
     @property
     def names(self) -> tuple[str, ...]:
         """Every process that works for the run."""
-        return (*self.shards, *self.workers.names)
+        return (*self.shards.names, *self.workers.names)
 
     @property
     def route(self) -> tuple[BlockPlace, ...]:
-        """Where each block is; empty until the processes are assigned."""
-        return self._route
+        """Where each block is, or was last; empty until the processes are assigned."""
+        return self._routing.route
 
-    def device(self, shard: str) -> str:
-        """The device of one of the run's shards."""
-        return self._devices[shard]
+    @property
+    def recovering(self) -> bool:
+        """It has trained, and does not now: a place is empty, or the processes are getting ready for a new route."""
+        return self.training is not None and self.training.suspended
 
-    def vacancies(self) -> list[tuple[Role, int]]:
-        """Workers that were lost and not replaced, with the block they are for (-1: all)."""
-        return [] if self.over else self.workers.vacancies()
+    @property
+    def phase(self) -> str:
+        """What is going on, in a few words."""
+        if self.shards.empty and (self.training is not None or self.route):
+            return f"waiting for a shard to take the place of {', '.join(one.process for one in self.shards.empty)}"
+        if self.training is None:
+            return "preparing"
+        return "getting ready to go on" if self.training.suspended else self.training.phase
+
+    def device(self, block: int) -> str:
+        """The device of a block's shard."""
+        return self.shards[block].device
+
+    def vacancies(self) -> list[Vacancy]:
+        """Places that nobody fills."""
+        if self.over:
+            return []
+        shards = [
+            Vacancy(role=Role.SHARD, block=one.block, expected=one.process, since=one.empty_since or 0.0)
+            for one in self.shards.empty
+        ]
+        return [*shards, *(Vacancy(role=role, block=block) for role, block in self.workers.vacancies())]
 
     # From outside ----------------------------------------------------------------------------------------------------
 
@@ -114,13 +148,16 @@ class Run:
         """Begin: measure the model and the data on one shard, or go straight on when an earlier run did."""
         self._now = now
         self.record = replace(self.record, state=JobState.PREPARING, message="", started=self.record.started or now)
-        if self.prepared is not None:
-            return self._assign()
-        self._note("info", f"measuring the model and the data on {self.shards[0]}", shard=self.shards[0])
-        second = self.shards[1] if len(self.shards) > 1 else ""
-        address = self._addresses[second] if second else ""
-        probe = Probe(job=self.job, spec_json=self.record.spec_json, peer=second, address=address)
-        return [Send(self.shards[0], probe)]
+        return self._proceed()
+
+    def revive(self, now: float) -> list[Effect]:
+        """Go on with a run of a coordinator that ended: the record says who works for it and in which lives."""
+        self._now = now
+        shards = sorted((one for one in self.record.placement if one.role is Role.SHARD), key=lambda one: one.block)
+        self.shards.remember(shards)
+        self._routing.recall(self.record)
+        self._note("warning", "the coordinator was started again; waiting for the processes of the run")
+        return []
 
     def cancel(self, now: float) -> list[Effect]:
         """Stop at the next update boundary, with a cut there; a run that does not train yet ends at once."""
@@ -130,29 +167,57 @@ class Run:
         self._cancelled = True
         if self.training is None:
             return self._end(JobState.CANCELLED, "cancelled before training began")
-        self.training.stop_asked(now)
+        recalls = self.training.stop_asked(now)
         self.record = replace(self.record, state=JobState.STOPPING)
         self._note("info", "stopping at the next update")
-        return [Send(self.shards[0], Stop(job=self.job))]
+        return [] if self.training.suspended else [*recalls, Send(self.shards[0].process, Stop(job=self.job))]
 
     def join(self, process: Process, role: Role, block: int, now: float) -> list[Effect]:
-        """A free process takes the place of a lost worker."""
+        """A free process takes the place of a lost one."""
         self._now = now
+        if role is Role.SHARD:
+            self.shards.fill(block, process)
+            self._note("info", f"shard {process.name} takes the place of block {block}", shard=process.name)
+            return self._proceed()
         self.workers.fill(process.name, role, block)
         self._place()
         self._note("info", f"{role} worker {process.name} takes a free place", worker=process.name)
-        return [Send(process.name, self._assignment(block))] if self._route else []
+        return [self._routing.inform(process.name, block, self.record)] if self._routing.generation else []
+
+    def take_back(self, process: Process, hosting: Hosting, now: float) -> list[Effect] | None:
+        """A process that still works for the job presents itself again; None: its place is not there any more."""
+        self._now = now
+        if self.over:
+            return None
+        if process.role is Role.SHARD:
+            place = self.shards[hosting.block] if 0 <= hosting.block < len(self.shards) else None
+            if place is None or place.empty_since is None or place.life != hosting.life or not place.life:
+                return None
+            self.shards.fill(place.block, process, holds=True)
+            self._routing.knows(process.name)
+            self._note("info", f"shard {process.name} is back, with block {place.block}", shard=process.name)
+            return self._proceed()
+        if (process.role, hosting.block) not in self.workers.vacancies():
+            return None
+        self.workers.fill(process.name, process.role, hosting.block)
+        self._routing.knows(process.name)
+        self._place()
+        self._note("info", f"{process.role} worker {process.name} is back", worker=process.name)
+        generation = self._routing.generation
+        if hosting.generation != generation:
+            return [self._routing.inform(process.name, hosting.block, self.record)] if generation else []
+        self._routing.take_ready(process.name, Ready(job=self.job, block=hosting.block, generation=generation), stop=0)
+        return self._start_if_ready()
 
     def lose(self, name: str, why: str, now: float) -> list[Effect]:
         """A process of the run is gone."""
         self._now = now
         if self.over:
             return []
+        self._routing.forget(name)
         if name in self.shards:
-            block = self.shards.index(name)
-            return self.fail(f"shard {name} (block {block}) was lost ({why})", now)
+            return self._lose_shard(name, why)
         place = self.workers.empty(name)
-        self._ready.pop(name, None)
         self._room.pop(name, None)
         self._place()
         self._note("warning", f"{place.role} worker {name} was lost ({why})", worker=name)
@@ -172,7 +237,7 @@ class Run:
         if durable is not None:
             remedy = f"go on from it with `layerwise resume {self.job}`"
             sentence += f"; the newest durable cut is version {durable.version}: {remedy}"
-        elif self.training is not None:
+        elif self.training is not None or self.record.placement:
             sentence += f"; no cut was durable yet: begin again with `layerwise resume {self.job}`"
         return self._end(JobState.FAILED, sentence)
 
@@ -193,13 +258,22 @@ class Run:
         if self.over:
             return []
         limits = self.spec.timeouts
-        if self.training is None:
-            if now - self._began > limits.start:
+        if self._cancelled and self.training is not None and now - self.training.progressed > limits.drain:
+            return self._end_undrained(limits.drain)
+        for place in self.shards.empty:
+            if place.empty_since is not None and now - place.empty_since > limits.start:
+                return self.fail(
+                    f"shard {place.process} (block {place.block}) was lost ({place.why}), and no other took its place "
+                    f"within {limits.start:g} s",
+                    now,
+                )
+        if self.training is None or self.training.suspended:
+            if not self.shards.empty and now - self._began > limits.start:
                 return self.fail(self._why_not_ready(limits.start), now)
             # A worker that was not ready may have been lost, so that nobody is waited for any more.
             return self._start_if_ready()
-        if self._cancelled and now - self.training.progressed > limits.drain:
-            return self._end_undrained(limits.drain)
+        if self._link_down is not None and now - self._link_down[1] > LINK_SECONDS:
+            return self._mend_link()
         starved = "" if self._cancelled else self.workers.missing()
         self._starved_since = (self._starved_since or now) if starved else None
         if self._starved_since is not None and now - self._starved_since > limits.start:
@@ -212,17 +286,25 @@ class Run:
         now, training = self._now, self.training
         match message:
             case Failure():
-                return self.fail(message.message.rstrip("."), now)
-            case Probed() if self.prepared is None and peer == self.shards[0]:
+                return self._on_failure(peer, message)
+            case Probed() if self.prepared is None and peer == self._probing:
                 return self._on_probed(message)
-            case Ready() if self._route:
-                self._check_sets(peer, message)
-                self._ready[peer] = message
-                return self._start_if_ready()
+            case Ready() if self._routing.generation:
+                assert self.prepared is not None
+                stop = self.prepared.settings.plan.num_microbatches
+                return self._start_if_ready() if self._routing.take_ready(peer, message, stop=stop) else []
             case LeaseRequest() if peer in self.workers:
                 self._room[peer] = message.count
                 return training.offer_room(peer, message.count, now) if training is not None else []
-        if training is None:
+            case LinkDown():
+                return self._on_link_down(peer, message)
+        if training is None or training.suspended:
+            if peer not in self.shards:
+                return []
+            if training is not None and self.shards.empty and isinstance(message, CutCommitted):
+                # No new route yet: the newer the cut, the less is to be done again.
+                return training.commit_cut(message, now) if self.shards.of(peer).block == 0 else []
+            self._routing.keep(peer, message)
             return []
         if peer in self.workers:
             match message:
@@ -231,8 +313,12 @@ class Run:
                 case Evaluated():
                     return training.evaluated(message, now)
             return []
-        block = getattr(message, "block", self.shards.index(peer))
-        if block != self.shards.index(peer):
+        return self._on_shard_message(peer, message, training)
+
+    def _on_shard_message(self, peer: str, message: Message, training: Training) -> list[Effect]:
+        now, here = self._now, self.shards.of(peer).block
+        block = getattr(message, "block", here)
+        if block != here:
             raise ValueError(f"it speaks for block {block}, which {peer} does not hold")
         match message:
             case AttemptsClosed() if block == 0:
@@ -248,16 +334,6 @@ class Run:
             case Stopping() if block == 0:
                 return training.stop_at(message.version, now)
         return []
-
-    def _check_sets(self, peer: str, ready: Ready) -> None:
-        """Refuse sets that are none, or not those of the peer's layers."""
-        assert self.prepared is not None
-        place = next((one for one in self._route if one.shard == peer), None)
-        expected = place.stop - place.start if place is not None else 0
-        if len(ready.applied_json) != expected:
-            raise ValueError(f"it brings the sets of {len(ready.applied_json)} layers, {peer} holds {expected}")
-        for text in ready.applied_json:
-            AppliedSet.parse(text, stop=self.prepared.settings.plan.num_microbatches)
 
     def _on_probed(self, message: Probed) -> list[Effect]:
         if message.error:
@@ -276,88 +352,173 @@ class Run:
         )
         for warning in settings.warnings:
             self._note("warning", warning)
-        return self._assign()
+        return self._proceed()
+
+    def _on_failure(self, peer: str, message: Failure) -> list[Effect]:
+        """A role can't go on. If that is because a cut is damaged, the cut before it is used."""
+        if not message.cut:
+            return self.fail(message.message.rstrip("."), self._now)
+        if message.cut != self._routing.cut or peer not in self.shards:
+            return []  # the others that found it damaged have been told of another one already
+        older = tuple(cut for cut in self.record.cuts if cut.version < message.cut)
+        said = f"{message.message.rstrip('.')}"
+        self.record = replace(self.record, cuts=older)
+        if self.training is not None:
+            for cut in tuple(self.training.durable):
+                if cut >= message.cut:
+                    self.training.forget_cut(cut)
+        if not older:
+            return self.fail(f"{said}, and there is no cut before it", self._now)
+        self._note("warning", f"{said}; going on from the cut at version {older[-1].version}", version=message.cut)
+        return self._route_anew()
+
+    # Losing and finding shards ---------------------------------------------------------------------------------------
+
+    def _lose_shard(self, name: str, why: str) -> list[Effect]:
+        place = self.shards.vacate(name, why, self._now)
+        self._note("warning", f"shard {name} (block {place.block}) was lost ({why})", shard=name)
+        if name == self._probing:
+            self._probing = ""
+        if self.training is not None:
+            reached = [layer.version for layer in self.training.layers_of(place.block)]
+            self.recovery.lose(place.block, name, max(reached, default=self.training.restored), self._now)
+            self.training.suspended = True
+        self._link_down = None
+        return []
+
+    def _on_link_down(self, peer: str, message: LinkDown) -> list[Effect]:
+        if message.generation == self._routing.generation and self._link_down is None and not self.recovering:
+            self._link_down = (f"the link between {peer} and {message.peer} broke", self._now)
+        return []
+
+    def _mend_link(self) -> list[Effect]:
+        """Both shards live, so nothing is lost but what was under way: connect them anew."""
+        assert self._link_down is not None
+        assert self.training is not None
+        self._note("warning", f"{self._link_down[0]}; what was under way is begun again")
+        self._link_down = None
+        self.training.suspended = True
+        return self._route_anew()
+
+    def _proceed(self) -> list[Effect]:
+        """All places are filled: measure, or assign. Else wait for those that are not."""
+        if self.shards.empty or self.over:
+            return []
+        if self.prepared is not None:
+            return self._route_anew()
+        first, second = self.shards[0], self.shards[1] if len(self.shards) > 1 else None
+        if self._probing:
+            return []
+        self._probing = first.process
+        self._began = self._now
+        self._note("info", f"measuring the model and the data on {first.process}", shard=first.process)
+        peer, address = (second.process, second.address) if second is not None else ("", "")
+        return [Send(first.process, Probe(job=self.job, spec_json=self.record.spec_json, peer=peer, address=address))]
 
     # Assigning -------------------------------------------------------------------------------------------------------
 
-    def _assign(self) -> list[Effect]:
+    def _route_anew(self) -> list[Effect]:
+        """A new generation: blocks without their layers are restored in a new life, the others only connect anew."""
         assert self.prepared is not None
-        life = self.record.next_life
-        self._route = tuple(
-            BlockPlace(start=start, stop=stop, shard=shard, address=self._addresses[shard], life=life + block)
-            for block, ((start, stop), shard) in enumerate(zip(self.prepared.blocks, self.shards, strict=True))
-        )
-        self.record = replace(self.record, next_life=life + len(self._route))
+        if self.shards.empty:
+            return []
+        settings = self.prepared.settings
+        restored = self.shards.lacking
+        if settings.mode == "synchronous" or settings.window == 1:
+            # What equals plain training has no layer ahead of another: all of them go back to the cut.
+            restored = tuple(range(len(self.shards)))
+        version = self.training.version if self.training is not None else -1
+        if self.training is not None and self.recovery.begin(version) > MOST_RECOVERIES:
+            return self.fail(
+                f"the run did not get on: {MOST_RECOVERIES} times in a row processes or links failed before the next "
+                f"update",
+                self._now,
+            )
+        if self.training is not None:
+            self.training.suspended = True
+        next_life = self._routing.begin(self.record, restored)
+        self.record = replace(self.record, next_life=next_life)
         self._place()
-        self._note("info", f"assigning {len(self.names)} processes", version=self._cut)
-        effects: list[Effect] = [Send(place.shard, self._assignment(block)) for block, place in enumerate(self._route)]
-        return effects + [Send(one.process, self._assignment(one.block)) for one in self.workers.records]
-
-    def _assignment(self, block: int) -> Assignment:
-        return Assignment(
-            job=self.job,
-            spec_json=self.record.spec_json,
-            settings_json=self.record.settings_json,
-            profile_json=self.record.profile_json,
-            route=self._route,
-            block=block,
-            cut=self._cut,
-            directory=self.record.directory,
-        )
+        self._room.clear()
+        self._began = self._now
+        self._link_down = None
+        if restored:
+            cut = self._routing.cut
+            blocks = "all blocks" if len(restored) == len(self.shards) else f"block {', '.join(map(str, restored))}"
+            self._note("info", f"assigning {blocks} at version {cut}", version=cut)
+        effects = self._routing.inform_shards(self.record)
+        return effects + [self._routing.inform(one.process, one.block, self.record) for one in self.workers.records]
 
     def _place(self) -> None:
-        shards = tuple(
-            PlacementRecord(
-                process=one.shard, role=Role.SHARD, block=block, start=one.start, stop=one.stop, life=one.life
-            )
-            for block, one in enumerate(self._route)
-        )
+        shards = self.shards.records(self.route)
         self.record = replace(self.record, placement=(*shards, *self.workers.records))
 
     def _start_if_ready(self) -> list[Effect]:
-        if self.training is not None or self.over or not self._route:
+        if self.over or not self._routing.generation or self.shards.empty:
             return []
-        if not self.workers.of_role(Role.FORWARD) or any(name not in self._ready for name in self.names):
+        if self.training is not None and not self.training.suspended:
             return []
+        if not self.workers.of_role(Role.FORWARD) or self._routing.missing(self.names):
+            return []
+        if mismatch := self._routing.mismatch():
+            return self.fail(mismatch, self._now)
+        return self._begin_training()
+
+    def _begin_training(self) -> list[Effect]:
         assert self.prepared is not None
-        sets = [
-            AppliedSet.from_json(json.loads(text)) for shard in self.shards for text in self._ready[shard].applied_json
-        ]
-        versions = sorted({self._ready[shard].version for shard in self.shards})
-        if versions != [self._cut] or len(sets) != len(self.prepared.layer_names):
-            return self.fail(
-                f"the shards restored version {versions}, and version {self._cut} was asked for", self._now
-            )
+        sets = self._routing.applied_sets()
         done, held = restored_sets(sets)
-        self.training = Training(
-            job=self.job,
-            prepared=self.prepared,
-            shards=self.shards,
-            restored=self._cut,
-            durable=self.record.cuts,
-            done=done,
-            held=held,
-            journal=self._note,
-            manifest=self._manifest,
-            now=self._now,
+        cut = self._routing.cut
+        restored = self.shards.lacking
+        evaluations = self.record.evaluations
+        if len(restored) == len(self.shards):
+            evaluations = tuple(one for one in evaluations if one["version"] <= cut)
+        before, self.training = (
+            self.training,
+            Training(
+                job=self.job,
+                prepared=self.prepared,
+                shards=self.shards.names,
+                restored=cut,
+                durable=self.record.cuts,
+                done=done,
+                held=held,
+                evaluated=max((one["version"] for one in evaluations), default=0),
+                first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
+                drops=[DroppedMicrobatch.from_json(one) for one in self.record.drops],
+                missing_from=partial_drops(sets, done),
+                journal=self._note,
+                manifest=self._manifest,
+                now=self._now,
+            ),
         )
-        evaluations = tuple(one for one in self.record.evaluations if one["version"] <= self._cut)
-        self.record = replace(self.record, state=JobState.RUNNING, evaluations=evaluations)
-        self._note("info", f"training begins at version {self._cut}", version=self._cut)
-        effects: list[Effect] = [
-            Send(
-                self.shards[0],
-                StartTraining(job=self.job, done_json=json.dumps(done.to_json()), held_json=json.dumps(held.to_json())),
-            )
-        ]
+        self._num_decisions = 0
+        if before is not None:
+            self.training.carry_on(before, restored, self._now)
+        for line, fields in self.recovery.end(restored, cut, self._now):
+            self._note("info", line, **fields)
+        for block in restored:
+            self.shards[block].holds = True
+        state = JobState.STOPPING if self._cancelled else JobState.RUNNING
+        self.record = replace(self.record, state=state, evaluations=evaluations)
+        verb = "goes on" if before is not None else "begins"
+        self._note("info", f"training {verb} at version {self.training.version}", version=self.training.version)
+        first = self.shards[0].process
+        start = StartTraining(job=self.job, done_json=json.dumps(done.to_json()), held_json=json.dumps(held.to_json()))
+        effects: list[Effect] = [Send(first, start)]
+        if self._cancelled:
+            effects += self.training.stop_asked(self._now)
+            effects.append(Send(first, Stop(job=self.job)))
+        for peer, message in self._routing.take_early():
+            effects += self._on_shard_message(peer, message, self.training)
         for worker, room in self._room.items():
             effects += self.training.offer_room(worker, room, self._now)
         return effects
 
     def _why_not_ready(self, limit: float) -> str:
-        if not self._route:
-            return f"shard {self.shards[0]} did not measure the model within {limit:g} s"
-        missing = [name for name in self.names if name not in self._ready]
+        if not self._routing.generation:
+            return f"shard {self.shards[0].process} did not measure the model within {limit:g} s"
+        missing = self._routing.missing(self.names)
         return f"{', '.join(missing) or 'a forward worker'} did not get ready within {limit:g} s"
 
     # Ending ----------------------------------------------------------------------------------------------------------
@@ -370,6 +531,10 @@ class Run:
         cuts = tuple(training.durable[version] for version in sorted(training.durable))
         if cuts != self.record.cuts:
             self.record = replace(self.record, cuts=cuts)
+        if training.ledger.num_decisions != self._num_decisions:
+            self._num_decisions = training.ledger.num_decisions
+            drops = training.ledger.drops
+            self.record = replace(self.record, drops=tuple(drops[index].to_json() for index in sorted(drops)))
         if training.evaluations:
             made = tuple(one.to_json() for one in training.evaluations)
             self.record = replace(self.record, evaluations=(*self.record.evaluations, *made))
@@ -404,7 +569,7 @@ class Run:
 
     def _manifest(self, version: int, files: tuple[LayerFile, ...]) -> str:
         assert self.training is not None, "only a run that trains has cuts"
-        return manifest_json(self.record, self._route, version, files, self.training.ledger_summary())
+        return manifest_json(self.record, self.route, version, files, self.training.ledger_summary())
 
     def _note(self, level: str, message: str, **fields: object) -> None:
         sequence = self.record.num_events

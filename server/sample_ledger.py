@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from layerwise.applied import AppliedSet
 from layerwise.ids import Attempt, Microbatch
@@ -16,7 +17,7 @@ ALREADY_APPLIED, STILL_OPEN, STOPPING, OUT_OF_ORDER = "applied", "open", "stoppi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DroppedMicrobatch:
-    """A microbatch whose gradient is missing: on every layer, or on layer ``missing_from`` and those below it."""
+    """A microbatch whose gradient is missing: on every layer, or on some of which ``missing_from`` is the lowest."""
 
     microbatch: Microbatch
     reason: str
@@ -31,6 +32,15 @@ class DroppedMicrobatch:
             "reason": self.reason,
             "missing_from": self.missing_from,
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DroppedMicrobatch:
+        """The inverse of `to_json`."""
+        return cls(
+            microbatch=Microbatch(value["epoch"], value["start"], value["stop"]),
+            reason=value["reason"],
+            missing_from=value["missing_from"],
+        )
 
 
 @dataclass(slots=True)
@@ -62,11 +72,23 @@ class SampleLedger:
               expired, given back      (the next lease has attempt + 1)
 
     ``done`` holds what every layer has already (after a restore); ``partial`` what some layers have and others lack:
-    those are leased before anything else, so that a stop can complete them on all layers. Not thread-safe.
+    those are leased before anything else, so that a stop can complete them on all layers. ``drops`` were given up before,
+    and stay so whatever was restored: `reason_to_drop` says so of their next leases. ``missing_from`` says for indices in
+    ``done`` that some layers dropped and others applied which is the lowest of the former. Not thread-safe.
     """
 
-    def __init__(self, plan: TrainingPlan, *, done: AppliedSet | None = None, partial: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        *,
+        done: AppliedSet | None = None,
+        partial: Iterable[int] = (),
+        first_attempt: int = 1,
+        drops: Iterable[DroppedMicrobatch] = (),
+        missing_from: Mapping[int, int] | None = None,
+    ) -> None:
         self.plan = plan
+        self._first_attempt = first_attempt
         self._closed = done.copy() if done is not None else AppliedSet()
         self._first = {index for index in partial if index not in self._closed}
         self._open: dict[int, _Open] = {}
@@ -86,10 +108,18 @@ class SampleLedger:
             plan.microbatch(index).num_samples for index in self._closed.above
         )
         self._dropped_samples = sum(plan.microbatch(index).num_samples for index in self._closed.dropped)
-        self.dropped: list[DroppedMicrobatch] = [
-            DroppedMicrobatch(microbatch=plan.microbatch(index), reason="dropped before the restore")
-            for index in sorted(self._closed.dropped)
-        ]
+        self.drops: dict[int, DroppedMicrobatch] = {plan.index(one.microbatch): one for one in drops}
+        """All that is given up, whether closed or not, by index."""
+        self.num_decisions = 0
+        """How many times ``drops`` was changed by what happened, or found in ``done``."""
+        lowest = missing_from or {}
+        for index in self._closed.dropped:
+            known = self.drops.get(index)
+            reason = known.reason if known is not None else "dropped before the restore"
+            self.drops[index] = DroppedMicrobatch(
+                microbatch=plan.microbatch(index), reason=reason, missing_from=lowest.get(index)
+            )
+            self.num_decisions += 1
 
     # What there is ---------------------------------------------------------------------------------------------------
 
@@ -132,6 +162,20 @@ class SampleLedger:
         """A copy of the set of closed microbatches."""
         return self._closed.copy()
 
+    @property
+    def dropped(self) -> list[DroppedMicrobatch]:
+        """What is closed without its gradient on every layer, in position order."""
+        return [self.drops[index] for index in sorted(self._closed.dropped)]
+
+    def samples_given_up(self, epoch: int) -> int:
+        """Samples of ``epoch`` that are dropped, or will be."""
+        return sum(one.microbatch.num_samples for one in self.drops.values() if one.microbatch.epoch == epoch)
+
+    def reason_to_drop(self, microbatch: Microbatch) -> str:
+        """Why the microbatch is given up; empty when it is not."""
+        known = self.drops.get(self.plan.index(microbatch))
+        return "" if known is None else known.reason
+
     # What happens ----------------------------------------------------------------------------------------------------
 
     def stop_at(self, version: int) -> None:
@@ -147,7 +191,7 @@ class SampleLedger:
             if index is None or (paused and index > max(self._open, default=-1)):
                 break
             self._take(index)
-            attempt = self._attempts.get(index, 0) + 1
+            attempt = self._attempts.get(index, self._first_attempt - 1) + 1
             self._attempts[index] = attempt
             self._open[index] = _Open(attempt, worker, now)
             self._open_samples += self.plan.microbatch(index).num_samples
@@ -186,10 +230,33 @@ class SampleLedger:
         self._closed_samples += attempt.microbatch.num_samples
         if dropped:
             self._dropped_samples += attempt.microbatch.num_samples
-            self.dropped.append(
-                DroppedMicrobatch(microbatch=attempt.microbatch, reason=reason, missing_from=missing_from)
+            known = self.drops.get(index)
+            if known is not None:
+                reason = known.reason  # that of the decision; the route may only have found its tombstone
+            self.drops[index] = DroppedMicrobatch(
+                microbatch=attempt.microbatch, reason=reason, missing_from=missing_from
             )
+            self.num_decisions += 1
+        elif self.drops.pop(index, None) is not None:
+            self.num_decisions += 1
         return True
+
+    def give_up(self, worker: str, attempt: Attempt, reason: str) -> bool:
+        """``worker`` can't bring the samples of ``attempt``, so the microbatch is dropped for good: leased again, as a drop.
+
+        False, and no change, when ``attempt`` is not the one that counts.
+        """
+        try:
+            index = self.plan.index(attempt.microbatch)
+        except ValueError:
+            return False
+        current = self._open.get(index)
+        given_up = current is not None and current.attempt == attempt.attempt and current.holder == worker
+        if given_up and index not in self.drops:
+            self.drops[index] = DroppedMicrobatch(microbatch=attempt.microbatch, reason=reason)
+            self.num_decisions += 1
+        self.give_back(worker, attempt, reason)
+        return given_up
 
     def give_back(self, worker: str, attempt: Attempt, reason: str) -> None:
         """``worker`` no longer works on ``attempt``.
@@ -210,11 +277,12 @@ class SampleLedger:
             return
         if reason == ALREADY_APPLIED or (reason == STILL_OPEN and not current.older_aborted):
             current.holder = None
-        elif reason in (STOPPING, OUT_OF_ORDER):
+        elif reason == STOPPING or (reason == OUT_OF_ORDER and index != self._closed.watermark):
             self._remove_open(index)
             (self._unneeded if reason == STOPPING else self._early).append(index)
         else:
-            # The report that the older attempt was aborted overtook this answer, or the reason says that nobody has it.
+            # The report that the older attempt was aborted overtook this answer, or those that came first have closed
+            # since (nothing else may), or the reason says that nobody has it.
             self._release(index)
 
     def lose(self, worker: str) -> int:

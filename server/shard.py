@@ -13,6 +13,7 @@ import torch
 
 from layerwise.background import Background, sentence
 from layerwise.device import resolve_device
+from layerwise.errors import CorruptError, NotFoundError
 from layerwise.job import parse_job
 from layerwise.messages import (
     Assignment,
@@ -21,6 +22,7 @@ from layerwise.messages import (
     Echo,
     Echoed,
     Failure,
+    Hosting,
     LayerFile,
     Message,
     Probe,
@@ -86,17 +88,16 @@ class ShardServer:
         return block.on_message(peer, message, self._service.transport.refusals, now)
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
-        """See `layerwise.service.ServiceHandler`. Without the coordinator a job gets no samples: it is given up."""
+        """See `layerwise.service.ServiceHandler`. Without the coordinator the blocks go on; one that is being built is given up."""
         effects = [effect for block in self._blocks.values() for effect in block.role.on_lost(peer, now)]
         if self._hop is not None:
             self._hop.on_lost(peer)
             effects += self._when_measured()
         if peer != COORDINATOR:
             return effects
-        for job in list(self._assigned):
-            log.warning("job %s is given up here: the coordinator is gone; its last cut stands", job)
-            self._leave(job)
-        return []
+        for job in [job for job in self._assigned if job not in self._blocks]:
+            self._close(self._take_out(job), list)
+        return effects
 
     def on_tick(self, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`."""
@@ -105,6 +106,10 @@ class ShardServer:
             self._hop.on_tick(now)
             effects += self._when_measured()
         return effects
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        """See `layerwise.service.ServiceHandler`."""
+        return tuple(block.role.hosting for block in self._blocks.values())
 
     def before_send(self) -> None:
         """Write every event down before its effects leave the process."""
@@ -198,7 +203,9 @@ class ShardServer:
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []
-            return [Send(COORDINATOR, Failure(job=job, message=self._explain(error)))]
+            # With a cut that is damaged or gone the job goes on from the one before it.
+            cut = assignment.cut if isinstance(error, CorruptError | NotFoundError) else 0
+            return [Send(COORDINATOR, Failure(job=job, message=self._explain(error), cut=cut))]
 
         self._builder.run(work, done, failed)
 

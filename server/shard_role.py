@@ -10,6 +10,9 @@ The shell (real or simulated) builds it when an `Assignment` has been carried ou
     effects = role.on_cut_taken(version, now)          # every layer of the block is copied at ``version`` (in memory)
     effects = role.on_cut_saved(version, files, error, now)   # after `on_cut_taken` of that version
 
+A `Reroute` keeps the layers and begins everything else anew: what waits is forgotten, what slots compute is waited for, what is open is aborted;
+then the role says Ready, and the coordinator starts the new generation.
+
 Tasks go into ``queue``; slots take them out with `TaskQueue.pop`. ``compute`` is called here only for what is quick; passes are run by slots.
 Before each `on_tick` the shell may set ``compute_seconds`` and ``log_bytes`` for the report. Nothing of an older life is ever acted on.
 """
@@ -37,13 +40,16 @@ from layerwise.messages import (
     EvaluateForward,
     Forward,
     HoldCut,
+    Hosting,
     LayerFile,
+    LinkDown,
     Message,
     NotFinite,
     Offer,
     PushGradient,
     Ready,
     ReleaseCut,
+    Reroute,
     StartTraining,
     Stop,
     StopAt,
@@ -52,8 +58,8 @@ from layerwise.messages import (
     Tensors,
 )
 from layerwise.plan import TrainingPlan
-from layerwise.roles import Connect, Effect, Send
-from layerwise.server.admission import MAX_PENDING_CUTS
+from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.server.admission import GENERATION_BITS, MAX_PENDING_CUTS
 from layerwise.server.block_context import BlockContext
 from layerwise.server.block_evaluations import BlockEvaluations
 from layerwise.server.block_passes import BlockPasses
@@ -66,6 +72,8 @@ from layerwise.tasks import (
     BackwardResult,
     BackwardTask,
     BlockCompute,
+    DropResult,
+    DropTask,
     EvaluateResult,
     EvaluateTask,
     ForwardResult,
@@ -76,8 +84,6 @@ from layerwise.tasks import (
 
 COORDINATOR = "coordinator"
 REPORT_SECONDS = 1.0
-LOST_PEER_SECONDS = 5.0
-"""How long the coordinator has to say what a lost neighbour means, before this shard says that it can't go on."""
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +109,9 @@ class ShardRole:
         schedule: CutSchedule,
         version: int,
         layer_names: Sequence[str],
+        generation: int = 0,
         task_seconds: float = 60.0,
+        drops_bad_samples: bool = False,
         coordinator: str = COORDINATOR,
     ) -> None:
         self.job = job
@@ -121,13 +129,16 @@ class ShardRole:
             queue=queue,
             layer_names=layer_names,
             coordinator=coordinator,
+            generation=generation,
+            drops_bad_samples=drops_bad_samples,
         )
         self._compute = compute
         self._schedule = schedule
         self._version = version
         self._coordinator = coordinator
-        self._lost_neighbour: tuple[str, float] | None = None
         self._routed = False
+        self._reroute: Reroute | None = None
+        self._cuts: dict[int, CutSaved | None] = {}
         self._reported_at = -math.inf
         self.first: FirstShard | None = None
         if block == 0:
@@ -150,6 +161,12 @@ class ShardRole:
         return self._context.failed
 
     @property
+    def hosting(self) -> Hosting:
+        """What a coordinator has to know that finds this block at work."""
+        context = self._context
+        return Hosting(job=self.job, block=self.block, life=context.life, generation=context.generation)
+
+    @property
     def num_refused(self) -> int:
         """Frames not acted on: of an older life, for a number that does not wait for them, of a peer without business here."""
         return self._context.num_refused
@@ -168,22 +185,33 @@ class ShardRole:
         """The block's state is built or restored; ``applied`` has each layer's set."""
         self._schedule_cuts(self._version)
         effects = self._connect()
-        sets = tuple(json.dumps(one.to_json()) for one in applied)
-        ready = Ready(job=self.job, block=self.block, applied_json=sets, version=self._version)
-        return [*effects, Send(self._coordinator, ready)]
+        if self._version:
+            # The copy that was restored is here still, in case the version has not been evaluated.
+            taken = CutTaken(job=self.job, block=self.block, version=self._version)
+            effects.append(Send(self._coordinator, taken))
+            self._cuts[self._version] = None
+        return [*effects, self._ready(applied)]
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
         """A message of this job arrived from ``peer``."""
         if self.failed:
             return []
+        if isinstance(message, Reroute):
+            return self._on_reroute(message, now) if peer == self._coordinator else []
+        if self._reroute is not None and not isinstance(message, CutDurable | HoldCut | ReleaseCut):
+            # Whatever it is, it belongs to what is being given up.
+            return []
         context = self._context
         life = getattr(message, "life", context.life)
         if life != context.life and not isinstance(message, Offer):
             return context.refuse(peer, message, f"it is for life {life}, the block is in life {context.life}")
+        number = getattr(message, "number", None)
+        if number is not None and number >> GENERATION_BITS != context.generation:
+            return context.refuse(peer, message, f"number {number} is not of generation {context.generation}")
         self._routed = self._routed or isinstance(message, Forward | EvaluateForward | StopAt | Stop | Abort)
         try:
             return self._dispatch(peer, message, now)
-        except (ValueError, BusyError) as error:
+        except (ValueError, BusyError, RejectedError) as error:
             return context.refuse(peer, message, str(error))
 
     def on_unfit(self, peer: str, message: Message, why: str, now: float) -> list[Effect]:
@@ -204,15 +232,14 @@ class ShardRole:
         return effects
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
-        """The link to ``peer`` is gone for good."""
+        """The link to ``peer`` is gone for good. If that was a neighbour, the coordinator finds out what it means."""
         if self.failed:
             return []
         context = self._context
         if context.is_upstream(peer) or context.is_downstream(peer):
             if self._routed:
-                self._lost_neighbour = (peer, now)
-                return []
-            # Nothing has gone over it in this life: it was the link to an earlier incarnation of that shard.
+                return [Send(self._coordinator, LinkDown(job=self.job, peer=peer, generation=context.generation))]
+            # Nothing has gone over it in this generation: it was the link to an earlier incarnation of that shard.
             return self._connect() if context.is_downstream(peer) else []
         self._evaluations.on_lost(peer)
         effects = self.first.on_lost(peer, now) if self.first else []
@@ -220,11 +247,8 @@ class ShardRole:
 
     def on_tick(self, now: float) -> list[Effect]:
         """Deadlines and reports."""
-        if self.failed:
+        if self.failed or self._reroute is not None:
             return []
-        if self._lost_neighbour is not None and now - self._lost_neighbour[1] >= LOST_PEER_SECONDS:
-            here, there = self._context.place.shard, self._lost_neighbour[0]
-            return self._context.fail(f"shard {here} lost its link to shard {there} and it did not come back")
         effects = self.first.on_tick(now) if self.first else []
         effects += self._detached.on_tick(now)
         if now - self._reported_at >= REPORT_SECONDS:
@@ -233,13 +257,18 @@ class ShardRole:
 
     def on_task_done(self, task: Task, result: TaskResult, now: float) -> list[Effect]:
         """A slot has run ``task``; its effects on the layers are visible to every reader."""
+        self.queue.finish()
         if self.failed:
             return []
+        if self._reroute is not None:
+            return self._rest()
         match task, result:
             case ForwardTask(), ForwardResult():
                 return self._passes.on_forward_done(task, result, now)
             case BackwardTask(), BackwardResult():
                 return self._passes.finish(task.number, result.gradients, now)
+            case DropTask(), DropResult():
+                return self._passes.on_dropped(task, result, now)
             case ApplyTask(), _:
                 return self._detached.on_applied(task, now)
             case EvaluateTask(), EvaluateResult():
@@ -249,8 +278,13 @@ class ShardRole:
 
     def on_task_failed(self, task: Task, error: Exception, now: float) -> list[Effect]:
         """``task`` raised ``error`` on its slot."""
+        self.queue.finish()
         if self.failed:
             return []
+        if self._reroute is not None:
+            # A gradient of what is given up may well be refused; a fault of the layers themselves comes again.
+            log.info("%s of the generation before ended with: %s", type(task).__name__, error)
+            return self._rest()
         match task:
             case ApplyTask() if isinstance(error, RejectedError):
                 log.warning("%s", error)
@@ -263,12 +297,15 @@ class ShardRole:
                 what = f"evaluation of samples {task.start}-{task.stop} at version {task.version}"
             case ApplyTask():
                 what = f"gradient of layer {task.push.layer} for {task.push.attempt.microbatch}"
+            case DropTask():
+                what = f"drop of {task.attempt.microbatch}"
             case _:
                 what = f"{'forward' if isinstance(task, ForwardTask) else 'backward'} pass of {task.attempt.microbatch}"
         return self._context.fail(f"{what} failed in {self._context.describe()}: {str(error) or type(error).__name__}")
 
     def on_cut_taken(self, version: int, now: float) -> list[Effect]:
         """Every layer of the block is copied at ``version``."""
+        self._cuts.setdefault(version, None)
         self._schedule_cuts(version)
         effects: list[Effect] = [Send(self._coordinator, CutTaken(job=self.job, block=self.block, version=version))]
         if version == self._schedule.final and not self.failed:
@@ -278,6 +315,9 @@ class ShardRole:
     def on_cut_saved(self, version: int, files: Sequence[LayerFile], error: str, now: float) -> list[Effect]:
         """The block's files of the cut are on disk, or ``error`` says why not."""
         saved = CutSaved(job=self.job, block=self.block, version=version, files=tuple(files), error=error)
+        self._cuts[version] = saved
+        for old in sorted(self._cuts)[: -2 * (MAX_PENDING_CUTS + 1)]:
+            del self._cuts[old]
         return [Send(self._coordinator, saved)]
 
     def describe(self) -> str:
@@ -335,9 +375,57 @@ class ShardRole:
                     return self.first.on_stop(now)
         return self._context.refuse(peer, message, "it is not for this block, or not from this peer")
 
+    # A new route ------------------------------------------------------------------------------------------------------
+
+    def _on_reroute(self, message: Reroute, now: float) -> list[Effect]:
+        context = self._context
+        if message.generation <= context.generation:
+            return []
+        place = message.route[self.block] if len(message.route) == context.num_blocks else None
+        if message.block != self.block or place is None or place.life != context.life:
+            return context.refuse(self._coordinator, message, f"it does not lead over block {self.block}")
+        self._context.generation = message.generation
+        self._reroute = message
+        self.queue.purge()
+        return self._rest()
+
+    def _rest(self) -> list[Effect]:
+        """Once no slot computes any more: abort what is open, take the new route, say so."""
+        message = self._reroute
+        if message is None or self.queue.num_running:
+            return []
+        self._reroute = None
+        self._routed = False
+        context = self._context
+        before = context.downstream
+        context.take_route(message.route, message.generation)
+        self._passes.abort_all()
+        self._detached.abort_all()
+        self._evaluations.forget_all()
+        effects: list[Effect] = self.first.begin_anew(message.durable) if self.first is not None else []
+        after = context.downstream
+        if before is not None and after is not None and before.shard != after.shard:
+            effects.append(Disconnect(before.shard))
+        effects += self._connect()
+        for version, saved in sorted(self._cuts.items()):
+            if version >= message.durable:
+                effects.append(Send(self._coordinator, CutTaken(job=self.job, block=self.block, version=version)))
+                effects += [Send(self._coordinator, saved)] if saved is not None else []
+        # Last: with the last one that is ready training begins, and must know of the cuts.
+        return [*effects, self._ready(self._compute.applied())]
+
+    def _ready(self, applied: Sequence[AppliedSet]) -> Send:
+        sets = tuple(json.dumps(one.to_json()) for one in applied)
+        generation = self._context.generation
+        ready = Ready(job=self.job, block=self.block, generation=generation, applied_json=sets, version=self._version)
+        return Send(self._coordinator, ready)
+
     # Stop and cuts ----------------------------------------------------------------------------------------------------
 
     def _on_stop_at(self, message: StopAt) -> list[Effect]:
+        reached = max(layer.version for layer in self._compute.report())
+        if message.version < reached:
+            raise ValueError(f"training can't stop at version {message.version}, the block is at version {reached}")
         self._schedule.stop_at(message.version)
         self._cut_at(message.version)
         downstream = self._context.downstream

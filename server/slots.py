@@ -11,6 +11,7 @@ from layerwise.tasks import (
     ApplyTask,
     BackwardTask,
     BlockCompute,
+    DropTask,
     EvaluateTask,
     ForwardTask,
     Steps,
@@ -93,5 +94,7 @@ class Slots:
             case ApplyTask():
                 yield from self._block.apply(task)
                 return None
+            case DropTask(attempt=attempt, reason=reason):
+                return self._block.drop(attempt, reason)
             case EvaluateTask():
                 return (yield from self._block.evaluate(task))

@@ -7,16 +7,16 @@ import threading
 from itertools import count
 
 from layerwise.errors import BusyError
-from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, Task
+from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, Task
 
 MAX_EVALUATIONS = 256
 """Evaluation microbatches that may wait at one block; forward workers keep at most two each on the way."""
 
-_RANKS: dict[type, int] = {ApplyTask: 0, BackwardTask: 1, ForwardTask: 2, EvaluateTask: 3}
+_RANKS: dict[type, int] = {ApplyTask: 0, DropTask: 0, BackwardTask: 1, ForwardTask: 2, EvaluateTask: 3}
 
 
 class TaskQueue:
-    """Pushed gradients first, then backward, forward and evaluation passes; inside each kind the lowest number first.
+    """Pushed gradients and drops first, then backward, forward and evaluation passes; inside each kind the lowest number first.
 
     Gradients come first because they make weights fresher at little cost; backward passes before forward passes because they free what
     is kept. The bounds are reservations made at admission (`window` numbers are open at most), so a full queue is a bug of ours or of a
@@ -33,6 +33,7 @@ class TaskQueue:
         self._changed = threading.Condition()
         self._closed = False
         self._held = 0
+        self._running = 0
         self._paused = False
 
     @property
@@ -44,6 +45,11 @@ class TaskQueue:
     def backward_depth(self) -> int:
         """Backward passes that wait."""
         return len(self._heaps[1])
+
+    @property
+    def num_running(self) -> int:
+        """Tasks that slots have taken and whose end the role has not heard of (`finish`)."""
+        return self._running
 
     def __len__(self) -> int:
         return sum(len(heap) for heap in self._heaps)
@@ -70,12 +76,23 @@ class TaskQueue:
             self._changed.wait_for(lambda: self._closed or self._first() is not None, timeout_seconds)
             if self._closed:
                 return None
-            return self._take()
+            return self._hand_out()
 
     def try_pop(self) -> Task | None:
         """Take the first task if there is one."""
         with self._changed:
-            return None if self._closed else self._take()
+            return None if self._closed else self._hand_out()
+
+    def finish(self) -> None:
+        """The role has heard how a task that a slot took has ended."""
+        with self._changed:
+            self._running -= 1
+
+    def purge(self) -> None:
+        """Forget all that waits: the route has changed, and with it everything under way is aborted."""
+        with self._changed:
+            for heap in self._heaps:
+                heap.clear()
 
     def take_backward(self) -> BackwardTask | None:
         """Take the first backward pass if one waits: for a detached worker."""
@@ -133,9 +150,12 @@ class TaskQueue:
                 return heap
         return None
 
-    def _take(self) -> Task | None:
+    def _hand_out(self) -> Task | None:
         heap = self._first()
-        return heapq.heappop(heap)[2] if heap is not None else None
+        if heap is None:
+            return None
+        self._running += 1
+        return heapq.heappop(heap)[2]
 
 
 def _order(task: Task) -> int:

@@ -12,11 +12,11 @@ and every block has reported the last version.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from layerwise.applied import AppliedSet
-from layerwise.ids import Attempt
+from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
     AttemptsClosed,
     BlockReport,
@@ -25,6 +25,7 @@ from layerwise.messages import (
     CutDurable,
     CutSaved,
     CutTaken,
+    DroppedAttempt,
     Evaluated,
     LayerFile,
     LayerReport,
@@ -32,6 +33,7 @@ from layerwise.messages import (
     LeaseKind,
     LeaseReturn,
     Outcome,
+    Recall,
     ReleaseCut,
 )
 from layerwise.roles import Effect, Send
@@ -40,7 +42,7 @@ from layerwise.server.evaluation_round import Evaluation, EvaluationRound
 from layerwise.server.job_record import CutRecord
 from layerwise.server.membership import natural_order
 from layerwise.server.preparation import Prepared
-from layerwise.server.sample_ledger import SampleLedger
+from layerwise.server.sample_ledger import DroppedMicrobatch, SampleLedger
 from layerwise.server.training_loss import TrainingLoss
 
 LOAD_FAILED = "load-failed"
@@ -55,10 +57,11 @@ class Journal(Protocol):
 
 
 class Training:
-    """Decides for one run, from `StartTraining` on. Not thread-safe.
+    """Decides for one run and one route, from `StartTraining` on. Not thread-safe.
 
-    All layers began at version ``restored``; the microbatches in ``done`` are on all of them, those in ``held`` on at
-    least one.
+    No layer began below version ``restored``; the microbatches in ``done`` are on all of them, those in ``held`` on at
+    least one. Attempts are numbered from ``first_attempt``; ``drops`` are given up already, those in ``missing_from`` are on
+    some layers (see `SampleLedger`). Version ``evaluated`` and those below need no evaluation.
     ``failure`` holds the sentence once the run can't go on; ``finished`` says that nothing is left to do.
     """
 
@@ -72,6 +75,10 @@ class Training:
         durable: tuple[CutRecord, ...],
         done: AppliedSet,
         held: AppliedSet,
+        evaluated: int,
+        first_attempt: int,
+        drops: Iterable[DroppedMicrobatch],
+        missing_from: Mapping[int, int],
         journal: Journal,
         manifest: Callable[[int, tuple[LayerFile, ...]], str],
         now: float,
@@ -79,7 +86,14 @@ class Training:
         self.plan = prepared.settings.plan
         top = max(held.above, default=held.watermark - 1) + 1
         partial = [index for index in done.missing(top) if index in held]
-        self.ledger = SampleLedger(self.plan, done=done, partial=partial)
+        self.ledger = SampleLedger(
+            self.plan,
+            done=done,
+            partial=partial,
+            first_attempt=first_attempt,
+            drops=drops,
+            missing_from=missing_from,
+        )
         self.cuts = CutLedger(
             len(shards), keep=prepared.spec.checkpoint.keep, durable=tuple(cut.version for cut in durable)
         )
@@ -88,6 +102,8 @@ class Training:
         self.restored = restored
         self.failure: str | None = None
         self.stopping = False
+        self.suspended = False
+        """Nothing is handed out: the route is being changed."""
         self.evaluations: list[Evaluation] = []
         self.reports: dict[int, BlockReport] = {}
         self.round: EvaluationRound | None = None
@@ -100,14 +116,16 @@ class Training:
         # Places for a window of microbatches are planned for, with all that is kept of them; evaluation keeps nothing.
         self._range_samples = min(self.plan.batch, self.plan.microbatch_samples * prepared.settings.window)
         self._timeouts = prepared.spec.timeouts
+        self._train = prepared.spec.train
         self._journal = journal
         self._manifest = manifest
         self._capacity: dict[str, int] = {}
         self._taken: list[int] = []
         self._due: list[int] = []
-        self._evaluated = restored
-        self._released = restored
+        self._evaluated = evaluated
+        self._released = restored - 1
         self._samples_before = self.ledger.samples_applied + self.ledger.samples_dropped
+        self._active_before = 0.0
         self._active_seconds = 0.0
         self._paused_seconds = 0.0
         self._pause_to_count = 0.0
@@ -128,10 +146,15 @@ class Training:
         """The newest report of every layer, in order."""
         return [layer for block in sorted(self.reports) for layer in self.reports[block].layers]
 
+    def layers_of(self, block: int) -> tuple[LayerReport, ...]:
+        """The newest report of one block's layers."""
+        report = self.reports.get(block)
+        return report.layers if report is not None else ()
+
     @property
     def seconds(self) -> float:
         """From this run's first admission to its last close, without the pauses for evaluations."""
-        return max(self._active_seconds - self._paused_seconds, 0.0)
+        return max(self._active_before + self._active_seconds - self._paused_seconds, 0.0)
 
     @property
     def run_samples(self) -> int:
@@ -165,6 +188,20 @@ class Training:
         """The job has validation samples."""
         return self._num_validation > 0
 
+    def carry_on(self, before: Training, restored: Iterable[int], now: float) -> None:
+        """Take over what ``before``, the training until the route changed, has counted; ``restored`` blocks report anew."""
+        self.loss = before.loss
+        self.reports = {block: report for block, report in before.reports.items() if block not in set(restored)}
+        self._samples_before = before._samples_before
+        self._active_before, self._active_seconds = before._active_before, before._active_seconds
+        self._paused_seconds, self._pause_to_count = before._paused_seconds, before._pause_to_count
+        if 0 in set(restored):
+            # The new first shard's clock begins at its first admission; the time without one counts as well.
+            self._active_before += self._active_seconds + max(now - before.progressed, 0.0)
+            self._active_seconds = 0.0
+        if before.round is not None:
+            self._pause_to_count += now - before.round.began
+
     # Workers ---------------------------------------------------------------------------------------------------------
 
     def offer_room(self, worker: str, count: int, now: float) -> list[Effect]:
@@ -186,8 +223,12 @@ class Training:
         """A worker does not work on a lease any more."""
         if message.reason.startswith(LOAD_FAILED):
             what = message.reason.removeprefix(LOAD_FAILED).lstrip(": ")
-            self.failure = f"forward worker {worker} could not load samples {message.attempt.microbatch}: {what}"
-            return []
+            if self._train.on_bad_sample == "fail":
+                self.failure = f"forward worker {worker} could not load samples {message.attempt.microbatch}: {what}"
+                return []
+            if self.ledger.give_up(worker, message.attempt, what):
+                self._count_drop(message.attempt.microbatch, what)
+            return self._advance(now)
         if self.round is None or not self.round.give_back(worker, message.attempt.microbatch):
             self.ledger.give_back(worker, message.attempt, message.reason)
         return self._advance(now)
@@ -195,13 +236,14 @@ class Training:
     def close(self, message: AttemptsClosed, now: float) -> list[Effect]:
         """The first shard reports closed numbers."""
         for closed in message.closed:
+            known = self.ledger.reason_to_drop(closed.attempt.microbatch)
             fresh = self.ledger.close(
                 closed.attempt, closed.outcome, reason=closed.reason, missing_from=closed.missing_from
             )
             if fresh and closed.loss is not None:
                 self.loss.add(closed.loss, closed.attempt.microbatch.num_samples)
-            if fresh and closed.outcome is Outcome.DROPPED:
-                self._journal("warning", f"microbatch {closed.attempt.microbatch} is dropped: {closed.reason}")
+            if fresh and closed.outcome is Outcome.DROPPED and not known:
+                self._count_drop(closed.attempt.microbatch, closed.reason)
         if message.active_seconds > self._active_seconds:
             self._active_seconds = message.active_seconds
             self._paused_seconds += self._pause_to_count
@@ -219,6 +261,7 @@ class Training:
         self._taken.append(message.version)
         if self._is_due(message.version):
             self._due.append(message.version)
+            return self._recall() + self._advance(now)
         return self._advance(now)
 
     def save_cut(self, message: CutSaved, now: float) -> list[Effect]:
@@ -249,6 +292,10 @@ class Training:
         durable = Send(self._shards[0], CutDurable(job=self._job, version=message.version))
         return [durable, *self._commit_next()]
 
+    def forget_cut(self, version: int) -> None:
+        """A durable cut has turned out to be damaged."""
+        self.durable.pop(version, None)
+
     def ledger_summary(self) -> dict[str, Any]:
         """The ``ledger`` part of the job document."""
         return {
@@ -271,11 +318,12 @@ class Training:
         self._progress(now)
         return self._advance(now)
 
-    def stop_asked(self, now: float) -> None:
+    def stop_asked(self, now: float) -> list[Effect]:
         """The first shard was told to stop; nothing is leased until it says at which version."""
         self.stopping = True
         self._stop_asked = now
         self._progress(now)
+        return self._recall()
 
     def stop_at(self, version: int, now: float) -> list[Effect]:
         """The first shard has fixed the last version."""
@@ -292,6 +340,8 @@ class Training:
     def tick(self, now: float) -> list[Effect]:
         """Expire leases, notice that nothing moves."""
         effects: list[Effect] = []
+        if self.suspended:
+            return effects
         if len(self._capacity) > 1 and not self.stopping and self.ledger.expire(now - self._timeouts.lease):
             effects = self._advance(now)
         silent = now - self.progressed
@@ -305,9 +355,15 @@ class Training:
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
+    def _recall(self) -> list[Effect]:
+        """Have the workers give back what they hold for later, so that what is leased closes soon."""
+        return [Send(worker, Recall(job=self._job)) for worker in sorted(self._capacity, key=natural_order)]
+
     def _advance(self, now: float) -> list[Effect]:
         """Begin or end an evaluation where it is time, then hand out what may be handed out."""
         effects: list[Effect] = []
+        if self.suspended:
+            return effects
         if self.round is not None and self.round.complete:
             effects += self._end_round(now)
         if self.round is None and self._due and self.ledger.num_open == 0 and self._stop_asked is None:
@@ -333,7 +389,29 @@ class Training:
                 else []
             )
         attempts: tuple[Attempt, ...] = self.ledger.lease(worker, self._capacity[worker], now, paused=bool(self._due))
-        return [Send(worker, Lease(job=self._job, kind=LeaseKind.TRAIN, attempts=attempts))] if attempts else []
+        if not attempts:
+            return []
+        reasons = {attempt: self.ledger.reason_to_drop(attempt.microbatch) for attempt in attempts}
+        lease = Lease(
+            job=self._job,
+            kind=LeaseKind.TRAIN,
+            attempts=tuple(attempt for attempt, reason in reasons.items() if not reason),
+            drops=tuple(
+                DroppedAttempt(attempt=attempt, reason=reason) for attempt, reason in reasons.items() if reason
+            ),
+        )
+        return [Send(worker, lease)]
+
+    def _count_drop(self, microbatch: Microbatch, reason: str) -> None:
+        """Say what is given up; too much of one epoch is no accident any more."""
+        self._journal("warning", f"samples {microbatch} are dropped: {reason}")
+        share, total = self._train.max_dropped, self.plan.num_samples
+        dropped, most = self.ledger.samples_given_up(microbatch.epoch), int(share * total)
+        if dropped > most:
+            self.failure = (
+                f"{dropped} of the {total} samples of epoch {microbatch.epoch} had to be dropped, and train.max_dropped "
+                f"({share:g}) allows {most}; the last ones are {microbatch}: {reason}"
+            )
 
     def _end_round(self, now: float) -> list[Effect]:
         assert self.round is not None
@@ -360,6 +438,8 @@ class Training:
 
     def _is_due(self, version: int) -> bool:
         if not self._num_validation or (self.stopping and self.final < self.plan.num_updates):
+            return False
+        if version <= self._evaluated:
             return False
         if version == self.plan.num_updates:
             return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from layerwise.job import JobSpec
 from layerwise.messages import Role
 from layerwise.server.job_record import PlacementRecord
@@ -11,16 +13,19 @@ from layerwise.server.placement import Places
 class WorkerPlaces:
     """Forward workers, and backward workers each for one block. A lost one leaves a vacancy. Not thread-safe."""
 
-    def __init__(self, spec: JobSpec, places: Places) -> None:
+    def __init__(self, spec: JobSpec, places: Places, present: Container[str]) -> None:
+        """Of the workers of ``places`` only those that are ``present`` fill theirs."""
         self._num_forward = spec.cluster.forward
         self._num_blocks = spec.cluster.shards
         self._num_backward = spec.cluster.num_detached
         self._attached = spec.cluster.attached
         self._filled: dict[str, PlacementRecord] = {}
         for name in places.forward:
-            self.fill(name, Role.FORWARD, -1)
+            if name in present:
+                self.fill(name, Role.FORWARD, -1)
         for name, block in places.backward:
-            self.fill(name, Role.BACKWARD, block)
+            if name in present:
+                self.fill(name, Role.BACKWARD, block)
 
     def __contains__(self, name: str) -> bool:
         return name in self._filled

@@ -14,7 +14,7 @@ from layerwise.background import Background, sentence
 from layerwise.build import build_detached
 from layerwise.detached import DetachedBlock
 from layerwise.device import resolve_device
-from layerwise.messages import Assignment, DetachedTask, Message, PushGradient, Role, TaskFinished, Welcome
+from layerwise.messages import Assignment, DetachedTask, Hosting, Message, PushGradient, Role, TaskFinished, Welcome
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
 from layerwise.worker.backward_role import BackwardRole, Build, Execute, Leave
@@ -47,6 +47,10 @@ class BackwardWorker:
     def on_tick(self, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`."""
         return self._then(self._role.on_tick(now))
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        """See `layerwise.service.ServiceHandler`."""
+        return self._role.hosting
 
     def before_send(self) -> None:
         """A worker writes nothing down."""

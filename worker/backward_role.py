@@ -16,23 +16,25 @@ The shell keeps the tensors of the states that came with tasks (the newest of ea
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from layerwise.messages import (
     Assignment,
     BlockPlace,
     DetachedTask,
     Failure,
+    Hosting,
     LayerRevision,
     Message,
     PushGradient,
     Ready,
+    Reroute,
     TaskFinished,
     TaskRequest,
     Unassign,
     Unassigned,
 )
-from layerwise.roles import Connect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, Send
 
 COORDINATOR = "coordinator"
 ASK_SECONDS = 1.0
@@ -91,6 +93,19 @@ class BackwardRole:
         self._jobs: dict[str, _Job] = {}
         self._requests: list[Request] = []
 
+    @property
+    def hosting(self) -> tuple[Hosting, ...]:
+        """The jobs that this worker works for, and goes on with should the coordinator be away for a while."""
+        return tuple(
+            Hosting(
+                job=job.assignment.job,
+                block=job.assignment.block,
+                life=job.place.life,
+                generation=job.assignment.generation,
+            )
+            for job in self._jobs.values()
+        )
+
     def take_requests(self) -> list[Request]:
         """What the shell has to do since the last call."""
         requests, self._requests = self._requests, []
@@ -109,6 +124,8 @@ class BackwardRole:
                 if self._jobs.pop(message.job, None) is not None:
                     self._requests.append(Leave(job=message.job))
                 return [Send(self._coordinator, Unassigned(job=message.job))]
+            case Reroute() if peer == self._coordinator:
+                return self._on_reroute(message, now)
             case DetachedTask():
                 return self._on_task(peer, message)
         log.warning("%s from %s refused: it has no business with this worker", type(message).__name__, peer)
@@ -139,10 +156,9 @@ class BackwardRole:
         if state is None:
             return []
         state.built = True
-        ready = Ready(job=job, block=state.assignment.block)
         return [
             Connect(state.place.shard, state.place.address),
-            Send(self._coordinator, ready),
+            self._ready(state),
             *self._request(state, now),
         ]
 
@@ -173,6 +189,28 @@ class BackwardRole:
         """The state in one line, for logs and for the simulated world's watchdog."""
         works = (f"{job.assignment.job}: {job.task.attempt if job.task else 'idle'}" for job in self._jobs.values())
         return "; ".join(works) or "no job"
+
+    def _on_reroute(self, message: Reroute, now: float) -> list[Effect]:
+        state = self._jobs.get(message.job)
+        if state is None or message.generation <= state.assignment.generation:
+            return []
+        before = state.place
+        state.assignment = replace(state.assignment, route=message.route, generation=message.generation)
+        state.task, state.connected = None, True
+        effects: list[Effect] = []
+        if state.place.life != before.life:
+            state.have.clear()
+        if state.place.shard != before.shard:
+            effects.append(Disconnect(before.shard))
+        if state.built:  # else it says so once its layers are there
+            effects += [Connect(state.place.shard, state.place.address), self._ready(state)]
+            effects += self._request(state, now)
+        return effects
+
+    def _ready(self, state: _Job) -> Send:
+        assignment = state.assignment
+        ready = Ready(job=assignment.job, block=assignment.block, generation=assignment.generation)
+        return Send(self._coordinator, ready)
 
     def _on_task(self, peer: str, task: DetachedTask) -> list[Effect]:
         job = self._jobs.get(task.job)

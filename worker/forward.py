@@ -8,13 +8,17 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from layerwise.background import Background, sentence
-from layerwise.data.dataset import TrainingData
+from layerwise.data.dataset import Dataset, TrainingData
 from layerwise.data.load import load_dataset
+from layerwise.data.sampling import microbatch_indices
+from layerwise.errors import LayerwiseError
 from layerwise.job import parse_job
-from layerwise.messages import Assignment, Message, Role, Tensors, Welcome
+from layerwise.messages import Assignment, Hosting, Message, Role, Tensors, Welcome
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
@@ -55,6 +59,10 @@ class ForwardWorker:
         """See `layerwise.service.ServiceHandler`."""
         return self._then(self._role.on_tick(now))
 
+    def hosting(self) -> tuple[Hosting, ...]:
+        """See `layerwise.service.ServiceHandler`."""
+        return self._role.hosting
+
     def before_send(self) -> None:
         """A worker writes nothing down."""
 
@@ -91,19 +99,21 @@ class ForwardWorker:
         job = assignment.job
         self._assigned[job] = assignment
 
-        def work() -> tuple[TrainingData, int, int]:
+        def work() -> tuple[TrainingData, int, int, bool]:
             spec = parse_job(json.loads(assignment.spec_json), source=job)
             allowed = self._service.settings.allow_imports
             data = load_dataset(spec.data, allowed)
             settings = ResolvedSettings.from_json(assignment.settings_json)
-            return data, spec.train.seed, settings.window
+            ordered = settings.mode == "synchronous" or settings.window == 1
+            return data, spec.train.seed, settings.window, ordered
 
-        def done(loaded: tuple[TrainingData, int, int]) -> list[Effect]:
+        def done(loaded: tuple[TrainingData, int, int, bool]) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []  # the job was left meanwhile: nobody would ever drop these data
-            data, seed, window = loaded
+            data, seed, window, ordered = loaded
             self._data[job] = (data, seed)
-            return self._then(self._role.on_prepared(job, window, self._service.loop.time()))
+            now = self._service.loop.time()
+            return self._then(self._role.on_prepared(job, window, now, ordered=ordered))
 
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
@@ -117,7 +127,11 @@ class ForwardWorker:
         data, seed = self._data[job]
 
         def work() -> tuple[Tensors, Tensors]:
-            inputs, targets = data.training_batch(seed, attempt.microbatch)
+            try:
+                inputs, targets = data.training_batch(seed, attempt.microbatch)
+            except Exception as error:
+                indices = microbatch_indices(seed, attempt.microbatch, len(data.train))
+                raise LayerwiseError(_which(data.train, indices, error)) from error
             return _tensors(inputs), _tensors(targets)
 
         self._loader.run(
@@ -127,7 +141,7 @@ class ForwardWorker:
                 self._role.on_load_failed(
                     job,
                     attempt,
-                    f"samples {attempt.microbatch} could not be loaded: {sentence(error)}",
+                    sentence(error),
                     self._service.loop.time(),
                 )
             ),
@@ -154,6 +168,16 @@ class ForwardWorker:
                 )
             ),
         )
+
+
+def _which(data: Dataset, indices: Sequence[int] | NDArray[np.int64], error: Exception) -> str:
+    """Why samples can't be loaded, with the name of the first one that alone can't be."""
+    for index in indices:
+        try:
+            data.batch([int(index)])
+        except Exception as alone:  # a user's own code may raise anything
+            return f"sample {index} of the training data can't be loaded: {sentence(alone)}"
+    return sentence(error)
 
 
 def _tensors(values: Sequence[torch.Tensor]) -> Tensors:

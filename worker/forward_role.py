@@ -12,22 +12,25 @@ The shell (real or simulated) calls, always from one thread:
                                        or on_evaluation_load_failed(job, sentence, now)
         Forget(job)                 # the job is left: drop its data; answers that still come are ignored
 
-At most ``window + prefetch`` leases are held, so as many loads are under way or loaded. The worker keeps nothing that can't be lost.
+At most ``window + prefetch`` microbatches are loaded or on their way. Beyond them leases are held for the next seconds of training,
+so that it goes on while the coordinator is started again. The worker keeps nothing that can't be lost.
 
-    leased ── loaded ──► ready ── Offer ──► offered ── Grant ──► sent ── Closed ──► (gone)
+    leased ── loading ──► ready ── Offer ──► offered ── Grant ──► sent ── Closed ──► (gone)
                            ▲                   │
                            └── a lower index ──┴── Decline ──► LeaseReturn, (gone)
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
+    NO_TENSORS,
     Assignment,
     Closed,
     Decline,
@@ -36,6 +39,7 @@ from layerwise.messages import (
     Failure,
     Forward,
     Grant,
+    Hosting,
     Lease,
     LeaseKind,
     LeaseRequest,
@@ -43,18 +47,27 @@ from layerwise.messages import (
     Message,
     Offer,
     Ready,
+    Recall,
+    Reroute,
     Tensors,
     Unassign,
     Unassigned,
 )
-from layerwise.roles import Connect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, Send
 
 COORDINATOR = "coordinator"
 PREFETCH = 8
 """Leases beyond the window: they cover the coordinator's answer and the loading."""
 MAX_EVALUATIONS = 2
 """Evaluation microbatches on the way through the route."""
+LEASE_SECONDS = 5.0
+"""Leases are held for so many seconds of training ahead: the time that a coordinator may be away unnoticed."""
+MAX_AHEAD = 1024
+"""Leases that are held and not loaded, at most."""
 ASK_SECONDS = 1.0
+ASK_AGAIN_SECONDS = 0.1
+RATE_SECONDS = 0.5
+"""The rate of training is measured over this time."""
 RETRY_SECONDS = 1.0
 """How long after a lost link to a first shard a new one is tried."""
 
@@ -113,11 +126,19 @@ class _Lease:
 class _Job:
     assignment: Assignment
     capacity: int = 0
+    ahead: bool = False
+    rate: float = 0.0
+    closed: int = 0
+    counted_at: float = 0.0
     connected: bool = True
     retry_at: float = 0.0
     stopping: bool = False
     asked_at: float = 0.0
     leases: dict[Attempt, _Lease] = field(default_factory=dict)
+    held: list[Attempt] = field(default_factory=list)
+    """A heap of leases for later: nothing of them is loaded."""
+    drops: dict[Attempt, str] = field(default_factory=dict)
+    """Leases of microbatches that are given up, and why: there is nothing to load."""
     evaluation: int = 0
     to_evaluate: deque[Microbatch] = field(default_factory=deque)
     evaluating: set[Microbatch] = field(default_factory=set)
@@ -133,6 +154,37 @@ class _Job:
     @property
     def life(self) -> int:
         return self.assignment.route[0].life
+
+    def begin_anew(self, message: Reroute) -> None:
+        """Nothing of the route before counts any more; the data stay."""
+        self.assignment = replace(self.assignment, route=message.route, generation=message.generation)
+        self.connected = True
+        self.stopping = False
+        self.leases.clear()
+        self.held.clear()
+        self.drops.clear()
+        self.evaluation = 0
+        self.to_evaluate.clear()
+        self.evaluating.clear()
+
+    @property
+    def num_leases(self) -> int:
+        """Leases held, for now and for later."""
+        return len(self.leases) + len(self.held)
+
+    @property
+    def room(self) -> int:
+        """How many leases to hold."""
+        return self.capacity + (min(int(self.rate * LEASE_SECONDS), MAX_AHEAD) if self.ahead else 0)
+
+    def count(self, now: float) -> None:
+        """Another microbatch has closed: how many do so in a second?"""
+        self.closed += 1
+        if not self.counted_at:
+            self.closed, self.counted_at = 0, now
+        elif now - self.counted_at >= RATE_SECONDS:
+            self.rate = self.closed / (now - self.counted_at)
+            self.closed, self.counted_at = 0, now
 
     def best_ready(self) -> Attempt | None:
         """The lowest microbatch that is loaded or offered."""
@@ -154,9 +206,16 @@ class ForwardRole:
         self._requests: list[Request] = []
 
     @property
+    def hosting(self) -> tuple[Hosting, ...]:
+        """The jobs that this worker works for, and goes on with should the coordinator be away for a while."""
+        return tuple(
+            Hosting(job=job.job, block=-1, life=0, generation=job.assignment.generation) for job in self._jobs.values()
+        )
+
+    @property
     def num_leases(self) -> int:
         """Leases held, in all jobs."""
-        return sum(len(job.leases) for job in self._jobs.values())
+        return sum(job.num_leases for job in self._jobs.values())
 
     def take_requests(self) -> list[Request]:
         """What the shell has to do since the last call."""
@@ -172,11 +231,16 @@ class ForwardRole:
         job = self._jobs.get(getattr(message, "job", ""))
         if isinstance(message, Unassign) and peer == self._coordinator:
             return self._on_unassign(message)
+        if isinstance(message, Reroute) and peer == self._coordinator:
+            return self._on_reroute(message, now)
         if job is None:
             return []
         if peer == self._coordinator:
-            if isinstance(message, Lease):
-                return self._on_lease(job, message, now)
+            match message:
+                case Lease():
+                    return self._on_lease(job, message, now)
+                case Recall():
+                    return self._on_recall(job)
         elif peer == job.first_shard:
             if getattr(message, "life", job.life) != job.life:
                 log.warning("%s from %s refused: it is not from life %d", type(message).__name__, peer, job.life)
@@ -187,8 +251,12 @@ class ForwardRole:
                 case Decline():
                     return self._on_decline(job, message, now)
                 case Closed():
-                    job.leases.pop(message.attempt, None)
-                    return self._ask(job, now)
+                    job.count(now)
+                    if job.leases.pop(message.attempt, None) is None:
+                        return []
+                    job.drops.pop(message.attempt, None)
+                    self._load_next(job)
+                    return [*self._offer(job), *self._ask(job, now)]
                 case Evaluated():
                     return self._on_evaluated(job, message)
         log.warning("%s from %s refused: it has no business with this worker", type(message).__name__, peer)
@@ -198,7 +266,7 @@ class ForwardRole:
         """A link is gone for good.
 
         If the first shard lives, it has aborted what had not arrived and goes on with the rest; the coordinator hears of both. If it does
-        not, the coordinator ends the run. A new link is tried a little later.
+        not, the coordinator sends a new route. Until then a new link is tried from time to time.
         """
         effects: list[Effect] = []
         for job in self._jobs.values():
@@ -228,18 +296,18 @@ class ForwardRole:
                 effects += self._ask(job, now)
         return effects
 
-    def on_prepared(self, job: str, window: int, now: float) -> list[Effect]:
-        """The job's data is there; at most ``window`` microbatches of the job are in flight."""
+    def on_prepared(self, job: str, window: int, now: float, *, ordered: bool = False) -> list[Effect]:
+        """The job's data is there; at most ``window`` microbatches of the job are in flight.
+
+        ``ordered``: they are admitted in position order, so none are leased ahead: another worker's might come first.
+        """
         state = self._jobs.get(job)
         if state is None or state.capacity:
             return []
         state.capacity = window + self._prefetch
+        state.ahead = not ordered
         first = state.assignment.route[0]
-        return [
-            Connect(first.shard, first.address),
-            Send(self._coordinator, Ready(job=job, block=-1)),
-            *self._ask(state, now),
-        ]
+        return [Connect(first.shard, first.address), self._ready(state), *self._ask(state, now)]
 
     def on_prepare_failed(self, job: str, sentence: str, now: float) -> list[Effect]:
         """The job's data can't be had."""
@@ -259,7 +327,9 @@ class ForwardRole:
         state = self._jobs.get(job)
         if state is None or state.leases.pop(attempt, None) is None:
             return []
-        return [Send(self._coordinator, LeaseReturn(job=job, attempt=attempt, reason=f"load-failed: {sentence}"))]
+        self._load_next(state)
+        returned = LeaseReturn(job=job, attempt=attempt, reason=f"load-failed: {sentence}")
+        return [Send(self._coordinator, returned), *self._offer(state)]
 
     def on_evaluation_loaded(
         self, job: str, version: int, samples: Microbatch, inputs: Tensors, targets: Tensors, now: float
@@ -288,7 +358,9 @@ class ForwardRole:
         jobs = []
         for job in self._jobs.values():
             leases = ", ".join(f"{attempt} {lease.state.name.lower()}" for attempt, lease in job.leases.items())
-            jobs.append(f"{job.job}: [{leases}] of {job.capacity}, evaluating {sorted(job.evaluating)}")
+            jobs.append(
+                f"{job.job}: [{leases}] and {len(job.held)} for later of {job.room}, evaluating {sorted(job.evaluating)}"
+            )
         return "; ".join(jobs) or "idle"
 
     # Inside ----------------------------------------------------------------------------------------------------------
@@ -299,6 +371,21 @@ class ForwardRole:
         self._jobs[message.job] = _Job(assignment=message)
         self._requests.append(Prepare(assignment=message))
         return []
+
+    def _on_reroute(self, message: Reroute, now: float) -> list[Effect]:
+        job = self._jobs.get(message.job)
+        if job is None or message.generation <= job.assignment.generation:
+            return []
+        before = job.assignment.route[0]
+        job.begin_anew(message)
+        first = job.assignment.route[0]
+        effects: list[Effect] = [Disconnect(before.shard)] if before.shard != first.shard else []
+        if job.capacity:  # else it says so once its data are there
+            effects += [Connect(first.shard, first.address), self._ready(job), *self._ask(job, now)]
+        return effects
+
+    def _ready(self, job: _Job) -> Send:
+        return Send(self._coordinator, Ready(job=job.job, block=-1, generation=job.assignment.generation))
 
     def _on_unassign(self, message: Unassign) -> list[Effect]:
         if self._jobs.pop(message.job, None) is not None:
@@ -315,11 +402,31 @@ class ForwardRole:
             job.to_evaluate.extend(message.ranges)
             self._load_evaluations(job)
             return []
-        for attempt in message.attempts:
+        job.drops.update((one.attempt, one.reason) for one in message.drops)
+        for attempt in (*message.attempts, *(one.attempt for one in message.drops)):
             if attempt not in job.leases:
-                job.leases[attempt] = _Lease()
-                self._requests.append(Load(job=job.job, attempt=attempt))
-        return []
+                heapq.heappush(job.held, attempt)
+        self._load_next(job)
+        return self._offer(job)
+
+    def _on_recall(self, job: _Job) -> list[Effect]:
+        """Give back what is not even being loaded: the coordinator waits for what is leased to close."""
+        held, job.held = sorted(job.held), []
+        for attempt in held:
+            job.drops.pop(attempt, None)
+        return [
+            Send(self._coordinator, LeaseReturn(job=job.job, attempt=attempt, reason="recalled")) for attempt in held
+        ]
+
+    def _load_next(self, job: _Job) -> None:
+        """Load the lowest microbatches that are held, as far as there is room."""
+        while job.held and len(job.leases) < job.capacity:
+            attempt = heapq.heappop(job.held)
+            if attempt in job.drops:
+                job.leases[attempt] = _Lease(_State.READY, NO_TENSORS, NO_TENSORS)
+                continue
+            job.leases[attempt] = _Lease()
+            self._requests.append(Load(job=job.job, attempt=attempt))
 
     def _on_grant(self, job: _Job, message: Grant) -> list[Effect]:
         lease = job.leases.get(message.attempt)
@@ -335,6 +442,7 @@ class ForwardRole:
             needed_from=job.assignment.route[-1].stop,
             inputs=lease.inputs,
             targets=lease.targets,
+            dropped=job.drops.pop(message.attempt, ""),
         )
         lease.state, lease.inputs, lease.targets = _State.SENT, None, None
         return [Send(job.first_shard, forward), *self._offer(job)]
@@ -342,8 +450,10 @@ class ForwardRole:
     def _on_decline(self, job: _Job, message: Decline, now: float) -> list[Effect]:
         if job.leases.pop(message.attempt, None) is None:
             return []
+        job.drops.pop(message.attempt, None)
         job.stopping = job.stopping or message.reason == "stopping"
         returned = LeaseReturn(job=job.job, attempt=message.attempt, reason=message.reason)
+        self._load_next(job)
         return [Send(self._coordinator, returned), *self._offer(job), *self._ask(job, now)]
 
     def _offer(self, job: _Job) -> list[Effect]:
@@ -362,10 +472,12 @@ class ForwardRole:
         return [Send(job.first_shard, Offer(job=job.job, attempt=best, life=job.life))]
 
     def _ask(self, job: _Job, now: float) -> list[Effect]:
-        if not job.capacity or job.stopping or len(job.leases) >= job.capacity:
+        if not job.capacity or job.stopping or job.num_leases >= job.room:
             return []
+        if job.held and now - job.asked_at < ASK_AGAIN_SECONDS:
+            return []  # there is plenty: one question is enough for many leases
         job.asked_at = now
-        return [Send(self._coordinator, LeaseRequest(job=job.job, count=job.capacity))]
+        return [Send(self._coordinator, LeaseRequest(job=job.job, count=job.room))]
 
     def _load_evaluations(self, job: _Job) -> None:
         while job.connected and job.to_evaluate and len(job.evaluating) < MAX_EVALUATIONS:

@@ -177,3 +177,24 @@ class Gated(Ramp):
 def gated(samples: int, validation_samples: int, gate: str, free: int) -> tuple[Gated, Ramp]:
     """Training data behind a gate, and validation data."""
     return Gated(samples, gate, free), Ramp(validation_samples)
+
+
+class Flawed(Ramp):
+    """One sample can't be read, and one has no numbers in it."""
+
+    def __init__(self, samples: int, torn: int, empty: int) -> None:
+        super().__init__(samples)
+        self.torn = torn
+        self.empty = empty
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """See `Ramp`."""
+        if index == self.torn:
+            raise OSError(f"the file of sample {index} is torn")
+        inputs, label = super().__getitem__(index)
+        return (inputs * float("nan") if index == self.empty else inputs), label
+
+
+def flawed(samples: int, validation_samples: int, torn: int, empty: int) -> tuple[Flawed, Ramp]:
+    """Training data with two bad samples, and validation data without."""
+    return Flawed(samples, torn, empty), Ramp(validation_samples)

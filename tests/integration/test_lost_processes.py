@@ -1,4 +1,4 @@
-"""Processes that are killed in mid-job: workers cost nothing, a shard ends the job cleanly and it can be resumed."""
+"""Processes that are killed in mid-job: workers cost nothing, a lost shard's block goes back to the last cut, and training goes on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ import pytest
 
 from layerwise.api import Connection
 from layerwise.cluster import LocalCluster
+from layerwise.job_result import JobResult
 from tests.integration.conftest import start
-from tests.integration.jobs import OPTIMIZERS, Gate, check_audit, check_done, job, wait, wait_for_cut
+from tests.integration.jobs import (
+    OPTIMIZERS,
+    Gate,
+    check_audit,
+    check_done,
+    check_equal_to_plain_loop,
+    job,
+    wait,
+    wait_for_cut,
+)
 
 STEPS = 36
 FREE = 17 * 16
@@ -101,18 +111,95 @@ def test_a_killed_backward_worker_is_replaced_where_all_are_detached(
     check_done(wait(running))
 
 
+def lives(result: JobResult) -> list[int]:
+    return [block["life"] for block in result.document["blocks"]]
+
+
 @pytest.mark.parametrize("name", ["shard-0", "shard-1"])
-def test_a_killed_shard_ends_the_job_with_the_way_to_resume_it(
+def test_a_killed_shard_that_is_started_again_costs_what_its_block_did_since_the_last_cut(
     fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate, name: str
 ) -> None:
     running = connection.submit(long_job(tmp_path / "run", gate))
+    wait_for_cut(running, 5)
+    before = lives(running.status())
+    fragile.kill(name)
+    fragile.start(name)
+    gate.open()
+    result = wait(running)
+    check_done(result)
+    block = int(name[-1])
+    assert lives(result)[block] > before[block]
+    assert lives(result)[1 - block] == before[1 - block]
+    (made,) = result.document["recoveries"]
+    assert (made["block"], made["shard"]) == (block, name)
+    assert made["cut"] >= 5
+    assert result.document["resume_count"] == 0
+
+
+def test_the_place_of_a_killed_shard_is_taken_by_a_free_one(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    running = connection.submit(long_job(tmp_path / "run", gate, cluster={"shards": 1, "forward": 2}))
+    wait_for_cut(running, 5)
+    (block,) = running.status().document["blocks"]
+    name = block["shard"]
+    fragile.kill(name)
+    gate.open()
+    result = wait(running)
+    fragile.start(name)
+    check_done(result)
+    (block,) = result.document["blocks"]
+    assert block["shard"] == {"shard-0": "shard-1", "shard-1": "shard-0"}[name]
+
+
+def test_in_synchronous_mode_all_blocks_go_back_and_the_result_is_that_of_a_plain_loop(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    mode = {"mode": "synchronous", "async": {"accumulation": 4}}
+    running = connection.submit(long_job(tmp_path / "run", gate, **mode))
+    wait_for_cut(running, 5)
+    before = lives(running.status())
+    fragile.kill("shard-1")
+    fragile.start("shard-1")
+    gate.open()
+    result = wait(running)
+    check_done(result)
+    assert set(before).isdisjoint(lives(result))
+    check_equal_to_plain_loop(result)
+
+
+def test_a_killed_coordinator_takes_its_processes_back_and_no_layer_goes_back(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    running = connection.submit(long_job(tmp_path / "run", gate))
+    wait_for_cut(running, 5)
+    before = lives(running.status())
+    fragile.kill("coordinator")
+    gate.open()
+    fragile.start("coordinator")
+    with fragile.client() as client:
+        client.wait_until_ready(30)
+    result = wait(running)
+    check_done(result)
+    assert lives(result) == before
+    assert result.document["recoveries"] == []
+    assert any("the coordinator was started again" in event.message for event in running.logs())
+
+
+@pytest.mark.parametrize("name", ["shard-0", "shard-1"])
+def test_a_killed_shard_that_nobody_replaces_ends_the_job_with_the_way_to_resume_it(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate, name: str
+) -> None:
+    running = connection.submit(long_job(tmp_path / "run", gate, timeouts={"start": 20.0}))
     wait_for_cut(running, 5)
     fragile.kill(name)
     failed = wait(running)
     gate.open()
     fragile.start(name)
+    fragile.wait_for_nodes()  # the job would wait for it no longer than it did
     assert failed.state == "failed"
-    assert f"shard {name}" in failed.message
+    assert failed.message.startswith(f"shard {name} (block {name[-1]}) was lost")
+    assert "and no other took its place within 20 s" in failed.message
     assert f"layerwise resume {failed.job}" in failed.message
     assert "Traceback" not in failed.message
     assert "\n" not in failed.message

@@ -141,22 +141,37 @@ def test_a_killed_forward_worker_costs_nothing(tmp_path: Path) -> None:
     assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
 
 
-def test_a_killed_shard_ends_the_job_with_the_way_to_resume(tmp_path: Path) -> None:
+def test_a_killed_shard_is_started_again_and_training_goes_on(tmp_path: Path) -> None:
     job = write_job(tmp_path, train=ENDLESS, checkpoint={"every": 5})
     with Command("train", job, "-o", "json", folder=tmp_path) as command:
         command.wait_for("is durable")
         command.child("shard-0").send_signal(signal.SIGKILL)
-        assert command.finish() == 1, command.errors
-        document = command.document
-    assert document["state"] == "failed"
-    assert "shard-0" in document["message"]
-    assert "layerwise resume runs/tiny" in document["message"]
-    assert "Traceback" not in command.errors
-    with Command("resume", "runs/tiny", "-o", "json", folder=tmp_path) as command:
-        command.wait_for("training begins at version ")
-        command.wait_for("step ")
+        command.wait_for("shard shard-0 (block 0) was lost")
+        command.wait_for("block 0 goes back")
+        command.wait_for("training goes on at version ")
+        command.wait_for("is durable")
         command.interrupt()
         assert command.finish() == 130, command.errors
+        document = command.document
+    assert "Traceback" not in command.errors
+    assert document["state"] == "cancelled"
+    assert [(one["block"], one["shard"]) for one in document["recoveries"]] == [(0, "shard-0")]
+    assert document["ledger"]["samples_leased"] == document["ledger"]["samples_applied"]
+    assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
+
+
+def test_a_shard_killed_while_the_job_stops_does_not_keep_it_from_stopping_with_a_cut(tmp_path: Path) -> None:
+    job = write_job(tmp_path, train=ENDLESS, checkpoint={"every": 5})
+    with Command("train", job, "-o", "json", folder=tmp_path) as command:
+        command.wait_for("is durable")
+        shard = command.child("shard-1")
+        command.interrupt()
+        shard.send_signal(signal.SIGKILL)
+        assert command.finish() == 130, command.errors
+        document = command.document
+    assert "Traceback" not in command.errors
+    assert document["state"] == "cancelled"
+    assert document["cuts"][-1]["version"] == document["steps"]
     assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerwise.audit import DroppedMicrobatch, SampleLedgerSummary, StoredEvents, audit
+from layerwise.audit import SampleLedgerSummary, StoredEvents, audit
+from layerwise.audit_report import DroppedMicrobatch
 from layerwise.ids import Microbatch
 from layerwise.messages import Hello, Message, Role
 from layerwise.profile import LayerProfile, Profile
@@ -55,7 +56,8 @@ class SimulatedCluster:
         self.scenario = scenario
         self.world = World(scenario.seed, scenario.weather, trace=trace)
         self.disk = Disk(self.world.random, delay=scenario.disk_delay, failure=scenario.disk_failure)
-        self.coordinator = SimulatedCoordinator(self.world, "coordinator")
+        self.store = MemoryJobStore()
+        self._start("coordinator")
         self.works: list[list[Work]] = []
         self.job = ""
         self._profile = _profile(scenario)
@@ -90,7 +92,11 @@ class SimulatedCluster:
             self._perform(lambda: self.coordinator.role.resume(self.job, world.now))
             if resumes == 1 and scenario.stop_after_resume is not None:
                 world.at(scenario.stop_after_resume, self._cancel)
-        self._run_until(lambda: all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now)))
+        self._run_until(
+            lambda: (
+                self.coordinator.alive and all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now))
+            )
+        )
         self._check_resting()
         self._check_end(self.coordinator.role.job(self.job))
         self._check_pace()
@@ -99,6 +105,10 @@ class SimulatedCluster:
 
     def _start(self, name: str) -> None:
         scenario, world = self.scenario, self.world
+        if name == "coordinator":
+            role = CoordinatorRole(self.store, now=world.now)
+            self.coordinator = SimulatedCoordinator(world, name, role=role)
+            return
         hello = Hello(
             role=Role(name.partition("-")[0]),
             name=name,
@@ -120,23 +130,30 @@ class SimulatedCluster:
                     step_seconds=scenario.step_seconds,
                     hiccups=scenario.hiccups,
                     frozen_below=scenario.frozen_below,
+                    bad=scenario.bad,
                 )
                 self.works.append(shard.history)
             case Role.FORWARD:
-                SimulatedForward(world, name, hello, load_seconds=scenario.load_seconds)
+                SimulatedForward(world, name, hello, load_seconds=scenario.load_seconds, bad=scenario.bad)
             case _:
                 SimulatedBackward(
                     world, name, hello, step_seconds=scenario.step_seconds, frozen_below=scenario.frozen_below
                 )
 
     def _submit(self) -> None:
+        if not self.coordinator.alive:
+            self.world.at(0.1, self._submit)
+            return
+
         def submit() -> tuple[dict[str, Any], list[Effect]]:
             return self.coordinator.role.submit(json.dumps(self.scenario.spec), self.world.now)
 
         self.job = self._perform(submit)["job"]
 
     def _cancel(self) -> None:
-        if self.job:
+        if not self.coordinator.alive:
+            self.world.at(0.1, self._cancel)
+        elif self.job:
             self._perform(lambda: self.coordinator.role.cancel(self.job, self.world.now))
 
     def _perform(self, act: Callable[[], tuple[dict[str, Any], list[Effect]]]) -> dict[str, Any]:
@@ -163,7 +180,7 @@ class SimulatedCluster:
     # Watching --------------------------------------------------------------------------------------------------------
 
     def _over(self) -> bool:
-        if not self.job:
+        if not self.job or not self.coordinator.alive:
             return False
         return self.coordinator.role.record(self.job).state.final
 
@@ -180,7 +197,7 @@ class SimulatedCluster:
         return "\n".join(states)
 
     def _may_fail(self, message: str) -> bool:
-        return self.scenario.fatal or (self.scenario.disk_failure > 0 and "simulated disk" in message)
+        return self.scenario.disk_failure > 0 and "simulated disk" in message
 
     # Checking --------------------------------------------------------------------------------------------------------
 
@@ -215,9 +232,8 @@ class SimulatedCluster:
         """Everything that must hold when a job has come to a boundary."""
         final = document["steps"]
         works = self._all_works()
-        last = [
-            work for work in works if work.header.life > max(one.header.life for one in works) - self.scenario.shards
-        ]
+        by_life = sorted(works, key=lambda work: work.header.life)
+        last = list({work.header.start: work for work in by_life}.values())  # the newest life of each block
         plan = last[0].plan
         wanted: set[int] | None = None
         for work in last:
@@ -226,13 +242,25 @@ class SimulatedCluster:
                 assert ledger.version == final, f"layer {layer} is at version {ledger.version}, the job at {final}"
                 assert ledger.staleness.num_open == 0, f"layer {layer} has open tickets: {ledger.staleness.tickets}"
                 assert max(parameter.values(), default=1) == 1, f"layer {layer} took a microbatch twice: {parameter}"
-                assert len(parameter) == plan.gradients_before(final)
-                assert set(parameter) == {index for index in range(plan.num_microbatches) if not ledger.lacks(index)}
-                wanted = set(parameter) if wanted is None else wanted
-                assert set(parameter) == wanted, f"layers differ: {sorted(set(parameter) ^ wanted)}"
+                dropped = ledger.applied.dropped
+                taken = set(parameter) | dropped
+                assert not set(parameter) & dropped, (
+                    f"layer {layer} applied what it dropped: {set(parameter) & dropped}"
+                )
+                assert dropped <= self.scenario.bad.torn | self.scenario.bad.spoilt, f"dropped without need: {dropped}"
+                assert len(taken) == plan.gradients_before(final)
+                assert taken == {index for index in range(plan.num_microbatches) if not ledger.lacks(index)}
+                wanted = taken if wanted is None else wanted
+                assert taken == wanted, f"layers differ: {sorted(taken ^ wanted)}"
         if document["state"] == "done":
             assert final == plan.num_updates
-            assert document["ledger"]["samples_applied"] == plan.total_samples
+            counts = document["ledger"]
+            assert counts["samples_applied"] + counts["samples_dropped"] == plan.total_samples
+            if self.scenario.bad.often == 1.0:
+                # What is on the validation of a whole run: no bad sample was ever applied.
+                bad = self.scenario.bad.torn | self.scenario.bad.spoilt
+                wrong = {plan.index(Microbatch(one["epoch"], one["start"], one["stop"])) for one in counts["dropped"]}
+                assert wrong == {index for index in bad if index < plan.num_microbatches}
             # A run that only finds out that nothing is left to train does not evaluate again.
             if all(work.assignment.cut < final for work in last):
                 assert (document["validation"] is not None) == bool(self.scenario.num_validation)

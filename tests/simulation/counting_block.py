@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from layerwise.applied import AppliedSet
 from layerwise.errors import NotFoundError, NotOwnerError, WrongLifeError
 from layerwise.events import Event, MemoryEventLog, WeightMode
 from layerwise.ids import Attempt
-from layerwise.layer_ledger import LayerLedger, LedgerState
+from layerwise.layer_ledger import Intake, LayerLedger, LedgerState
 from layerwise.messages import (
     DetachedTask,
     LayerReport,
@@ -28,6 +29,7 @@ from layerwise.tasks import (
     ApplyTask,
     BackwardResult,
     BackwardTask,
+    DropResult,
     EvaluateResult,
     EvaluateTask,
     ForwardResult,
@@ -137,12 +139,16 @@ class CountingBlock:
         self._kept: dict[Attempt, _Kept] = {}
         self._due: set[int] = set()
         self._copies: dict[int, dict[int, LayerCopy]] = {}
-        self._holds: set[int] = set()
-        self._saved: set[int] = set()
+        for copy in restored.values():
+            self._copies.setdefault(copy.state.version, {})[copy.state.layer] = copy
+        self._holds: set[int] = set(self._copies)
+        self._saved: set[int] = set(self._copies)
         self.max_kept = 0
         self.max_copies = 0
         self.not_finite: tuple[int, int] | None = None
         """(microbatch index, layer): that layer's output is not finite there."""
+        self.spoilt: Callable[[int], bool] = lambda index: False
+        """Whether the loss of a microbatch is not finite this time."""
 
     @property
     def start(self) -> int:
@@ -163,6 +169,9 @@ class CountingBlock:
     @property
     def layers(self) -> dict[int, tuple[LayerLedger, Counter[int]]]:
         return {number: (layer.ledger, layer.parameter) for number, layer in self._layers.items()}
+
+    def applied(self) -> tuple[AppliedSet, ...]:
+        return tuple(layer.ledger.applied.copy() for layer in self._layers.values())
 
     def lacking(self, index: int) -> tuple[int, ...]:
         return tuple(number for number, layer in self._layers.items() if layer.ledger.lacks(index))
@@ -188,9 +197,12 @@ class CountingBlock:
             return ForwardResult(outputs=activation(index, self._stop - 1))
         return ForwardResult(
             outputs=None,
-            loss=float("nan") if self.not_finite is not None and self.not_finite[0] == index else float(index),
+            loss=float("nan") if self._spoils(index) else float(index),
             metrics=(Metric(name="accuracy", total=1.0, count=float(task.attempt.microbatch.num_samples)),),
         )
+
+    def _spoils(self, index: int) -> bool:
+        return (self.not_finite is not None and self.not_finite[0] == index) or self.spoilt(index)
 
     def backward(self, task: BackwardTask) -> Steps[BackwardResult]:
         kept = self._kept[task.attempt]
@@ -251,20 +263,26 @@ class CountingBlock:
             layer.ledger.abort(attempt)
         self._kept.pop(attempt, None)
 
-    def drop(self, attempt: Attempt, reason: str) -> int | None:
-        lacking = self.lacking(self._plan.index(attempt.microbatch))
-        for number in lacking:
+    def drop(self, attempt: Attempt, reason: str) -> DropResult:
+        assert reason, f"{attempt} is dropped and nobody says why"
+        index = self._plan.index(attempt.microbatch)
+        for number in self.lacking(index):
             intake = self._layers[number].ledger.drop(attempt, reason)
-            self._sum(number, intake.ready, intake.closes is not None)
+            self._sum(number, intake)
         self._kept.pop(attempt, None)
-        return min(lacking, default=None)
+        missing = [number for number, layer in self._layers.items() if index in layer.ledger.applied.dropped]
+        return DropResult(missing_from=min(missing, default=None), partial=len(missing) < len(self._layers))
+
+    def dropped(self, index: int) -> bool:
+        return any(index in layer.ledger.applied.dropped for layer in self._layers.values())
 
     def evaluate(self, task: EvaluateTask) -> Steps[EvaluateResult]:
         if task.version not in self._copies:
             raise NotFoundError(f"no copy of version {task.version} is held")
         expect(task.inputs, activation(task.start, self._start - 1))
+        copies = self._copies[task.version]
         for number in range(self._start, self._stop):
-            assert self._copies[task.version][number].state.version == task.version
+            assert copies[number].state.version == task.version
             yield
         count = float(task.stop - task.start)
         if self._stop < self._num_layers:
@@ -319,15 +337,16 @@ class CountingBlock:
         intake = layer.ledger.take(attempt, read=read, mode=mode)
         if intake.taken:
             layer.held[index] = index
-        self._sum(number, intake.ready, intake.closes is not None)
+        self._sum(number, intake)
 
-    def _sum(self, number: int, ready: tuple[int, ...], closes: bool) -> None:
+    def _sum(self, number: int, intake: Intake) -> None:
         layer = self._layers[number]
-        layer.gathered += [layer.held.pop(index) for index in ready]
-        if closes:
+        layer.gathered += [layer.held.pop(index) for index in intake.ready]
+        if intake.closes is not None:
             layer.parameter.update(layer.gathered)
             layer.gathered.clear()
-            version = layer.ledger.updated(0.1, f"{hash(tuple(sorted(layer.parameter.items()))):x}")
+            rate = None if intake.closes.empty else 0.1
+            version = layer.ledger.updated(rate, f"{hash(tuple(sorted(layer.parameter.items()))):x}")
             layer.ledger.staleness.check()
             if version in self._due:
                 self._copy(number, version)

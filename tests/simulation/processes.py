@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from layerwise.applied import AppliedSet
@@ -15,6 +16,7 @@ from layerwise.messages import (
     BlockPlace,
     CommitCut,
     CutCommitted,
+    Hosting,
     LayerFile,
     LayerState,
     Message,
@@ -32,11 +34,12 @@ from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.task_queue import TaskQueue
 from layerwise.settings import ResolvedSettings
-from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult
+from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult
 from layerwise.worker.backward_role import BackwardRole, Build, Execute
-from layerwise.worker.forward_role import ForwardRole, Load, LoadEvaluation, Prepare
+from layerwise.worker.forward_role import MAX_AHEAD, ForwardRole, Load, LoadEvaluation, Prepare
 from tests.simulation.counting_block import CountingBlock, FlushedLog, LayerCopy, activation, expect, gradient, target
 from tests.simulation.disk import Disk
+from tests.simulation.scenario import BadSamples
 from tests.simulation.world import Process
 
 
@@ -70,6 +73,7 @@ class SimulatedShard(Process):
     hiccups: float = 0.0
     frozen_below: int = 0
     not_finite: tuple[int, int] | None = None
+    bad: BadSamples = field(default_factory=lambda: BadSamples())
     history: list[Work] = field(default_factory=list)
     _works: dict[str, Work] = field(default_factory=dict)
     _wanted: dict[str, Assignment] = field(default_factory=dict)
@@ -83,6 +87,9 @@ class SimulatedShard(Process):
                 return []
             case Assignment():
                 self._wanted[message.job] = message
+                work = self._works.pop(message.job, None)
+                if work is not None:
+                    self._leave(work)
                 self.after(self.world.random.uniform(0.001, 0.05), lambda: self._build(message))
                 return []
             case Unassign():
@@ -100,6 +107,9 @@ class SimulatedShard(Process):
         effects = work.role.on_message(peer, message, now)
         self._fill_slots(work)
         return effects
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        return tuple(work.role.hosting for work in self._works.values())
 
     def on_lost(self, peer: str) -> list[Effect]:
         return [
@@ -175,6 +185,7 @@ class SimulatedShard(Process):
             on_cut=lambda version, copies: self.after(0.0005, lambda: self._on_cut(work, version, copies)),
         )
         block.not_finite = self.not_finite
+        block.spoilt = lambda index: self.bad.spoils(index, self.world.random)
         queue = TaskQueue(window=settings.window, num_layers=place.stop - place.start, attached=spec.cluster.attached)
         role = ShardRole(
             job=message.job,
@@ -188,7 +199,9 @@ class SimulatedShard(Process):
             schedule=CutSchedule(final=plan.num_updates, intervals=settings.cut_intervals),
             version=message.cut,
             layer_names=[f"layer-{layer}" for layer in range(num_layers)],
+            generation=message.generation,
             task_seconds=spec.timeouts.task,
+            drops_bad_samples=spec.train.on_bad_sample == "drop",
         )
         work = Work(message, plan, log, header, block, queue, role)
         self._works[message.job] = work
@@ -272,6 +285,9 @@ def _steps(block: CountingBlock, task: Task) -> Steps[TaskResult]:
             return (yield from block.backward(task))
         case ApplyTask():
             return (yield from block.apply(task))
+        case DropTask(attempt=attempt, reason=reason):
+            yield
+            return block.drop(attempt, reason)
         case EvaluateTask():
             return (yield from block.evaluate(task))
 
@@ -281,12 +297,16 @@ class SimulatedForward(Process):
     """A forward worker process whose samples are tokens."""
 
     load_seconds: float = 0.001
+    bad: BadSamples = field(default_factory=lambda: BadSamples())
     role: ForwardRole = field(default_factory=lambda: ForwardRole(prefetch=3))
     _plans: dict[str, Any] = field(default_factory=dict)
     _room: int = 0
 
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         return self._with_requests(self.role.on_message(peer, message, self.world.now))
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        return self.role.hosting
 
     def on_lost(self, peer: str) -> list[Effect]:
         return self._with_requests(self.role.on_lost(peer, self.world.now))
@@ -299,7 +319,7 @@ class SimulatedForward(Process):
 
     def _with_requests(self, effects: list[Effect]) -> list[Effect]:
         # Closed numbers may be told to the coordinator before they are told to the worker, whose room is then leased again.
-        assert self.role.num_leases <= 2 * self._room, (
+        assert self.role.num_leases <= 2 * (self._room + MAX_AHEAD), (
             f"{self.role.num_leases} leases are held, {self._room} were asked for"
         )
         for request in self.role.take_requests():
@@ -309,9 +329,15 @@ class SimulatedForward(Process):
                     settings = ResolvedSettings.from_json(assignment.settings_json)
                     self._plans[assignment.job] = settings.plan
                     self._room = settings.window + 3
-                    self._answer(delay, self.role.on_prepared, assignment.job, settings.window)
+                    ordered = settings.mode == "synchronous" or settings.window == 1
+                    self._answer(
+                        delay, partial(self.role.on_prepared, ordered=ordered), assignment.job, settings.window
+                    )
                 case Load(job=job, attempt=attempt):
                     index = self._plans[job].index(attempt.microbatch)
+                    if self.bad.tears(index, self.world.random):
+                        self._answer(delay, self.role.on_load_failed, job, attempt, f"file {index} is torn")
+                        continue
                     self._answer(delay, self.role.on_loaded, job, attempt, activation(index, -1), target(index))
                 case LoadEvaluation(job=job, version=version, samples=samples):
                     inputs, targets = activation(samples.start, -1), target(samples.start)
@@ -334,6 +360,9 @@ class SimulatedBackward(Process):
 
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         return self._with_requests(self.role.on_message(peer, message, self.world.now))
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        return self.role.hosting
 
     def on_lost(self, peer: str) -> list[Effect]:
         return self._with_requests(self.role.on_lost(peer, self.world.now))
@@ -358,8 +387,9 @@ class SimulatedBackward(Process):
     def _execute(self, request: Execute) -> None:
         task, place, states = request.task, self._places[request.job], self._states[request.job]
         states.update({state.layer: state for state in task.states})
+        life = task.life
         assert sorted(states) == list(range(place.start, place.stop)), "a layer's state was never sent"
-        assert all(state.life == place.life for state in states.values())
+        assert all(state.life == life for state in states.values())
         kept = task.inputs.items[0]
         index = kept[1]
         expect(task.inputs, activation(index, place.start - 1))

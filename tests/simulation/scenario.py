@@ -25,6 +25,23 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BadSamples:
+    """Microbatches whose samples can't be loaded (``torn``), or whose loss is not finite (``spoilt``): always, or ``often``."""
+
+    torn: frozenset[int] = frozenset()
+    spoilt: frozenset[int] = frozenset()
+    often: float = 1.0
+
+    def tears(self, index: int, rng: random.Random) -> bool:
+        """Whether loading fails this time."""
+        return index in self.torn and rng.random() < self.often
+
+    def spoils(self, index: int, rng: random.Random) -> bool:
+        """Whether the loss is not finite this time."""
+        return index in self.spoilt and rng.random() < self.often
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One cluster, one job, what goes wrong.
 
@@ -51,11 +68,7 @@ class Scenario:
     faults: tuple[Fault, ...]
     stops: tuple[float, ...]
     stop_after_resume: float | None
-
-    @property
-    def fatal(self) -> bool:
-        """A shard is killed, or cut off from another: the job fails and is resumed."""
-        return any(fault.kind in ("kill", "sever") and fault.target.startswith("shard") for fault in self.faults)
+    bad: BadSamples
 
 
 def draw(seed: int) -> Scenario:
@@ -109,6 +122,21 @@ def draw(seed: int) -> Scenario:
             faults.append(Fault(at=at, kind="sever", target=names[index], other=names[index - 1], seconds=0.0))
         else:
             faults.append(Fault(at=at, kind="kill", target=names[index], seconds=rng.uniform(0.01, 0.5)))
+    # Drawn apart from the rest: what only recovery survives.
+    worse = random.Random(f"recovery {seed}")
+    for _ in range(worse.choice((0, 0, 1, 2, 4) if crash else (0, 0, 0, 1, 2))):
+        at = 0.1 + worse.uniform(0, 1.5 * length)
+        target = worse.choice((*names, *names, "coordinator"))
+        kind = worse.choice(("kill", "kill", "kill", "sever", "freeze"))
+        seconds = worse.choice((worse.uniform(0.01, 0.5), worse.uniform(0.5, 6.0)))
+        if kind == "kill":
+            faults.append(Fault(at=at, kind=kind, target=target, seconds=seconds))
+        elif target != "coordinator":
+            other = "coordinator" if kind == "sever" else ""
+            faults.append(
+                Fault(at=at, kind="sever" if other else "pause", target=target, other=other, seconds=3 * seconds)
+            )
+    drops = worse.random() < 0.4
     stops = (0.1 + rng.uniform(0, length),) if rng.random() < 0.25 else ()
     calm = rng.random() < 0.3
     weather = Weather(
@@ -136,6 +164,8 @@ def draw(seed: int) -> Scenario:
         "checkpoint": {"every": every, "keep": rng.randint(1, 3)},
         "timeouts": {"start": 30.0, "lease": 20.0, "task": 4.0, "heartbeat": 15.0, "drain": 30.0},
     }
+    if drops:
+        spec["train"] |= {"on_bad_sample": "drop", "max_dropped": 1.0}
     return Scenario(
         seed=seed,
         layers=layers,
@@ -156,4 +186,15 @@ def draw(seed: int) -> Scenario:
         faults=tuple(sorted(faults, key=lambda fault: fault.at)),
         stops=stops,
         stop_after_resume=rng.uniform(0.05, 0.3) if rng.random() < 0.3 else None,
+        bad=_bad_samples(seed, steps * accumulation) if drops else BadSamples(),
+    )
+
+
+def _bad_samples(seed: int, num_microbatches: int) -> BadSamples:
+    rng = random.Random(f"bad samples {seed}")
+    indices = range(num_microbatches)
+    return BadSamples(
+        torn=frozenset(rng.sample(indices, rng.choice((0, 1, 2, num_microbatches // 4)))),
+        spoilt=frozenset(rng.sample(indices, rng.choice((0, 1, 2, num_microbatches // 4)))),
+        often=rng.choice((1.0, 1.0, 0.5)),
     )

@@ -8,7 +8,7 @@ import pytest
 
 from tests.simulation.cluster import SimulatedCluster
 from tests.simulation.processes import SimulatedShard
-from tests.simulation.scenario import Scenario, draw
+from tests.simulation.scenario import BadSamples, Scenario, draw
 from tests.simulation.world import Weather
 
 
@@ -21,7 +21,8 @@ def calm(seed: int) -> Scenario:
     spec["cluster"] = {"shards": 3, "forward": scenario.forward, "backward": {"attached": True, "detached": 0}}
     spec["async"] = {"window": 3, "accumulation": 1}
     spec["mode"] = "asynchronous"
-    return replace(scenario, spec=spec)
+    spec["train"] = {**spec["train"], "on_bad_sample": "fail"}
+    return replace(scenario, spec=spec, bad=BadSamples())
 
 
 @pytest.mark.parametrize(

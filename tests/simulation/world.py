@@ -6,12 +6,12 @@ import heapq
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
 from layerwise.link import Link, LinkLost, LinkTable, Packet
-from layerwise.messages import Heartbeat, Hello, Message
+from layerwise.messages import Heartbeat, Hello, Hosting, Message
 from layerwise.roles import Connect, Disconnect, Effect, Send
 
 TICK_SECONDS = 0.1
@@ -133,16 +133,20 @@ class Process:
     links: LinkTable = field(init=False)
     _paused_until: float = 0.0
     _next_heartbeat: float = math.inf
+    _greeted: float = 0.0
     _wakes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.links = LinkTable(lambda: Link(self.world.incarnation(), resend_seconds=0.05))
         self.world.processes[self.name] = self
-        if self.hello is not None:
-            self.send("coordinator", self.hello)
+        self._say_hello()
         self.after(self.world.random.uniform(0, TICK_SECONDS), self._tick)
 
     # What a subclass gives
+
+    def hosting(self) -> tuple[Hosting, ...]:
+        """The jobs that it goes on with."""
+        return ()
 
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         raise NotImplementedError
@@ -207,7 +211,7 @@ class Process:
     def on_packet(self, peer: str, packet: Packet) -> None:
         admission = self.links.admit(peer, packet)
         if admission.lost:
-            self.perform(self.on_lost(peer))
+            self._lose(peer)
         if admission.refusal is not None:
             self._put(peer, [admission.refusal])
         link = admission.link
@@ -236,9 +240,21 @@ class Process:
             return
         self.links.drop(peer)
         self.world.note(f"{self.name} lost {peer}: {why}")
-        self.perform(self.on_lost(peer))
+        self._lose(peer)
 
     # Inside
+
+    def _say_hello(self) -> None:
+        if self.hello is not None and self.alive:
+            self._next_heartbeat = math.inf
+            self.send("coordinator", replace(self.hello, hosting=self.hosting()))
+            self._greeted = self.world.now
+
+    def _lose(self, peer: str) -> None:
+        if peer == "coordinator":
+            self._next_heartbeat = math.inf
+            self.after(TICK_SECONDS, self._say_hello)
+        self.perform(self.on_lost(peer))
 
     def _receive(self, peer: str, message: Message) -> None:
         if type(message).__name__ == "Welcome":
@@ -248,6 +264,11 @@ class Process:
 
     def _tick(self) -> None:
         self.perform(self.on_tick())
+        if self.hello is not None and math.isinf(self._next_heartbeat) and self.world.now - self._greeted > 5.0:
+            # No answer: like a service that gives a link up when nobody answers, and tries again.
+            link = self.links.get("coordinator")
+            if link is not None:
+                self.on_peer_gone("coordinator", link, "no answer")
         if self._next_heartbeat <= self.world.now:
             self._next_heartbeat = self.world.now + self.heartbeat_seconds
             self.send("coordinator", Heartbeat())

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
-from layerwise.audit import DroppedMicrobatch, SampleLedgerSummary, StoredEvents
-from layerwise.audit_report import AuditReport
+from layerwise.audit import SampleLedgerSummary, StoredEvents
+from layerwise.audit_report import AuditReport, DroppedMicrobatch
 from layerwise.event_log import LogHeader
 from layerwise.events import Event, MemoryEventLog, Record, WeightMode
 from layerwise.ids import Attempt

@@ -101,6 +101,7 @@ class Pipeline:
         restored: Sequence[LayerCopy] | None = None,
         life: int = 1,
         head: JobHead = HEAD,
+        finite_buffers: bool = False,
     ) -> None:
         self.modules = copy.deepcopy(list(modules))
         self.inputs, self.targets = list(inputs), targets
@@ -114,6 +115,7 @@ class Pipeline:
             schedule=schedule if schedule is not None else Constant(),
             clip=clip,
             position_order=position_order,
+            finite_buffers=finite_buffers,
         )
         self.head = head
         self.events = MemoryEventLog()

@@ -183,6 +183,7 @@ class RecordedRun:
             block=position,
             cut=cut,
             directory=str(self.directory),
+            generation=max(self.lives),
         )
 
     # --- training -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from layerwise.applied import AppliedSet
 from layerwise.ids import Attempt
 from layerwise.messages import Outcome
 from layerwise.plan import TrainingPlan
-from layerwise.server.admission import Admission, ClosedNumber, Decision, Declined, Granted
+from layerwise.server.admission import GENERATION_BITS, Admission, ClosedNumber, Decision, Declined, Granted
 from layerwise.server.cut_schedule import CutSchedule
 
 PLAN = TrainingPlan(num_samples=7, batch=2, accumulation=2, num_updates=8)  # 7 microbatches and 4 updates an epoch
@@ -24,6 +24,7 @@ def admission(
     held: AppliedSet | None = None,
     started: bool = True,
     durable: int = 0,
+    generation: int = 0,
 ) -> Admission:
     made = Admission(
         plan=PLAN,
@@ -32,6 +33,7 @@ def admission(
         schedule=CutSchedule(final=PLAN.num_updates, intervals=() if every is None else (every,)),
         synchronous=synchronous,
         durable=durable,
+        generation=generation,
     )
     if started:
         made.start(done or AppliedSet(), held, 0.0)
@@ -305,3 +307,30 @@ def test_admission_agrees_with_counting_by_hand(window: int, steps: list[tuple[s
         assert [entry.number for entry in made.open_numbers()] == brute.open()
         assert set(range(PLAN.num_microbatches)) - set(made.done.missing(PLAN.num_microbatches)) == brute.done()
         assert made.span <= window
+
+
+def test_the_numbers_of_a_generation_are_above_all_of_those_before() -> None:
+    before, after = admission(window=9, generation=6), admission(window=9, generation=7)
+    old = [granted(before.offer("a", attempt(index), 0.0))[0][2] for index in range(3)]
+    new = [granted(after.offer("a", attempt(index), 0.0))[0][2] for index in range(3)]
+    assert old == [(6 << GENERATION_BITS) + count for count in range(3)]
+    assert new == [(7 << GENERATION_BITS) + count for count in range(3)]
+    assert {number >> GENERATION_BITS for number in new} == {7}
+
+
+def test_reports_of_another_generation_close_nothing() -> None:
+    made = admission(generation=7)
+    made.offer("a", attempt(0), 0.0)
+    number = 7 << GENERATION_BITS
+    assert made.report(6 << GENERATION_BITS, attempt(0), 0, Outcome.APPLIED, 0.0) == []
+    assert made.arrived(6 << GENERATION_BITS, attempt(0), 0.0) is None
+    assert made.span == 1
+    assert len(made.report(number, attempt(0), 0, Outcome.APPLIED, 0.0)) == 1
+
+
+def test_the_window_of_a_late_generation_counts_from_its_first_number() -> None:
+    made = admission(window=2, generation=5)
+    for index in range(2):
+        assert len(granted(made.offer("a", attempt(index), 0.0))) == 1
+    assert made.offer("a", attempt(2), 0.0) == []
+    assert made.span == 2

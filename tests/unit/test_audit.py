@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from layerwise.applied import AppliedSet
-from layerwise.audit import DroppedMicrobatch, StoredEvents, audit, audit_directory
-from layerwise.audit_report import CLAIMS
+from layerwise.audit import StoredEvents, audit, audit_directory
+from layerwise.audit_report import CLAIMS, DroppedMicrobatch
 from layerwise.errors import AuditError, NotFoundError
 from layerwise.event_log import EventLog, events_folder
 from layerwise.events import RestoreEvent, UpdateEvent
@@ -64,11 +64,13 @@ def test_life_may_begin_at_the_cut_that_the_life_before_began_at() -> None:
         {"samples_leased": 999},
         {"samples_applied": 150, "samples_leased": 152},
         {"dropped": ()},
-        {"dropped": (DroppedMicrobatch(microbatch=PLAN.microbatch(20), reason="", missing_from=1),)},
+        {"dropped": (DroppedMicrobatch(microbatch=PLAN.microbatch(20), reason="loss", missing_from=1),)},
+        {"dropped": (DroppedMicrobatch(microbatch=PLAN.microbatch(20), reason="loss"),)},
+        {"dropped": (DroppedMicrobatch(microbatch=PLAN.microbatch(20), reason="", missing_from=0),)},
         {
             "dropped": (
-                DroppedMicrobatch(microbatch=PLAN.microbatch(20), reason=""),
-                DroppedMicrobatch(microbatch=PLAN.microbatch(3), reason=""),
+                DroppedMicrobatch(microbatch=PLAN.microbatch(20), reason="loss", missing_from=0),
+                DroppedMicrobatch(microbatch=PLAN.microbatch(3), reason="loss"),
             )
         },
     ],
@@ -78,6 +80,22 @@ def test_ledger_that_contradicts_the_logs_fails(change: dict[str, object]) -> No
     world = honest()
     ledger = replace(world.ledger, **change)  # type: ignore[arg-type]
     assert failed(audit(world.blocks, ledger=ledger)) == ["ledger"]
+
+
+def test_what_the_logs_hold_as_dropped_is_listed_with_its_reason() -> None:
+    world = honest()
+    report = audit(world.blocks)
+    assert report.dropped == world.ledger.dropped
+    first = report.dropped[0].microbatch
+    assert f"samples {first} are dropped: loss is not finite (layer 0 dropped it" in "\n".join(report.lines())
+    [listed, *_] = report.to_json()["dropped"]  # type: ignore[misc]
+    assert listed == {
+        "epoch": first.epoch,
+        "start": first.start,
+        "stop": first.stop,
+        "reason": "loss is not finite",
+        "missing_from": 0,
+    }
 
 
 def test_logs_of_another_plan_are_found() -> None:

@@ -6,18 +6,20 @@ from layerwise.messages import (
     BlockPlace,
     DetachedTask,
     Failure,
+    Hosting,
     LayerRevision,
     LayerState,
     NamedTensors,
     PushGradient,
     Ready,
+    Reroute,
     TaskFinished,
     TaskRequest,
     Tensors,
     Unassign,
     Unassigned,
 )
-from layerwise.roles import Connect, Send
+from layerwise.roles import Connect, Disconnect, Send
 from layerwise.worker.backward_role import BackwardRole, Build, Execute, Leave
 
 LIFE = 4
@@ -26,7 +28,15 @@ ROUTE = (
     BlockPlace(start=2, stop=4, shard="shard-1", address="here:1", life=LIFE),
 )
 ASSIGNMENT = Assignment(
-    job="job", spec_json="{}", settings_json="{}", profile_json="{}", route=ROUTE, block=1, cut=0, directory=""
+    job="job",
+    spec_json="{}",
+    settings_json="{}",
+    profile_json="{}",
+    route=ROUTE,
+    block=1,
+    cut=0,
+    directory="",
+    generation=1,
 )
 
 
@@ -72,7 +82,7 @@ def built_role() -> BackwardRole:
     role = BackwardRole()
     role.on_message("coordinator", ASSIGNMENT, 0.0)
     assert role.take_requests() == [Build(assignment=ASSIGNMENT)]
-    ready = Send("coordinator", Ready(job="job", block=1))
+    ready = Send("coordinator", Ready(job="job", block=1, generation=1))
     assert role.on_built("job", 0.0) == [Connect("shard-1", "here:1"), ready, request()]
     return role
 
@@ -132,3 +142,76 @@ def test_an_unassigned_worker_leaves_the_job() -> None:
     assert role.on_message("coordinator", Unassign(job="job"), 0.0) == [Send("coordinator", Unassigned(job="job"))]
     assert role.take_requests() == [Leave(job="job")]
     assert role.on_gradient("job", gradient(first), 0.0) == []
+
+
+# A new route ----------------------------------------------------------------------------------------------------------
+
+
+def reroute(shard: str = "shard-1", life: int = LIFE, generation: int = 4) -> Reroute:
+    own = BlockPlace(start=2, stop=4, shard=shard, address=f"there:{shard}", life=life)
+    return Reroute(job="job", route=(ROUTE[0], own), block=1, generation=generation, durable=0)
+
+
+def ready(generation: int) -> Send:
+    return Send("coordinator", Ready(job="job", block=1, generation=generation))
+
+
+def test_a_new_route_gives_the_task_up_and_keeps_the_layer_states_of_the_same_life() -> None:
+    role, first = built_role(), task(0)
+    role.on_message("shard-1", first, 0.0)
+    effects = role.on_message("coordinator", reroute(), 1.0)
+    assert effects == [Connect("shard-1", "there:shard-1"), ready(4), request((3, 1))]
+    assert role.on_gradient("job", gradient(first), 1.0) == []
+    assert role.on_executed("job", finished(first), 1.0) == []
+    assert role.on_execute_failed("job", first, "refused", 1.0) == []
+
+
+def test_a_block_in_a_new_life_at_another_shard_is_asked_without_any_states() -> None:
+    role = built_role()
+    role.on_message("shard-1", task(0), 0.0)
+    effects = role.on_message("coordinator", reroute("shard-7", LIFE + 5), 1.0)
+    asked = Send("shard-7", TaskRequest(job="job", life=LIFE + 5))
+    assert effects == [Disconnect("shard-1"), Connect("shard-7", "there:shard-7"), ready(4), asked]
+    role.take_requests()
+    role.on_message("shard-1", task(1), 2.0)
+    role.on_message("shard-7", task(1), 2.0)  # of the life before
+    assert role.take_requests() == []
+    new = task(2, life=LIFE + 5)
+    role.on_message("shard-7", new, 2.0)
+    assert role.take_requests() == [Execute(job="job", task=new)]
+
+
+def test_a_worker_whose_layers_are_not_built_yet_answers_for_the_newest_route_once_they_are() -> None:
+    role = BackwardRole()
+    role.on_message("coordinator", ASSIGNMENT, 0.0)
+    assert role.on_message("coordinator", reroute("shard-7"), 0.5) == [Disconnect("shard-1")]
+    assert role.on_built("job", 1.0) == [
+        Connect("shard-7", "there:shard-7"),
+        ready(4),
+        Send("shard-7", TaskRequest(job="job", life=LIFE)),
+    ]
+
+
+def test_a_worker_that_waited_for_its_link_uses_that_of_the_new_route_at_once() -> None:
+    role = built_role()
+    role.on_lost("shard-1", 1.0)
+    assert role.on_message("coordinator", reroute(), 1.1)[0] == Connect("shard-1", "there:shard-1")
+    assert role.on_tick(2.05) == []
+    assert role.on_tick(2.1) == [request()]
+
+
+def test_only_newer_routes_of_the_coordinator_count() -> None:
+    role = built_role()
+    assert role.on_message("shard-1", reroute(), 1.0) == []
+    assert role.on_message("coordinator", reroute(generation=1), 1.0) == []
+    other = Reroute(job="other", route=ROUTE, block=1, generation=9, durable=0)
+    assert role.on_message("coordinator", other, 1.0) == []
+
+
+def test_what_a_worker_works_for_is_what_it_tells_a_coordinator_that_was_started_again() -> None:
+    role = built_role()
+    assert role.hosting == (Hosting(job="job", block=1, life=LIFE, generation=1),)
+    role.on_message("coordinator", reroute(life=LIFE + 5), 1.0)
+    assert role.hosting == (Hosting(job="job", block=1, life=LIFE + 5, generation=4),)
+    role.on_message("coordinator", Unassign(job="job"), 2.0)
+    assert role.hosting == ()

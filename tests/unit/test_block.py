@@ -8,7 +8,7 @@ from layerwise.errors import NotFoundError, NotOwnerError, RejectedError, WrongL
 from layerwise.events import AbortEvent, AccumulateEvent, ForwardEvent, WeightMode
 from layerwise.ids import Attempt
 from layerwise.messages import NamedTensors, PushGradient, Tensors
-from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, run_to_end
+from layerwise.tasks import ApplyTask, BackwardTask, DropResult, EvaluateTask, ForwardTask, run_to_end
 from tests.unit.pipeline import OPTIMIZERS, Pipeline, assert_same, plain_loop
 
 WIDTH = 12
@@ -413,7 +413,11 @@ def test_a_dropped_microbatch_fills_its_place_in_the_update() -> None:
     pipeline.forward(0)
     pipeline.forward(1)
     pipeline.backward(0)
-    assert [block.drop(pipeline.attempt(1), "lost") for block in pipeline.blocks] == [0, 2]
+    assert not any(block.dropped(1) for block in pipeline.blocks)
+    whole = [DropResult(missing_from=start, partial=False) for start in (0, 2)]
+    assert [block.drop(pipeline.attempt(1), "lost") for block in pipeline.blocks] == whole
+    assert [block.drop(pipeline.attempt(1), "lost") for block in pipeline.blocks] == whole  # a repeat says the same
+    assert all(block.dropped(1) for block in pipeline.blocks)
     assert [one.version for block in pipeline.blocks for one in block.report()] == [1] * 5
     assert all(block.lacking(1) == () for block in pipeline.blocks)
 
@@ -424,6 +428,28 @@ def test_an_update_of_tombstones_only_advances_the_version_and_nothing_else() ->
     pipeline.blocks[0].drop(pipeline.attempt(0), "lost")
     assert [one.version for one in pipeline.blocks[0].report()] == [1] * 5
     assert_same(pipeline.state(), before)
+
+
+def buffers_of(pipeline: Pipeline) -> list[torch.Tensor]:
+    found = [one for layer in pipeline.blocks[0].layers for one in layer.module.buffers]
+    return [one.clone() for one in found if one.is_floating_point()]
+
+
+def test_samples_that_are_not_finite_can_leave_the_buffers_as_they_were() -> None:
+    inputs, targets = samples()
+    spoilt = [torch.full_like(inputs[0], float("nan"))]
+    for finite_buffers in (False, True):
+        pipeline = Pipeline(normalised_model(), spoilt, targets, finite_buffers=finite_buffers)
+        before = buffers_of(pipeline)
+        pipeline.forward(0)
+        same = [torch.equal(one, other) for one, other in zip(before, buffers_of(pipeline), strict=True)]
+        assert before
+        assert all(same) == finite_buffers
+    modules = normalised_model()
+    guarded, plain = (Pipeline(modules, inputs, targets, finite_buffers=one) for one in (True, False))
+    for pipeline in (guarded, plain):
+        pipeline.train()
+    assert_same(guarded.state(), plain.state())
 
 
 def push_for(pipeline: Pipeline, layer: int, life: int = 1, names: tuple[str, ...] | None = None) -> PushGradient:

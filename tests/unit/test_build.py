@@ -78,6 +78,7 @@ class Run:
             block=block,
             cut=self.cut,
             directory=str(self.directory),
+            generation=1,
         )
 
     @contextmanager

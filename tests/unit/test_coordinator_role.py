@@ -27,6 +27,7 @@ from layerwise.messages import (
     Unassign,
 )
 from layerwise.server.memory_store import MemoryJobStore
+from layerwise.server.run import ATTEMPTS_OF_GENERATION
 from tests.unit.played_cluster import PlayedCluster, spec
 
 
@@ -86,7 +87,7 @@ def test_a_cut_is_committed_with_all_files_and_told_durable_only_then() -> None:
 def test_copies_of_cuts_that_nobody_evaluates_are_released_on_every_shard() -> None:
     played = cluster()
     played.submit()
-    released = [(peer, one.version) for peer, one in sent(played, ReleaseCut)]
+    released = [(peer, one.version) for peer, one in sent(played, ReleaseCut) if one.version]
     assert released == [(shard, version) for version in (4, 8, 10) for shard in ("shard-0", "shard-1")]
 
 
@@ -122,8 +123,9 @@ def test_a_killed_forward_worker_costs_nothing_when_another_takes_its_place() ->
     played.kill("forward-0")
     assert played.state(job) == "done"
     assert played.role.job(job)["ledger"]["samples_applied"] == 80
-    assert played.leases[0][0] == "forward-1"
-    assert played.leases[0][1].attempt == 2
+    (worker, attempt), *_ = played.leases
+    assert worker == "forward-1"
+    assert attempt.attempt == ATTEMPTS_OF_GENERATION + 2
 
 
 def test_without_any_forward_worker_the_job_waits_and_goes_on_with_the_next_that_comes() -> None:
@@ -156,20 +158,38 @@ def test_a_worker_that_is_started_again_under_its_name_is_another_incarnation() 
     played.held.clear()
     played.add(Role.FORWARD, "forward-0")
     assert played.state(job) == "done"
-    assert played.leases[0][1].attempt == 2
+    assert played.leases[0][1].attempt == ATTEMPTS_OF_GENERATION + 2
     assert [node["incarnation"] for node in played.role.nodes(played.now) if node["name"] == "forward-0"] == [2]
 
 
-def test_a_process_that_was_lost_and_comes_back_is_told_to_leave_its_job() -> None:
+def test_a_worker_whose_link_broke_comes_back_into_its_place_without_being_assigned_anew() -> None:
     played = cluster(forward=2)
     played.hold = hold_training
     job = played.submit(spec(cluster={"forward": 2}))
     played.perform(played.role.on_lost("forward-1", played.now))
     played.sent.clear()
-    played.add(Role.FORWARD, "forward-1")
+    played.come_back("forward-1")
     kinds = [type(message).__name__ for peer, message in played.sent if peer == "forward-1"]
-    assert kinds[:3] == ["Welcome", "Unassign", "Assignment"]
+    assert kinds == ["Welcome"]
     assert {node["job"] for node in played.role.nodes(played.now)} == {job}
+    assert played.role.events(job, 0)[-1].message == "forward worker forward-1 is back"
+
+
+def test_a_worker_that_comes_back_when_another_has_its_place_is_told_to_leave() -> None:
+    played = cluster(forward=2)
+    played.hold = hold_training
+    job = played.submit()
+    played.perform(played.role.on_lost("forward-0", played.now))
+    played.sent.clear()
+    played.come_back("forward-0")
+    kinds = [type(message).__name__ for peer, message in played.sent if peer == "forward-0"]
+    assert kinds == ["Welcome", "Unassign"]
+    assert {node["name"]: node["job"] for node in played.role.nodes(played.now)} == {
+        "forward-0": None,
+        "forward-1": job,
+        "shard-0": job,
+        "shard-1": job,
+    }
 
 
 def test_a_silent_process_is_lost_after_the_job_s_heartbeat_limit() -> None:
@@ -180,9 +200,9 @@ def test_a_silent_process_is_lost_after_the_job_s_heartbeat_limit() -> None:
     for name in ("shard-0", "forward-0"):
         played.say(name, Heartbeat())
     played.wait(2.0)
-    document = played.role.job(job)
-    assert document["state"] == "failed"
-    assert "shard shard-1 (block 1) was lost (no sign of life for 6 s)" in document["message"]
+    lines = [event.message for event in played.role.events(job, 0)]
+    assert "shard shard-1 (block 1) was lost (no sign of life for 6 s)" in lines
+    assert {node["name"] for node in played.role.nodes(played.now)} == {"shard-0", "forward-0"}
 
 
 def test_samples_that_cannot_be_loaded_fail_the_job_with_the_worker_s_sentence() -> None:
@@ -204,15 +224,19 @@ def run_until(played: PlayedCluster, num_microbatches: int) -> str:
     return played.submit()
 
 
-def test_a_lost_shard_ends_the_job_with_one_sentence_that_says_how_to_resume() -> None:
+def test_a_lost_shard_without_a_replacement_fails_the_job_with_one_sentence_that_says_how_to_resume() -> None:
     played = cluster()
-    job = run_until(played, 20)
+    played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN and len(played.leases) >= 20
+    job = played.submit(spec(timeouts={"start": 10.0, "heartbeat": 1000.0}))
     played.kill("shard-1")
+    played.wait(10.0)
+    assert played.state(job) == "running"
+    played.wait(0.5)
     document = played.role.job(job)
     assert document["state"] == "failed"
     assert document["message"] == (
-        "shard shard-1 (block 1) was lost (its link broke and did not come back) at version 4; "
-        "the newest durable cut is version 4: go on from it with `layerwise resume toy-1`"
+        "shard shard-1 (block 1) was lost (its link broke and did not come back), and no other took its place within "
+        "10 s at version 4; the newest durable cut is version 4: go on from it with `layerwise resume toy-1`"
     )
     assert [peer for peer, _ in sent(played, Unassign)] == ["shard-0", "forward-0"]
 
@@ -220,35 +244,41 @@ def test_a_lost_shard_ends_the_job_with_one_sentence_that_says_how_to_resume() -
 def test_resume_restores_the_newest_durable_cut_in_new_lives_and_leases_only_the_rest() -> None:
     played = cluster()
     job = run_until(played, 20)
-    played.kill("shard-1")
-    played.add(Role.SHARD, "shard-9")
+    attempts = {attempt for _, attempt in played.leases}
+    played.say("shard-1", Failure(job=job, message="out of memory"))
+    assert played.state(job) == "failed"
     played.hold = lambda worker, lease: False
     played.held.clear()
-    leased_before = len(played.leases)
+    played.leases.clear()
     played.sent.clear()
     played.resume(job)
     assignment = sent(played, Assignment)[0][1]
     assert assignment.cut == 4
-    assert [(one.shard, one.life) for one in assignment.route] == [("shard-0", 3), ("shard-9", 4)]
+    assert [(one.shard, one.life) for one in assignment.route] == [("shard-0", 3), ("shard-1", 4)]
     done = AppliedSet.from_json(json.loads(sent(played, StartTraining)[0][1].done_json))
     assert done.watermark == 16
     document = played.role.job(job)
     assert (document["state"], document["resume_count"]) == ("done", 1)
     assert document["ledger"]["samples_applied"] == 80
-    assert len(played.leases) - leased_before == 40 - 16
+    assert len(played.leases) == 40 - 16
+    assert attempts.isdisjoint(attempt for _, attempt in played.leases)
 
 
-def test_a_job_resumed_at_its_last_cut_is_done_and_says_that_this_was_not_evaluated() -> None:
+@pytest.mark.parametrize("last", ["forward-0", "shard-0", "shard-1"])
+def test_a_job_resumed_at_its_last_cut_has_that_evaluated_whoever_is_ready_last(last: str) -> None:
     played = cluster()
     played.hold = lambda worker, lease: lease.kind is LeaseKind.EVALUATE
     job = played.submit()
-    played.kill("shard-1")
-    played.add(Role.SHARD, "shard-1")
+    played.say("shard-1", Failure(job=job, message="out of memory"))
     assert played.role.job(job)["cuts"][-1]["version"] == 10
+    played.hold = lambda worker, lease: False
+    played.silent.add(last)
     played.resume(job)
+    played.wake(last)
     document = played.role.job(job)
     assert (document["state"], document["ledger"]["samples_applied"]) == ("done", 80)
-    assert "`layerwise evaluate` does it" in document["message"]
+    assert document["validation"] == {"version": 10, "loss": 0.25, "accuracy": 0.5}
+    assert document["message"] == "done: 10 updates of every layer"
 
 
 def test_a_worker_lost_while_the_job_stops_is_replaced_so_that_it_can_stop() -> None:
@@ -355,7 +385,7 @@ def test_a_run_in_which_nothing_moves_warns_and_is_given_up_in_the_end() -> None
 def test_dropped_microbatches_are_listed_and_the_run_still_ends() -> None:
     played = cluster()
     played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN and not played.leases
-    job = played.submit()
+    job = played.submit(spec(train={"on_bad_sample": "drop", "max_dropped": 0.1}))
     (_, lease), *_ = played.held
     played.held.clear()
     played.leases.append(("forward-0", lease.attempts[0]))
@@ -446,16 +476,16 @@ def test_a_block_without_a_backward_worker_is_refused_at_once() -> None:
 # The coordinator ------------------------------------------------------------------------------------------------------
 
 
-def test_after_a_restart_running_jobs_are_failed_queued_ones_wait_and_left_over_processes_are_let_go() -> None:
-    store = MemoryJobStore()
-    played = cluster(store=store)
+def test_after_a_restart_running_jobs_wait_for_their_processes_and_queued_ones_for_their_turn() -> None:
+    played = cluster()
     job = run_until(played, 20)
     waiting = played.submit()
-    again = PlayedCluster(store)
-    assert [again.state(one) for one in (job, waiting)] == ["failed", "queued"]
-    assert "go on from version 4 with `layerwise resume toy-1`" in again.role.job(job)["message"]
-    again.add(Role.SHARD, "shard-0")
-    assert [(peer, one.job) for peer, one in sent(again, Unassign)] == [("shard-0", job)]
+    played.restart_coordinator()
+    assert [played.state(one) for one in (job, waiting)] == ["running", "queued"]
+    assert played.role.job(job)["message"] == "waiting for a shard to take the place of shard-0, shard-1"
+    played.hold = lambda worker, lease: False
+    played.come_back("shard-0", "shard-1", "forward-0")
+    assert [played.state(one) for one in (job, waiting)] == ["done", "done"]
 
 
 def test_after_a_restart_a_job_still_shows_how_far_it_was() -> None:
@@ -470,13 +500,38 @@ def test_after_a_restart_a_job_still_shows_how_far_it_was() -> None:
     assert [block["shard"] for block in document["blocks"]] == ["shard-0", "shard-1"]
 
 
-def test_lives_go_on_growing_after_a_restart() -> None:
+def test_lives_go_on_growing_after_a_restart_in_which_nobody_came_back() -> None:
     store = MemoryJobStore()
     played = cluster(store=store)
-    job = run_until(played, 3)
+    run_until(played, 3)
     again = cluster(store=store)
-    again.resume(job)
     assert [one.life for one in sent(again, Assignment)[0][1].route] == [3, 4]
+
+
+def test_a_job_that_had_not_begun_to_train_waits_in_the_queue_again_after_a_restart() -> None:
+    played = cluster()
+    played.silent.add("shard-0")
+    job = played.submit()
+    assert played.state(job) == "preparing"
+    played.restart_coordinator()
+    assert played.state(job) == "queued"
+    played.silent.clear()
+    played.add(Role.SHARD, "shard-0", "shard-1")
+    played.add(Role.FORWARD, "forward-0")
+    assert played.state(job) == "done"
+
+
+def test_a_process_of_a_job_that_is_over_is_told_to_leave_it() -> None:
+    played = cluster()
+    job = run_until(played, 3)
+    played.restart_coordinator()
+    played.role.cancel(job, played.now)
+    played.wait(1000.0)
+    assert played.state(job) in ("failed", "cancelled")
+    played.sent.clear()
+    played.come_back("shard-0")
+    assert [(peer, one.job) for peer, one in sent(played, Unassign)] == [("shard-0", job)]
+    assert {node["state"] for node in played.role.nodes(played.now)} == {"free"}
 
 
 def test_only_failed_and_cancelled_jobs_can_be_resumed() -> None:

@@ -11,6 +11,7 @@ from layerwise.messages import (
     Failure,
     Forward,
     Grant,
+    Hosting,
     Lease,
     LeaseKind,
     LeaseRequest,
@@ -19,11 +20,13 @@ from layerwise.messages import (
     Offer,
     Outcome,
     Ready,
+    Recall,
+    Reroute,
     Tensors,
     Unassign,
     Unassigned,
 )
-from layerwise.roles import Connect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, Send
 from layerwise.worker.forward_role import Forget, ForwardRole, Load, LoadEvaluation, Prepare
 
 LIFE = 3
@@ -32,7 +35,15 @@ ROUTE = (
     BlockPlace(start=2, stop=4, shard="shard-1", address="here:1", life=LIFE + 1),
 )
 ASSIGNMENT = Assignment(
-    job="job", spec_json="{}", settings_json="{}", profile_json="{}", route=ROUTE, block=-1, cut=0, directory=""
+    job="job",
+    spec_json="{}",
+    settings_json="{}",
+    profile_json="{}",
+    route=ROUTE,
+    block=-1,
+    cut=0,
+    directory="",
+    generation=1,
 )
 DATA = Tensors(("data",))
 
@@ -52,7 +63,7 @@ def ready_role(window: int = 1, prefetch: int = 2) -> ForwardRole:
 def lease(role: ForwardRole, *indices: int) -> None:
     message = Lease(job="job", kind=LeaseKind.TRAIN, attempts=tuple(attempt(index) for index in indices))
     assert role.on_message("coordinator", message, 0.0) == []
-    assert role.take_requests() == [Load(job="job", attempt=attempt(index)) for index in indices]
+    assert role.take_requests() == [Load(job="job", attempt=attempt(index)) for index in sorted(indices)]
 
 
 def loaded(role: ForwardRole, index: int) -> list[Effect]:
@@ -84,7 +95,7 @@ def test_an_assigned_worker_links_to_the_first_shard_and_asks_for_leases() -> No
     role.on_message("coordinator", ASSIGNMENT, 0.0)
     assert role.on_prepared("job", 3, 0.0) == [
         Connect("shard-0", "here:0"),
-        Send("coordinator", Ready(job="job", block=-1)),
+        Send("coordinator", Ready(job="job", block=-1, generation=1)),
         ask(5),
     ]
 
@@ -199,3 +210,149 @@ def test_an_unassigned_worker_forgets_the_job() -> None:
     assert role.take_requests() == [Forget(job="job")]
     assert loaded(role, 0) == []
     assert role.num_leases == 0
+
+
+# A new route ----------------------------------------------------------------------------------------------------------
+
+
+def reroute(shard: str = "shard-0", life: int = LIFE, generation: int = 4) -> Reroute:
+    first = BlockPlace(start=0, stop=2, shard=shard, address=f"there:{shard}", life=life)
+    return Reroute(job="job", route=(first, ROUTE[1]), block=-1, generation=generation, durable=0)
+
+
+def ready(generation: int) -> Send:
+    return Send("coordinator", Ready(job="job", block=-1, generation=generation))
+
+
+def test_a_new_route_gives_up_all_leases_and_is_answered_with_ready() -> None:
+    role = ready_role()
+    lease(role, 0, 1, 2)
+    for index in range(3):
+        loaded(role, index)
+    grant(role, 0)  # one is sent, one offered, one ready
+    effects = role.on_message("coordinator", reroute(), 5.0)
+    assert effects == [Connect("shard-0", "there:shard-0"), ready(4), ask(3)]
+    assert role.num_leases == 0
+    assert role.on_lost("forward-9", 5.0) == []
+
+
+def test_a_first_shard_that_was_replaced_is_left_and_only_the_new_one_s_life_is_answered() -> None:
+    role = ready_role()
+    lease(role, 0)
+    effects = role.on_message("coordinator", reroute("shard-5", LIFE + 7), 5.0)
+    assert effects[:2] == [Disconnect("shard-0"), Connect("shard-5", "there:shard-5")]
+    lease(role, 1)
+    (offered,) = loaded(role, 1)
+    assert offered == Send("shard-5", Offer(job="job", attempt=attempt(1), life=LIFE + 7))
+    granted = Grant(job="job", attempt=attempt(1), number=1, life=LIFE + 7)
+    assert role.on_message("shard-0", granted, 5.0) == []
+    (effect,) = role.on_message("shard-5", granted, 5.0)
+    assert isinstance(effect, Send)
+    assert isinstance(effect.message, Forward)
+    assert (effect.peer, effect.message.life) == ("shard-5", LIFE + 7)
+
+
+def test_data_that_were_loading_for_the_route_before_are_not_offered() -> None:
+    role = ready_role()
+    lease(role, 0)
+    role.on_message("coordinator", reroute(), 5.0)
+    assert loaded(role, 0) == []
+    again = Attempt(Microbatch(0, 0, 1), 4001)
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.TRAIN, attempts=(again,)), 5.0)
+    assert role.take_requests() == [Load(job="job", attempt=again)]
+    assert role.on_loaded("job", again, DATA, DATA, 5.0) == [
+        Send("shard-0", Offer(job="job", attempt=again, life=LIFE))
+    ]
+
+
+def test_a_worker_that_was_told_to_stop_asks_for_leases_again_on_a_new_route() -> None:
+    role = ready_role()
+    lease(role, 0)
+    loaded(role, 0)
+    decline(role, 0, "stopping")
+    assert role.on_tick(50.0) == []
+    assert ask(3) in role.on_message("coordinator", reroute(), 50.0)
+
+
+def test_evaluations_of_the_route_before_are_given_up() -> None:
+    role = ready_role()
+    samples = Microbatch(0, 0, 4)
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.EVALUATE, version=6, ranges=(samples,)), 0.0)
+    role.take_requests()
+    role.on_message("coordinator", reroute(), 1.0)
+    assert role.on_evaluation_loaded("job", 6, samples, DATA, DATA, 1.0) == []
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.EVALUATE, version=6, ranges=(samples,)), 1.0)
+    assert role.take_requests() == [LoadEvaluation(job="job", version=6, samples=samples)]
+    assert len(role.on_evaluation_loaded("job", 6, samples, DATA, DATA, 1.0)) == 1
+
+
+def test_a_worker_that_waited_for_its_link_uses_that_of_the_new_route_at_once() -> None:
+    role = ready_role()
+    role.on_lost("shard-0", 1.0)
+    assert Connect("shard-5", "there:shard-5") in role.on_message("coordinator", reroute("shard-5"), 1.1)
+    assert [one for one in role.on_tick(9.0) if isinstance(one, Connect)] == []
+
+
+def test_a_worker_whose_data_are_not_there_yet_answers_for_the_newest_route_once_they_are() -> None:
+    role = ForwardRole(prefetch=2)
+    role.on_message("coordinator", ASSIGNMENT, 0.0)
+    assert role.on_message("coordinator", reroute("shard-5"), 0.5) == [Disconnect("shard-0")]
+    assert role.on_prepared("job", 1, 1.0) == [Connect("shard-5", "there:shard-5"), ready(4), ask(3)]
+
+
+def test_only_newer_routes_of_the_coordinator_count() -> None:
+    role = ready_role()
+    lease(role, 0)
+    assert role.on_message("shard-0", reroute(), 1.0) == []
+    assert role.on_message("coordinator", reroute(generation=1), 1.0) == []
+    assert (
+        role.on_message("coordinator", Reroute(job="other", route=ROUTE, block=-1, generation=9, durable=0), 1.0) == []
+    )
+    assert role.num_leases == 1
+
+
+def test_what_a_worker_works_for_is_what_it_tells_a_coordinator_that_was_started_again() -> None:
+    role = ready_role()
+    assert role.hosting == (Hosting(job="job", block=-1, life=0, generation=1),)
+    role.on_message("coordinator", reroute(), 1.0)
+    assert role.hosting == (Hosting(job="job", block=-1, life=0, generation=4),)
+    role.on_message("coordinator", Unassign(job="job"), 2.0)
+    assert role.hosting == ()
+
+
+# Leases for later -----------------------------------------------------------------------------------------------------
+
+
+def test_leases_beyond_what_may_be_loaded_are_held_lowest_first_and_loaded_as_others_close() -> None:
+    role = ready_role(window=1, prefetch=1)
+    role.on_message(
+        "coordinator",
+        Lease(job="job", kind=LeaseKind.TRAIN, attempts=tuple(attempt(index) for index in (5, 1, 3, 2))),
+        0.0,
+    )
+    assert role.take_requests() == [Load(job="job", attempt=attempt(index)) for index in (1, 2)]
+    assert role.num_leases == 4
+    loaded(role, 1)
+    grant(role, 1)
+    closed = Closed(job="job", attempt=attempt(1), outcome=Outcome.APPLIED, life=LIFE)
+    role.on_message("shard-0", closed, 1.0)
+    assert role.take_requests() == [Load(job="job", attempt=attempt(3))]
+
+
+def test_a_recall_brings_back_what_is_not_being_loaded() -> None:
+    role = ready_role(window=1, prefetch=1)
+    attempts = tuple(attempt(index) for index in (0, 1, 2, 3))
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.TRAIN, attempts=attempts), 0.0)
+    role.take_requests()
+    assert role.on_message("coordinator", Recall(job="job"), 1.0) == [back(2, "recalled"), back(3, "recalled")]
+    assert role.num_leases == 2
+    assert role.on_message("coordinator", Recall(job="job"), 1.0) == []
+
+
+def test_leases_held_for_later_are_given_up_with_a_new_route() -> None:
+    role = ready_role(window=1, prefetch=1)
+    attempts = tuple(attempt(index) for index in (0, 1, 2, 3))
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.TRAIN, attempts=attempts), 0.0)
+    role.on_message("coordinator", reroute(), 1.0)
+    assert role.num_leases == 0
+    assert role.on_message("coordinator", Recall(job="job"), 1.0) == []

@@ -124,7 +124,7 @@ def test_a_store_of_a_newer_layerwise_is_refused_and_left_alone(tmp_path: Path) 
     with closing(sqlite3.connect(tmp_path / FILE)) as connection:
         connection.execute("PRAGMA user_version = 99")
     before = (tmp_path / FILE).read_bytes()
-    with pytest.raises(ConfigError, match="has schema 99, and this layerwise knows up to 1"):
+    with pytest.raises(ConfigError, match="has schema 99, and this layerwise knows up to 2"):
         SqliteJobStore(tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
 

@@ -10,7 +10,7 @@ from layerwise.applied import AppliedSet
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import Outcome
 from layerwise.plan import TrainingPlan
-from layerwise.server.sample_ledger import SampleLedger
+from layerwise.server.sample_ledger import OUT_OF_ORDER, DroppedMicrobatch, SampleLedger
 
 # Two epochs of five microbatches, the last of each with one sample.
 PLAN = TrainingPlan(num_samples=9, batch=4, accumulation=2, num_updates=6)
@@ -141,6 +141,94 @@ def test_returning_what_is_no_microbatch_of_the_plan_changes_nothing() -> None:
     ledger = ledger_with()
     ledger.give_back("a", Attempt(Microbatch(0, 1, 2)), "open")
     assert ledger.num_open == 0
+
+
+def test_attempts_of_a_later_route_are_numbered_above_those_before() -> None:
+    ledger = SampleLedger(PLAN, first_attempt=3001)
+    [first] = ledger.lease("a", 1, 0.0)
+    assert first.attempt == 3001
+    ledger.lose("a")
+    [again] = ledger.lease("b", 1, 0.0)
+    assert (again.microbatch, again.attempt) == (first.microbatch, 3002)
+    [other] = ledger.lease("b", 2, 0.0)
+    assert other.attempt == 3001
+
+
+def test_an_attempt_of_the_route_before_that_is_reported_late_closes_its_microbatch_once() -> None:
+    ledger = SampleLedger(PLAN, first_attempt=3001)
+    [new] = ledger.lease("a", 1, 0.0)
+    old = Attempt(new.microbatch, 2)
+    ledger.close(old, Outcome.ABORTED)  # nothing: a newer one is under way
+    assert ledger.num_held("a") == 1
+    assert ledger.close(new, Outcome.APPLIED)
+    assert not ledger.close(old, Outcome.APPLIED)
+
+
+def test_what_was_dropped_on_the_route_before_keeps_its_explanation() -> None:
+    before = ledger_with()
+    [attempt] = before.lease("a", 1, 0.0)
+    before.close(attempt, Outcome.DROPPED, reason="not finite")
+    after = ledger_with(done=before.closed())
+    assert [one.reason for one in after.dropped] == ["dropped before the restore"]
+    after = SampleLedger(PLAN, done=before.closed(), drops=before.drops.values(), missing_from={0: 3})
+    assert after.dropped == [DroppedMicrobatch(microbatch=attempt.microbatch, reason="not finite", missing_from=3)]
+    assert (after.samples_dropped, after.samples_applied) == (2, 0)
+
+
+def test_what_was_dropped_and_is_lost_in_the_restore_is_leased_to_be_dropped_again() -> None:
+    before = ledger_with()
+    [attempt] = before.lease("a", 1, 0.0)
+    before.close(attempt, Outcome.DROPPED, reason="not finite", missing_from=2)
+    after = SampleLedger(PLAN, drops=before.drops.values())
+    assert after.dropped == []
+    [again, other] = after.lease("b", 2, 0.0)
+    assert after.reason_to_drop(again.microbatch) == "not finite"
+    assert after.reason_to_drop(other.microbatch) == ""
+    assert after.close(again, Outcome.DROPPED, reason="the route found its tombstone")
+    assert after.dropped == [DroppedMicrobatch(microbatch=attempt.microbatch, reason="not finite")]
+
+
+def test_samples_that_can_t_be_loaded_are_given_up_once_and_leased_again_to_be_dropped() -> None:
+    ledger = ledger_with()
+    [first] = ledger.lease("a", 1, 0.0)
+    assert ledger.give_up("a", first, "a torn file")
+    assert not ledger.give_up("a", first, "said once more")
+    assert (ledger.dropped, ledger.samples_given_up(0), ledger.num_decisions) == ([], 2, 1)
+    [again] = ledger.lease("b", 1, 0.0)
+    assert (again.microbatch, again.attempt) == (first.microbatch, 2)
+    assert ledger.reason_to_drop(again.microbatch) == "a torn file"
+    ledger.close(again, Outcome.DROPPED, reason="a torn file")
+    assert [one.reason for one in ledger.dropped] == ["a torn file"]
+    assert (ledger.samples_leased, ledger.samples_dropped) == (2, 2)
+
+
+def test_what_comes_back_out_of_order_when_it_is_its_turn_already_is_leased_at_once() -> None:
+    ledger = ledger_with()
+    [first] = ledger.lease("a", 1, 0.0)
+    [second] = ledger.lease("b", 1, 0.0)
+    ledger.close(first, Outcome.APPLIED)
+    ledger.give_back("b", second, OUT_OF_ORDER)  # said before the first one closed, by a worker that was paused since
+    [again] = ledger.lease("a", 1, 0.0)
+    assert (again.microbatch, again.attempt) == (second.microbatch, 2)
+
+
+def test_who_no_longer_has_the_lease_can_t_give_it_up() -> None:
+    ledger = ledger_with()
+    [late] = ledger.lease("a", 1, 0.0)
+    assert ledger.expire(1.0) == 1
+    [current] = ledger.lease("b", 1, 2.0)
+    assert not ledger.give_up("a", late, "too slow a disk")
+    assert not ledger.give_up("b", Attempt(Microbatch(9, 0, 2), 1), "no such samples")
+    assert ledger.reason_to_drop(current.microbatch) == ""
+
+
+def test_a_microbatch_that_was_applied_on_every_layer_after_all_is_not_given_up_any_more() -> None:
+    ledger = ledger_with()
+    [first] = ledger.lease("a", 1, 0.0)
+    assert ledger.give_up("a", first, "a torn file")
+    assert ledger.close(first, Outcome.APPLIED)
+    assert not ledger.drops
+    assert (ledger.samples_applied, ledger.samples_dropped) == (2, 0)
 
 
 class LedgerBesideFirstShard(RuleBasedStateMachine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -18,18 +19,23 @@ from layerwise.messages import (
     BlockReport,
     BoundaryGradient,
     Closed,
+    CutSaved,
     CutTaken,
     Decline,
     DetachedTask,
     Failure,
     Forward,
     Grant,
+    Hosting,
+    LayerFile,
+    LinkDown,
     Message,
     NamedTensors,
     Offer,
     Outcome,
     PushGradient,
     Ready,
+    Reroute,
     StartTraining,
     Stop,
     StopAt,
@@ -39,11 +45,12 @@ from layerwise.messages import (
     Tensors,
 )
 from layerwise.plan import TrainingPlan
-from layerwise.roles import Connect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.server.admission import GENERATION_BITS
 from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.task_queue import TaskQueue
-from layerwise.tasks import ApplyTask, BackwardTask, EvaluateTask, ForwardTask, run_to_end
+from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, run_to_end
 from tests.simulation.counting_block import CountingBlock, FlushedLog, activation, gradient, target
 
 PLAN = TrainingPlan(num_samples=8, batch=2, accumulation=2, num_updates=6)
@@ -58,7 +65,14 @@ class Bench:
     """One block of ``route``, and one slot that works when it is told to."""
 
     def __init__(
-        self, block: int, *, route: Sequence[BlockPlace] = ROUTE, window: int = 3, attached: bool = True, every: int = 2
+        self,
+        block: int,
+        *,
+        route: Sequence[BlockPlace] = ROUTE,
+        window: int = 3,
+        attached: bool = True,
+        every: int = 2,
+        drops: bool = False,
     ) -> None:
         self.now = 0.0
         self.cuts: list[int] = []
@@ -89,6 +103,7 @@ class Bench:
             version=0,
             layer_names=[f"layer-{layer}" for layer in range(6)],
             task_seconds=10.0,
+            drops_bad_samples=drops,
         )
         self.begun = self.role.begin([AppliedSet()] * 2, 0.0)
 
@@ -111,6 +126,8 @@ class Bench:
                 case ApplyTask():
                     run_to_end(self.compute.apply(task))
                     effects += self.role.on_task_done(task, None, self.now)
+                case DropTask(attempt=given_up, reason=reason):
+                    effects += self.role.on_task_done(task, self.compute.drop(given_up, reason), self.now)
                 case EvaluateTask():
                     effects += self.role.on_task_done(task, run_to_end(self.compute.evaluate(task)), self.now)
         return effects
@@ -451,14 +468,16 @@ def test_a_failed_pass_ends_the_job_with_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("block", [0, 1])
-def test_a_lost_neighbour_ends_the_job_unless_the_coordinator_does_so_before(block: int) -> None:
+def test_a_lost_neighbour_is_told_to_the_coordinator_who_knows_what_it_means(block: int) -> None:
     bench = Bench(block)
     bench.start()
     bench.offer(0)
     bench.forward("forward-0" if block == 0 else "shard-0", 0, 0)
-    assert bench.role.on_lost(f"shard-{block + 1}", 1.0) == []
-    assert sent(bench.role.on_tick(5.9), Failure) == []
-    assert len(sent(bench.role.on_tick(6.0), Failure)) == 1
+    peer = f"shard-{block + 1}"
+    down = LinkDown(job="job", peer=peer, generation=0)
+    assert bench.role.on_lost(peer, 1.0) == [Send("coordinator", down)]
+    assert sent(bench.role.on_tick(60.0), Failure) == []
+    assert not bench.role.failed
 
 
 def test_a_link_to_an_earlier_incarnation_of_the_neighbour_is_opened_again() -> None:
@@ -466,3 +485,323 @@ def test_a_link_to_an_earlier_incarnation_of_the_neighbour_is_opened_again() -> 
     assert bench.role.on_lost("shard-2", 1.0) == [Connect("shard-2", "here:2")]
     assert bench.role.on_lost("shard-0", 1.0) == []  # that one links to us
     assert sent(bench.role.on_tick(60.0), Failure) == []
+
+
+# A new route ----------------------------------------------------------------------------------------------------------
+
+GENERATION = 3
+
+
+def reroute(
+    *, route: Sequence[BlockPlace] = ROUTE, block: int, generation: int = GENERATION, durable: int = 0
+) -> Reroute:
+    return Reroute(job="job", route=tuple(route), block=block, generation=generation, durable=durable)
+
+
+def moved(block: int, shard: str, life: int) -> tuple[BlockPlace, ...]:
+    """The route with one block at another shard, in a new life."""
+    there = replace(ROUTE[block], shard=shard, address=f"there:{block}", life=life)
+    return (*ROUTE[:block], there, *ROUTE[block + 1 :])
+
+
+def number(count: int, generation: int = GENERATION) -> int:
+    return (generation << GENERATION_BITS) + count
+
+
+def ready_of(effects: list[Effect]) -> Ready:
+    ((peer, ready),) = sent(effects, Ready)
+    assert isinstance(ready, Ready)
+    assert peer == "coordinator"
+    return ready
+
+
+def test_after_a_new_route_an_idle_block_connects_anew_and_says_what_its_layers_have() -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    bench.work()
+    bench.boundary(0, 0)
+    bench.work()
+    effects = bench.hears("coordinator", reroute(route=moved(2, "shard-9", 11), block=1))
+    assert effects[:2] == [Disconnect("shard-2"), Connect("shard-9", "there:2")]
+    ready = ready_of(effects)
+    assert (ready.generation, ready.block) == (GENERATION, 1)
+    assert [AppliedSet.from_json(json.loads(text)).watermark for text in ready.applied_json] == [1, 1]
+    assert bench.role.hosting == Hosting(job="job", block=1, life=6, generation=GENERATION)
+
+
+def test_the_link_to_a_neighbour_that_stays_is_not_closed() -> None:
+    bench = Bench(1)
+    effects = bench.hears("coordinator", reroute(block=1))
+    assert effects[0] == Connect("shard-2", "here:2")
+
+
+def test_what_was_under_way_is_aborted_and_can_be_begun_again_as_another_attempt() -> None:
+    bench = Bench(1)
+    for index in range(3):
+        bench.forward("shard-0", index, index)
+    bench.work()
+    bench.boundary(0, 0)  # waits in the queue
+    assert (bench.role.num_open, bench.compute.store_bytes) == (3, 3)
+    ready = ready_of(bench.hears("coordinator", reroute(block=1)))
+    assert (bench.role.num_open, bench.compute.store_bytes, len(bench.queue)) == (0, 0, 0)
+    assert [len(AppliedSet.from_json(json.loads(text))) for text in ready.applied_json] == [0, 0]
+    again = Attempt(PLAN.microbatch(0), 2)
+    forward = Forward(
+        job="job",
+        attempt=again,
+        number=number(0),
+        life=6,
+        needed_from=0,
+        inputs=activation(0, 1),
+        targets=target(0),
+    )
+    bench.hears("shard-0", forward)
+    assert kinds(bench.work()) == ["Forward"]
+    gradients = gradient(0, 3)
+    bench.hears("shard-2", BoundaryGradient(job="job", attempt=again, number=number(0), life=6, gradients=gradients))
+    assert kinds(bench.work()) == ["BoundaryGradient", "BlockClosed"]
+
+
+def test_a_microbatch_that_the_block_has_only_passes_its_gradient_on_after_a_new_route() -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    bench.work()
+    bench.boundary(0, 0)
+    bench.work()
+    bench.hears("coordinator", reroute(route=moved(0, "shard-7", 9), block=1))
+    again = Attempt(PLAN.microbatch(0), 2)
+    forward = Forward(
+        job="job",
+        attempt=again,
+        number=number(0),
+        life=6,
+        needed_from=0,
+        inputs=activation(0, 1),
+        targets=target(0),
+    )
+    bench.hears("shard-7", forward)
+    bench.work()
+    bench.hears(
+        "shard-2",
+        BoundaryGradient(job="job", attempt=again, number=number(0), life=6, gradients=gradient(0, 3)),
+    )
+    effects = bench.work()
+    assert [(peer, type(message).__name__) for peer, message in sent(effects, BoundaryGradient)] == [
+        ("shard-7", "BoundaryGradient")
+    ]
+    ((peer, closed),) = sent(effects, BlockClosed)
+    assert isinstance(closed, BlockClosed)
+    assert (peer, closed.life) == ("shard-7", 9)
+    assert [layer.version for layer in bench.compute.report()] == [0, 0]  # it did not count twice: an update takes 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_slot_computes_is_waited_for_before_the_block_is_ready_and_then_forgotten(fails: bool) -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    bench.forward("shard-0", 1, 1)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    assert bench.hears("coordinator", reroute(block=1)) == []
+    assert bench.queue.try_pop() is None  # what waited is gone
+    assert bench.role.on_tick(50.0) == []
+    if fails:
+        effects = bench.role.on_task_failed(task, RuntimeError("refused"), 0.0)
+    else:
+        effects = bench.role.on_task_done(task, run_to_end(bench.compute.forward(task)), 0.0)
+    assert kinds(effects) == ["Ready"]
+    assert not bench.role.failed
+    assert (bench.role.num_open, bench.compute.store_bytes) == (0, 0)
+
+
+def test_a_gradient_that_a_slot_was_taking_in_is_among_what_the_block_says_it_has() -> None:
+    bench = Bench(2)
+    bench.forward("shard-1", 0, 0)
+    first = bench.queue.try_pop()
+    assert isinstance(first, ForwardTask)
+    bench.role.on_task_done(first, run_to_end(bench.compute.forward(first)), 0.0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, BackwardTask)
+    assert bench.hears("coordinator", reroute(block=2)) == []
+    ready = ready_of(bench.role.on_task_done(task, run_to_end(bench.compute.backward(task)), 0.0))
+    assert [0 in AppliedSet.from_json(json.loads(text)) for text in ready.applied_json] == [True, True]
+
+
+def test_while_a_slot_still_computes_messages_of_what_is_given_up_are_dropped() -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    bench.hears("coordinator", reroute(block=1))
+    assert bench.forward("shard-0", 1, 1) == []
+    assert bench.hears("shard-0", Abort(job="job", attempt=attempt(0), number=0, life=6)) == []
+    assert bench.role.num_open == 1
+    assert kinds(bench.role.on_task_done(task, run_to_end(bench.compute.forward(task)), 0.0)) == ["Ready"]
+
+
+def test_numbers_of_another_generation_are_refused() -> None:
+    bench = Bench(1)
+    bench.hears("coordinator", reroute(block=1))
+    refused = bench.role.num_refused
+    assert bench.forward("shard-0", 0, 0) == []
+    assert bench.forward("shard-0", 0, number(0, GENERATION + 1)) == []
+    assert bench.hears("shard-0", Abort(job="job", attempt=attempt(0), number=1, life=6)) == []
+    assert bench.closed_by(2, 0, 0) == []
+    assert (bench.role.num_refused - refused, bench.role.num_open) == (4, 0)
+    bench.forward("shard-0", 0, number(0))
+    assert bench.role.num_open == 1
+
+
+def test_only_the_coordinator_s_newer_routes_count() -> None:
+    bench = Bench(1)
+    assert bench.hears("shard-0", reroute(block=1)) == []
+    assert ready_of(bench.hears("coordinator", reroute(block=1))).generation == GENERATION
+    assert bench.hears("coordinator", reroute(block=1)) == []
+    assert bench.hears("coordinator", reroute(block=1, generation=GENERATION - 1)) == []
+
+
+def test_a_second_new_route_while_a_slot_computes_replaces_the_first() -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    bench.hears("coordinator", reroute(route=moved(2, "shard-8", 8), block=1))
+    bench.hears("coordinator", reroute(route=moved(2, "shard-9", 9), block=1, generation=GENERATION + 1))
+    effects = bench.role.on_task_done(task, run_to_end(bench.compute.forward(task)), 0.0)
+    assert effects[:2] == [Disconnect("shard-2"), Connect("shard-9", "there:2")]
+    assert ready_of(effects).generation == GENERATION + 1
+
+
+def test_cuts_that_may_not_be_durable_are_told_of_again() -> None:
+    bench = Bench(1)
+    files = (LayerFile(layer=2, life=6, name="layer-2", num_bytes=1, digest="d"),)
+    bench.role.on_cut_taken(2, 0.0)
+    bench.role.on_cut_saved(2, files, "", 0.0)
+    bench.role.on_cut_taken(4, 0.0)
+    bench.role.on_cut_saved(4, (), "the disk is full", 0.0)
+    bench.role.on_cut_taken(6, 0.0)  # is being saved
+    effects = bench.hears("coordinator", reroute(block=1, durable=2))
+    told = [one.message for one in effects if isinstance(one, Send) and isinstance(one.message, CutTaken | CutSaved)]
+    assert told == [
+        CutTaken(job="job", block=1, version=2),
+        CutSaved(job="job", block=1, version=2, files=files),
+        CutTaken(job="job", block=1, version=4),
+        CutSaved(job="job", block=1, version=4, error="the disk is full"),
+        CutTaken(job="job", block=1, version=6),
+    ]
+    effects = bench.hears("coordinator", reroute(block=1, generation=GENERATION + 1, durable=6))
+    assert [message for _, message in sent(effects, CutTaken)] == [CutTaken(job="job", block=1, version=6)]
+    assert kinds(bench.role.on_cut_saved(6, files, "", 0.0)) == ["CutSaved"]
+
+
+def test_the_first_shard_tells_what_has_closed_and_then_admits_in_the_numbers_of_the_new_generation() -> None:
+    bench = Bench(0)
+    bench.start()
+    bench.offer(0)
+    bench.forward("forward-0", 0, 0)
+    bench.work()
+    bench.boundary(0, 0)
+    bench.work()
+    bench.closed_by(1, 0, 0)
+    bench.closed_by(2, 0, 0)
+    bench.offer(1)
+    effects = bench.hears("coordinator", reroute(block=0))
+    assert bench.role.num_open == 0
+    ready_of(effects)
+    assert bench.offer(2) == []  # not before the coordinator says that all are ready
+    done = json.dumps(AppliedSet(watermark=1).to_json())
+    ((peer, grant),) = sent(bench.hears("coordinator", StartTraining(job="job", done_json=done)), Grant)
+    assert isinstance(grant, Grant)
+    assert (peer, grant.attempt, grant.number) == ("forward-0", attempt(2), number(0))
+
+
+def test_closed_numbers_that_were_not_told_yet_are_told_before_the_first_shard_is_ready() -> None:
+    bench = Bench(0)
+    bench.start()
+    bench.offer(0)
+    bench.role.on_lost("forward-0", 0.0)
+    bench.closed_by(1, 0, 0, Outcome.ABORTED)
+    told = bench.closed_by(2, 0, 0, Outcome.ABORTED)
+    effects = bench.hears("coordinator", reroute(block=0))
+    order = [kind for kind in kinds(told + effects) if kind in ("AttemptsClosed", "Ready")]
+    assert order == ["AttemptsClosed", "Ready"]
+
+
+def test_a_stop_waits_for_the_start_of_the_new_generation_and_completes_what_some_layers_have() -> None:
+    bench = Bench(0)
+    bench.start()
+    bench.hears("coordinator", reroute(block=0))
+    assert bench.hears("coordinator", Stop(job="job")) == []
+    done, held = (json.dumps(one.to_json()) for one in (AppliedSet(watermark=2), AppliedSet(watermark=3)))
+    effects = bench.hears("coordinator", StartTraining(job="job", done_json=done, held_json=held))
+    assert [message for _, message in sent(effects, Stopping)] == [Stopping(job="job", version=2)]
+
+
+def test_the_first_shard_learns_from_the_route_which_cuts_are_durable() -> None:
+    bench = Bench(0, every=1)
+    bench.hears("coordinator", reroute(block=0, durable=3))
+    bench.start()
+    granted = []
+    for index in range(2 * PLAN.num_updates):
+        granted += sent(bench.offer(index), Grant)
+        if granted and isinstance(granted[-1][1], Grant):
+            bench.role.on_lost("forward-0", 0.0)
+            last = granted[-1][1].number
+            for block in (1, 2):
+                bench.closed_by(block, index, last, Outcome.ABORTED)
+    assert len(granted) == 2 * PLAN.num_updates
+
+
+def test_a_link_that_breaks_after_the_new_route_was_used_is_told_with_its_generation() -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    bench.hears("coordinator", reroute(block=1))
+    task = bench.queue.try_pop()
+    assert task is None
+    assert bench.role.on_lost("shard-2", 0.0) == [
+        Connect("shard-2", "here:2")
+    ]  # the old link: nothing used the new one
+    bench.forward("shard-0", 0, number(0))
+    down = LinkDown(job="job", peer="shard-0", generation=GENERATION)
+    assert bench.role.on_lost("shard-0", 0.0) == [Send("coordinator", down)]
+
+
+def test_a_detached_worker_s_task_is_forgotten_and_it_asks_again_under_the_new_route() -> None:
+    bench, task = detached_bench()
+    bench.hears("backward-0", push(task, 5))
+    bench.hears("coordinator", reroute(block=2))
+    assert bench.role.num_open == 0
+    bench.hears("backward-0", push(task, 4))
+    assert bench.hears("backward-0", finished(task, gradient(0, 3))) == []
+    assert bench.work() == []
+    bench.hears("backward-0", request("backward-0", 7))
+    again = Attempt(PLAN.microbatch(0), 2)
+    forward = Forward(
+        job="job",
+        attempt=again,
+        number=number(0),
+        life=7,
+        needed_from=0,
+        inputs=activation(0, 3),
+        targets=target(0),
+    )
+    bench.hears("shard-1", forward)
+    ((peer, new),) = sent(bench.work(), DetachedTask)
+    assert isinstance(new, DetachedTask)
+    assert (peer, new.attempt, new.number, new.lacking) == ("backward-0", again, number(0), (4, 5))
+
+
+def test_a_role_that_has_failed_ignores_new_routes() -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    bench.role.on_task_failed(task, RuntimeError("shapes differ"), 0.0)
+    assert bench.hears("coordinator", reroute(block=1)) == []
+
+
+def test_cuts_are_told_of_before_the_block_is_ready_so_that_the_coming_training_knows_them_from_its_start() -> None:
+    bench = Bench(1)
+    bench.role.on_cut_taken(2, 0.0)
+    effects = bench.hears("coordinator", reroute(block=1, durable=2))
+    assert [kind for kind in kinds(effects) if kind in ("CutTaken", "Ready")] == ["CutTaken", "Ready"]

@@ -61,7 +61,15 @@ class World:
 def assignment(life: int) -> Assignment:
     route = (BlockPlace(start=0, stop=1, shard="shard-0", address="", life=life),)
     return Assignment(
-        job="job", spec_json="", settings_json="", profile_json="", route=route, block=0, cut=0, directory=""
+        job="job",
+        spec_json="",
+        settings_json="",
+        profile_json="",
+        route=route,
+        block=0,
+        cut=0,
+        directory="",
+        generation=1,
     )
 
 

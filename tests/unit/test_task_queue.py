@@ -119,6 +119,62 @@ def test_a_held_forward_pass_is_given_out_when_no_backward_pass_follows() -> Non
     assert isinstance(queue.try_pop(), ForwardTask)
 
 
+def test_what_slots_run_is_counted_until_the_role_has_heard_of_its_end() -> None:
+    queue = TaskQueue(window=3, num_layers=1)
+    for number in range(3):
+        queue.push(forward(number))
+    assert queue.num_running == 0
+    queue.try_pop()
+    queue.pop(timeout_seconds=0.0)
+    assert queue.num_running == 2
+    queue.finish()
+    assert queue.num_running == 1
+    assert queue.pop(timeout_seconds=0.0) is not None
+    assert queue.try_pop() is None
+    assert queue.num_running == 2
+
+
+def test_what_a_detached_worker_takes_is_not_run_by_a_slot() -> None:
+    queue = TaskQueue(window=1, num_layers=1, attached=False)
+    queue.push(backward(0))
+    assert queue.take_backward() == backward(0)
+    assert queue.num_running == 0
+
+
+def test_a_purge_forgets_what_waits_and_not_what_runs() -> None:
+    queue = TaskQueue(window=2, num_layers=1)
+    for task in (forward(0), forward(1), backward(2), apply(3), evaluate(4)):
+        queue.push(task)
+    assert queue.try_pop() == apply(3)
+    queue.purge()
+    assert (len(queue), queue.num_running) == (0, 1)
+    assert queue.try_pop() is None
+    queue.push(forward(7))
+    queue.push(forward(8))  # the places of what was purged are free again
+    assert queue.try_pop() == forward(7)
+
+
+def test_a_slot_that_waits_goes_on_waiting_over_a_purge_and_gets_what_comes_after_it() -> None:
+    queue = TaskQueue(window=1, num_layers=1)
+    taken: list[object] = []
+    slot = threading.Thread(target=lambda: taken.append(queue.pop(timeout_seconds=10.0)))
+    slot.start()
+    queue.purge()
+    queue.push(forward(5))
+    slot.join(timeout=10)
+    assert taken == [forward(5)]
+
+
+def test_what_was_handed_out_and_never_ends_keeps_being_counted_by_a_closed_queue() -> None:
+    queue = TaskQueue(window=1, num_layers=1)
+    queue.push(forward(0))
+    queue.try_pop()
+    queue.close()
+    assert queue.num_running == 1
+    queue.finish()
+    assert queue.num_running == 0
+
+
 def test_a_paused_queue_gives_out_evaluations_only_and_goes_on_where_it_was() -> None:
     queue = TaskQueue(window=4, num_layers=2)
     for task in (forward(1), backward(0), apply(0), evaluate(0)):

@@ -21,7 +21,15 @@ from tests.unit.played_service import PlayedService
 def assignment(life: int) -> Assignment:
     route = (BlockPlace(start=0, stop=1, shard="shard-0", address="unix:/nowhere", life=life),)
     return Assignment(
-        job="job", spec_json="{}", settings_json="{}", profile_json="{}", route=route, block=0, cut=0, directory=""
+        job="job",
+        spec_json="{}",
+        settings_json="{}",
+        profile_json="{}",
+        route=route,
+        block=0,
+        cut=0,
+        directory="",
+        generation=1,
     )
 
 
@@ -69,7 +77,7 @@ def test_data_that_come_after_their_job_was_left_are_not_kept(monkeypatch: pytes
         spec = SimpleNamespace(data=None, train=SimpleNamespace(seed=1))
         monkeypatch.setattr("layerwise.worker.forward.parse_job", lambda *_, **__: spec)
         monkeypatch.setattr("layerwise.worker.forward.load_dataset", load)
-        settings = SimpleNamespace(from_json=lambda _: SimpleNamespace(window=1))
+        settings = SimpleNamespace(from_json=lambda _: SimpleNamespace(window=1, mode="asynchronous"))
         monkeypatch.setattr("layerwise.worker.forward.ResolvedSettings", settings)
         worker = ForwardWorker(cast(Service, service))
         worker.on_message(COORDINATOR, assignment(1), 0.0)

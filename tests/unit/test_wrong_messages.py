@@ -239,7 +239,15 @@ def assignment(job: str, block: int) -> Assignment:
         for one in range(3)
     )
     return Assignment(
-        job=job, spec_json="{}", settings_json="{}", profile_json="{}", route=route, block=block, cut=0, directory=""
+        job=job,
+        spec_json="{}",
+        settings_json="{}",
+        profile_json="{}",
+        route=route,
+        block=block,
+        cut=0,
+        directory="",
+        generation=1,
     )
 
 
@@ -317,7 +325,7 @@ def test_a_set_that_is_none_fails_its_job_with_a_sentence(document: str, number:
     played.silent = {"shard-1"}
     job = played.submit()
     assert look(played, job) == "preparing"
-    played.say("shard-1", Ready(job=job, block=1, applied_json=(document,) * number, version=0))
+    played.say("shard-1", Ready(job=job, generation=1, block=1, applied_json=(document,) * number, version=0))
     state, message = look(played, job), played.role.job(job)["message"]
     sound = json.loads(document) if number and document.endswith('"dropped": []}') else None
     if state != "failed":

@@ -1,0 +1,53 @@
+"""What a run has lost and got back: how far layers went back, and how long that took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostBlock:
+    """A block whose shard was lost at ``time`` (unix seconds), when its layers had reached ``version``."""
+
+    block: int
+    shard: str
+    version: int
+    time: float
+
+
+class Recovery:
+    """Counts the recoveries of one run. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self.made: list[dict[str, Any]] = []
+        """One object for each restored block, as in the job document."""
+        self._lost: dict[int, LostBlock] = {}
+        self._version = -1
+        self._in_a_row = 0
+
+    def lose(self, block: int, shard: str, version: int, now: float) -> None:
+        """The shard of ``block``, whose layers had reached ``version``, is gone."""
+        self._lost.setdefault(block, LostBlock(block=block, shard=shard, version=version, time=now))
+
+    def begin(self, version: int) -> int:
+        """A new route is given out with all layers at ``version``; gives how many in a row began at it."""
+        self._in_a_row = self._in_a_row + 1 if version == self._version else 1
+        self._version = version
+        return self._in_a_row
+
+    def end(self, restored: Iterable[int], cut: int, now: float) -> list[tuple[str, dict[str, Any]]]:
+        """Training goes on with ``restored`` blocks at version ``cut``; gives lines for the job's log, with their fields."""
+        lines = []
+        for block in restored:
+            lost = self._lost.pop(block, None)
+            if lost is None:
+                continue
+            rewind = max(lost.version - cut, 0)
+            fields = {"block": block, "shard": lost.shard, "cut": cut, "rewind": rewind, "seconds": now - lost.time}
+            self.made.append({"time": lost.time, **fields})
+            updates = f"{rewind} update{'' if rewind == 1 else 's'}"
+            lines.append((f"block {block} goes back {updates}, from version {lost.version} to {cut}", fields))
+        self._lost.clear()
+        return lines

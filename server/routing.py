@@ -1,0 +1,154 @@
+"""The route of a run, generation after generation: who has been told of it, who is ready for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from layerwise.applied import AppliedSet
+from layerwise.messages import (
+    Assignment,
+    BlockPlace,
+    BlockReport,
+    CutCommitted,
+    CutSaved,
+    CutTaken,
+    Message,
+    Ready,
+    Reroute,
+)
+from layerwise.roles import Effect, Send
+from layerwise.server.job_record import JobRecord
+from layerwise.server.shard_places import ShardPlaces
+
+
+class Routing:
+    """What the processes of one run know of its route.
+
+    A process that knows the job keeps what it has and gets a `Reroute`; one that does not, or whose block is restored,
+    gets an `Assignment`. All of them answer `Ready`. Not thread-safe.
+    """
+
+    def __init__(self, shards: ShardPlaces) -> None:
+        self.generation = 0
+        """0: there is no route yet."""
+        self.route: tuple[BlockPlace, ...] = ()
+        self.cut = 0
+        """The version that blocks are restored from in this generation."""
+        self._shards = shards
+        self._informed: set[str] = set()
+        self._ready: dict[str, Ready] = {}
+        self._early: list[tuple[str, Message]] = []
+
+    def begin(self, record: JobRecord, restored: Sequence[int]) -> int:
+        """A new generation, in which ``restored`` blocks begin new lives at the newest durable cut; gives the next life."""
+        self.cut = record.durable_cut.version if record.durable_cut is not None else 0
+        self.generation = record.next_life
+        for place, block in enumerate(restored):
+            self._shards.give_life(block, self.generation + place)
+            self._informed.discard(self._shards[block].process)
+        self.route = self._shards.route(record.blocks)
+        self._ready.clear()
+        self._early.clear()
+        return self.generation + max(len(restored), 1)
+
+    def recall(self, record: JobRecord) -> None:
+        """The route of an earlier coordinator, as far as its record tells; nobody is known to be there."""
+        self.route = self._shards.route(record.blocks)
+
+    def inform(self, name: str, block: int, record: JobRecord) -> Send:
+        """Tell a process of the route; ``block`` is the one it holds or works for (-1: all)."""
+        if name in self._informed:
+            durable = record.durable_cut
+            reroute = Reroute(
+                job=record.job,
+                route=self.route,
+                block=block,
+                generation=self.generation,
+                durable=durable.version if durable is not None else 0,
+            )
+            return Send(name, reroute)
+        self._informed.add(name)
+        assignment = Assignment(
+            job=record.job,
+            spec_json=record.spec_json,
+            settings_json=record.settings_json,
+            profile_json=record.profile_json,
+            route=self.route,
+            block=block,
+            cut=self.cut,
+            directory=record.directory,
+            generation=self.generation,
+        )
+        return Send(name, assignment)
+
+    def inform_shards(self, record: JobRecord) -> list[Effect]:
+        """Tell all of them."""
+        return [self.inform(place.shard, block, record) for block, place in enumerate(self.route)]
+
+    def knows(self, name: str) -> None:
+        """A process is back with what it had been told before."""
+        self._informed.add(name)
+
+    def forget(self, name: str) -> None:
+        """A process is gone."""
+        self._informed.discard(name)
+        self._ready.pop(name, None)
+
+    # Getting ready ---------------------------------------------------------------------------------------------------
+
+    def take_ready(self, name: str, message: Ready, *, stop: int) -> bool:
+        """``name`` is ready; False for a generation that is not this one.
+
+        Raises:
+            ValueError: its sets are none of ``stop`` microbatches, or not those of the layers that it holds.
+        """
+        if not self.generation or message.generation != self.generation:
+            return False
+        place = next((one for one in self.route if one.shard == name), None)
+        expected = place.stop - place.start if place is not None else 0
+        if len(message.applied_json) != expected:
+            raise ValueError(f"it brings the sets of {len(message.applied_json)} layers, {name} holds {expected}")
+        for text in message.applied_json:
+            AppliedSet.parse(text, stop=stop)
+        self._ready[name] = message
+        return True
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Which of ``names`` are not ready."""
+        return [name for name in names if name not in self._ready]
+
+    def mismatch(self) -> str:
+        """What is wrong with what the shards are ready with, in one sentence; empty when nothing is."""
+        for block, place in enumerate(self.route):
+            found = self._ready[place.shard]
+            if not self._shards[block].holds and found.version != self.cut:
+                return f"shard {place.shard} restored version {found.version}, and version {self.cut} was asked for"
+        return ""
+
+    def applied_sets(self) -> list[AppliedSet]:
+        """What each layer has, in order."""
+        texts = (text for place in self.route for text in self._ready[place.shard].applied_json)
+        return [AppliedSet.from_json(json.loads(text)) for text in texts]
+
+    def keep(self, name: str, message: Message) -> None:
+        """Keep what shard ``name`` tells before training begins, if the coming training has to hear of it.
+
+        That is about its cuts and its layers. A block that is being restored tells only of the cut that it is restored
+        from; all else is about the life before.
+        """
+        if self._shards.of(name).holds or name in self._ready:
+            wanted = isinstance(message, CutTaken | CutSaved | CutCommitted | BlockReport)
+        else:
+            wanted = isinstance(message, CutTaken) and message.version == self.cut
+        if wanted:
+            self._early.append((name, message))
+
+    def take_early(self) -> list[tuple[str, Message]]:
+        """What was kept of shards that are still there, the oldest cut first.
+
+        A shard may have told of its newest cut just before it was asked to tell of all; cuts are committed in their order.
+        """
+        early, self._early = self._early, []
+        there = [(name, message) for name, message in early if name in self._shards]
+        return sorted(there, key=lambda one: getattr(one[1], "version", 0))
