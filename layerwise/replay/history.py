@@ -144,6 +144,8 @@ def begins_with(life: LifeIndex) -> set[tuple[int, int]]:
 def choose_start(history: History, saved: Sequence[int], version: int | None) -> Start:
     """Where to begin: at ``version``, or by default at the newest place not after the oldest of the ``saved`` cuts.
 
+    Where a single cut is saved, before it: there would be nothing to execute again.
+
     Raises:
         NotFoundError: there is no such place.
     """
@@ -157,7 +159,7 @@ def choose_start(history: History, saved: Sequence[int], version: int | None) ->
             f"the replay can't begin at version {version}: a pass that was under way there has read weights that no cut "
             f"holds, or the cut is not on disk, or the log was removed; possible are {possible}"
         )
-    oldest = min(saved)
+    oldest = min(saved) if len(saved) > 1 else saved[0] - 1
     fitting = [one for one in starts if one.version <= oldest] or starts[:1]
     if not fitting:
         raise NotFoundError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from layerwise.audit import audit_directory
+from layerwise.cli.main import run as command
 from layerwise.cuts import cut_folder, layer_files, load_manifest
 from layerwise.errors import ConfigError, NotAllowedError, NotFoundError
 from layerwise.event_log import EventLog, LogReader, find_logs
@@ -175,10 +177,15 @@ def test_a_transformer_is_replayed(tmp_path: Path) -> None:
 
 
 def test_synchronous_runs_can_be_replayed_from_every_saved_cut(tmp_path: Path) -> None:
-    recorded(weights("latest", 1), tmp_path)
-    assert check(tmp_path)[0].start.version == LAST
-    report = check_whole(tmp_path)
-    assert report.start == 0
+    """By default from the oldest one, where there is more than one."""
+    run = recorded(weights("latest", 1), tmp_path)
+    assert check(tmp_path)[0].start.version == 0
+    assert check_whole(tmp_path).start == 0
+    assert run.saved[0].files.keys() >= {3, 6, 9}
+    run.commit(3)
+    run.commit(9)
+    assert Replay(tmp_path).start.version == 3
+    assert check(tmp_path, start=9)[1].updates == 4
 
 
 def test_a_replay_begins_inside_a_life_where_no_ticket_is_open(tmp_path: Path) -> None:
@@ -186,7 +193,7 @@ def test_a_replay_begins_inside_a_life_where_no_ticket_is_open(tmp_path: Path) -
     run.begin()
     run.train()
     run.commit(6)
-    _, report = check(tmp_path)
+    _, report = check(tmp_path, start=6)
     assert (report.start, report.updates, report.cuts) == (6, 4 * 4, ())
     run.close()
 
@@ -277,3 +284,25 @@ def test_a_place_that_the_run_does_not_have_is_refused(tmp_path: Path) -> None:
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no saved cut"):
         Replay(tmp_path)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_reached_and_what_it_can_not_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = str(recorded(recorded_spec(), tmp_path / "job").directory)
+    assert command(["replay", directory, "--from", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "40 updates" in said
+    assert f"equal bit for bit to the saved cuts {LAST}" in said
+    assert "every hash is the recorded one" in said
+    assert command(["replay", directory, "--from", "3"]) == 4
+    assert "possible are 0" in capsys.readouterr().err
+    assert command(["replay", directory, "--until", "soon"]) == 2
+    assert command(["replay", directory, "--until", "3", "--save", directory]) == 5
+    assert command(["replay", str(tmp_path / "none")]) == 4
+    assert command(["replay", directory, "--until", "3", "--save", str(tmp_path / "at"), "--output", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["stopped_at"], document["saved"]) == ("update 3", str(tmp_path / "at" / "cuts" / "00000003"))
