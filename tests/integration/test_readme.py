@@ -24,8 +24,8 @@ from layerwise.cli.main import run
 from layerwise.data.load import load_dataset
 from layerwise.run_directory import spec_in
 from tests.integration.command import Command
-from tests.unit.markdown import blocks, commands
-from tests.unit.test_docs import OPERATIONS, README, REPOSITORY, table
+from tests.unit.markdown import blocks, commands, table
+from tests.unit.test_docs import OPERATIONS, README, REPOSITORY
 
 LOOKS = (
     "layerwise evaluate runs/digits",
@@ -53,7 +53,7 @@ CLUSTER = (
 """One after the other, on the cluster of the first."""
 NOT_RUN = re.compile(
     r"make test|cd examples/own_model|docker compose .*|layerwise train .* --output json"
-    r"|layerwise (coordinator|shard|forward|backward) .*|layerwise submit .*--coordinator head:7070.*"
+    r"|layerwise (coordinator|node|shard|forward|backward|replay|chaos) .*|layerwise submit .*--coordinator head:7070.*"
 )
 """`tests.unit.test_docs` parses these; what they would do is tested elsewhere."""
 
@@ -163,7 +163,9 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.timeout(240)
 def test_a_cluster_that_stays(cluster: Command, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, nodes, submit, status, logs, cancel, resume, jobs = CLUSTER
-    assert len(output(capsys, *words(nodes)).splitlines()) == 1 + 2 + 1 + 1
+    assert (
+        len(output(capsys, *words(nodes)).splitlines()) == 1 + 1 + 2 + 1 + 1
+    )  # the header, the coordinator, and what the fixture starts
     # So many epochs that it can't end by itself before it is cancelled.
     assert output(capsys, *words(submit, ["train.epochs=100000"])).strip() == "digits-1"
     assert "digits-1" in output(capsys, *words(status))
@@ -186,7 +188,8 @@ def test_a_cluster_that_stays(cluster: Command, inside: Path, capsys: pytest.Cap
 def check_metrics(nodes: list[dict[str, Any]]) -> None:
     """Each process serves what the table of metrics says of it, and nothing of ours besides."""
     rows = [(row[0].strip("`"), row[1]) for row in table(OPERATIONS, "about itself:")]
-    assert {node["role"] for node in nodes} == {"shard", "forward", "backward"}
+    rows += [(row[0].strip("`"), "coordinator") for row in table(OPERATIONS, "about everything:")]
+    assert {node["role"] for node in nodes} == {"coordinator", "shard", "forward", "backward"}
     for node in nodes:
         with urllib.request.urlopen(f"http://{node['metrics_address']}/metrics", timeout=10) as answer:
             page = answer.read().decode()
@@ -194,4 +197,6 @@ def check_metrics(nodes: list[dict[str, Any]]) -> None:
             name if kind != "counter" or name.endswith("_total") else f"{name}_total"
             for name, kind in re.findall(r"^# TYPE (layerwise_\w+) (\w+)$", page, re.MULTILINE)
         }
-        assert served == {name for name, process in rows if process in ("all", node["role"])}, node["name"]
+        assert served == {name for name, process in rows if process in ("all", "all with links", node["role"])}, node[
+            "name"
+        ]
