@@ -37,17 +37,30 @@ class Recovery:
         self._version = version
         return self._in_a_row
 
-    def end(self, restored: Iterable[int], cut: int, now: float) -> list[tuple[str, dict[str, Any]]]:
-        """Training goes on with ``restored`` blocks at version ``cut``; gives lines for the job's log, with their fields."""
+    def end(self, restored: Iterable[int], cut: int, samples: int, now: float) -> list[tuple[str, dict[str, Any]]]:
+        """Training goes on with ``restored`` blocks at version ``cut``; gives lines for the job's log, with their fields.
+
+        ``samples`` are those that some layers have and others lack now: so many are leased again. The rewind in updates is
+        from the last version that the lost shard had told of, which may be a second old.
+        """
         lines = []
         for block in restored:
             lost = self._lost.pop(block, None)
             if lost is None:
                 continue
             rewind = max(lost.version - cut, 0)
-            fields = {"block": block, "shard": lost.shard, "cut": cut, "rewind": rewind, "seconds": now - lost.time}
+            fields = {
+                "block": block,
+                "shard": lost.shard,
+                "cut": cut,
+                "rewind": rewind,
+                "samples": samples,
+                "seconds": now - lost.time,
+            }
             self.made.append({"time": lost.time, **fields})
             updates = f"{rewind} update{'' if rewind == 1 else 's'}"
-            lines.append((f"block {block} goes back {updates}, from version {lost.version} to {cut}", fields))
+            reached = max(lost.version, cut)
+            line = f"block {block} goes back {updates}, from version {reached} to {cut}; {samples} samples are leased again"
+            lines.append((line, fields))
         self._lost.clear()
         return lines

@@ -495,7 +495,10 @@ class Run:
         self._num_decisions = 0
         if before is not None:
             self.training.carry_on(before, restored, self._now)
-        for line, fields in self.recovery.end(restored, cut, self._now):
+        redone = max(
+            self.training.samples_to_redo, before.samples_closed - self.training.samples_closed if before else 0
+        )
+        for line, fields in self.recovery.end(restored, cut, redone, self._now):
             self._note("info", line, **fields)
         for block in restored:
             self.shards[block].holds = True

@@ -109,6 +109,8 @@ class Training:
         self.round: EvaluationRound | None = None
         self.progressed = now
         self.durable: dict[int, CutRecord] = {cut.version: cut for cut in durable}
+        self.samples_to_redo = sum(self.plan.microbatch(index).num_samples for index in partial)
+        """Samples that some layers had and others lacked when this training began."""
         self._job = job
         self._shards = shards
         self._every = prepared.spec.train.evaluate_every
@@ -155,6 +157,11 @@ class Training:
     def seconds(self) -> float:
         """From this run's first admission to its last close, without the pauses for evaluations."""
         return max(self._active_before + self._active_seconds - self._paused_seconds, 0.0)
+
+    @property
+    def samples_closed(self) -> int:
+        """Samples that are applied on every layer, or dropped."""
+        return self.ledger.samples_applied + self.ledger.samples_dropped
 
     @property
     def run_samples(self) -> int:

@@ -258,11 +258,13 @@ def test_the_recovery_is_in_the_document_and_in_the_log() -> None:
     played.now += 2.5
     played.add(Role.SHARD, "shard-1")
     (made,) = played.role.job(job)["recoveries"]
+    samples = made.pop("samples")
     assert made == {"time": lost_at, "block": 1, "shard": "shard-1", "cut": 4, "rewind": 3, "seconds": 2.5}
+    assert samples > 0
     lines = log(played, job)
     assert "shard shard-1 (block 1) was lost (its link broke and did not come back)" in lines
     assert "assigning block 1 at version 4" in lines
-    assert "block 1 goes back 3 updates, from version 7 to 4" in lines
+    assert f"block 1 goes back 3 updates, from version 7 to 4; {samples} samples are leased again" in lines
     assert lines[-1].startswith("training goes on at version")
     go_on(played)
     assert played.role.job(job)["recoveries"] == [made]
