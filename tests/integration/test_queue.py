@@ -102,7 +102,7 @@ def labels_documented(role: str) -> dict[str, set[str]]:
     return {
         row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2]))
         for row in rows
-        if row[1] in (role, "all", "all with links")
+        if row[1] in (role, "all")
     }
 
 
