@@ -689,7 +689,10 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReport:
-    """A shard's totals for one job; each report replaces the one before, so repeats do no harm."""
+    """A shard's totals for one job; each report replaces the one before, so repeats do no harm.
+
+    ``shortage`` says what the disk of the event log refuses at present (empty: nothing).
+    """
 
     job: str
     block: int
@@ -700,6 +703,7 @@ class BlockReport:
     backward_queue: int
     compute_seconds: float
     log_bytes: int
+    shortage: str = ""
 
 
 Message = (

@@ -915,7 +915,7 @@ class LayerReport(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., life: _Optional[int] = ..., version: _Optional[int] = ..., revision: _Optional[int] = ..., staleness: _Optional[_Iterable[int]] = ..., misalignment: _Optional[_Iterable[int]] = ..., learning_rate: _Optional[float] = ...) -> None: ...
 
 class BlockReport(_message.Message):
-    __slots__ = ("job", "block", "layers", "open_attempts", "store_bytes", "forward_queue", "backward_queue", "compute_seconds", "log_bytes")
+    __slots__ = ("job", "block", "layers", "open_attempts", "store_bytes", "forward_queue", "backward_queue", "compute_seconds", "log_bytes", "shortage")
     JOB_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -925,6 +925,7 @@ class BlockReport(_message.Message):
     BACKWARD_QUEUE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHORTAGE_FIELD_NUMBER: _ClassVar[int]
     job: str
     block: int
     layers: _containers.RepeatedCompositeFieldContainer[LayerReport]
@@ -934,7 +935,8 @@ class BlockReport(_message.Message):
     backward_queue: int
     compute_seconds: float
     log_bytes: int
-    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerReport, _Mapping]]] = ..., open_attempts: _Optional[int] = ..., store_bytes: _Optional[int] = ..., forward_queue: _Optional[int] = ..., backward_queue: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., log_bytes: _Optional[int] = ...) -> None: ...
+    shortage: str
+    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerReport, _Mapping]]] = ..., open_attempts: _Optional[int] = ..., store_bytes: _Optional[int] = ..., forward_queue: _Optional[int] = ..., backward_queue: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., log_bytes: _Optional[int] = ..., shortage: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("wire_version", "spec_json")

@@ -135,6 +135,7 @@ class HostedBlock:
         self._mind_room()
         self.role.compute_seconds = self._slots.compute_seconds
         self.role.log_bytes = self.events.num_bytes
+        self.role.shortage = self.shortage
         return self.role.on_tick(now)
 
     def commit(self, message: CommitCut) -> None:

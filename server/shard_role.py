@@ -14,7 +14,7 @@ A `Reroute` keeps the layers and begins everything else anew: what waits is forg
 then the role says Ready, and the coordinator starts the new generation.
 
 Tasks go into ``queue``; slots take them out with `TaskQueue.pop`. ``compute`` is called here only for what is quick; passes are run by slots.
-Before each `on_tick` the shell may set ``compute_seconds`` and ``log_bytes`` for the report. Nothing of an older life is ever acted on.
+Before each `on_tick` the shell may set ``compute_seconds``, ``log_bytes`` and ``shortage`` for the report. Nothing of an older life is ever acted on.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class ShardRole:
         self.queue = queue
         self.compute_seconds = 0.0
         self.log_bytes = 0
+        self.shortage = ""
         self._context = BlockContext(
             job=job,
             block=block,
@@ -462,5 +463,6 @@ class ShardRole:
             backward_queue=self.queue.backward_depth,
             compute_seconds=self.compute_seconds,
             log_bytes=self.log_bytes,
+            shortage=self.shortage,
         )
         return [Send(self._coordinator, report)]

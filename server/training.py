@@ -315,8 +315,14 @@ class Training:
     # Reports, evaluation, stop ---------------------------------------------------------------------------------------
 
     def report(self, message: BlockReport) -> None:
-        """A shard's totals."""
+        """A shard's totals. What its disk refuses is a warning once, and so is that it takes everything again."""
+        before = self.reports.get(message.block)
         self.reports[message.block] = message
+        shard, known = self._shards[message.block], before.shortage if before is not None else ""
+        if message.shortage and not known:
+            self._journal("warning", f"{shard}: {message.shortage}", shard=shard)
+        elif known and not message.shortage:
+            self._journal("info", f"{shard}: the event log can be written again", shard=shard)
 
     def evaluated(self, message: Evaluated, now: float) -> list[Effect]:
         """A validation range is evaluated."""
@@ -351,6 +357,8 @@ class Training:
             return effects
         if len(self._capacity) > 1 and not self.stopping and self.ledger.expire(now - self._timeouts.lease):
             effects = self._advance(now)
+        if any(report.shortage for report in self.reports.values()):
+            self.progressed = now  # it waits for room on a disk, and says so
         silent = now - self.progressed
         if silent > self._timeouts.lease and not self._warned:
             self._warned = True

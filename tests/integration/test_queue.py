@@ -99,11 +99,7 @@ def labels_served(samples: dict[str, list[Any]]) -> dict[str, set[str]]:
 def labels_documented(role: str) -> dict[str, set[str]]:
     """What the documents say that a process of ``role`` serves about itself."""
     rows = table(OPERATIONS, "about itself:")
-    return {
-        row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2]))
-        for row in rows
-        if row[1] in (role, "all")
-    }
+    return {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[2])) for row in rows if row[1] in (role, "all")}
 
 
 def test_the_figures_of_a_running_job_are_served_by_its_processes(

@@ -197,6 +197,4 @@ def check_metrics(nodes: list[dict[str, Any]]) -> None:
             name if kind != "counter" or name.endswith("_total") else f"{name}_total"
             for name, kind in re.findall(r"^# TYPE (layerwise_\w+) (\w+)$", page, re.MULTILINE)
         }
-        assert served == {name for name, process in rows if process in ("all", node["role"])}, node[
-            "name"
-        ]
+        assert served == {name for name, process in rows if process in ("all", node["role"])}, node["name"]

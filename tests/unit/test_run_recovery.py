@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -818,3 +819,27 @@ def test_a_microbatch_that_only_a_survivor_has_is_leased_before_all_others() -> 
     order = [plan.index(attempt.microbatch) for _, attempt in played.leases]
     assert order[:6] == [16, 17, 18, 19, 20, 30]
     check_done(played, job)
+
+
+def test_a_disk_that_refuses_is_warned_of_once_and_its_job_waits_for_as_long_as_it_lasts() -> None:
+    played = cluster()
+    job = run_until(played, 12)
+    report = BlockReport(
+        job=job,
+        block=1,
+        layers=(),
+        open_attempts=0,
+        store_bytes=0,
+        forward_queue=0,
+        backward_queue=0,
+        compute_seconds=0.0,
+        log_bytes=0,
+    )
+    for _ in range(3):
+        played.say("shard-1", replace(report, shortage="no room for the event log in /data: free some"))
+        played.wait(2_500.0)
+    assert not any("nothing has moved" in line for line in log(played, job))
+    assert log(played, job).count("shard-1: no room for the event log in /data: free some") == 1
+    assert played.state(job) == "running"
+    played.say("shard-1", report)
+    assert log(played, job)[-1] == "shard-1: the event log can be written again"
