@@ -55,7 +55,9 @@ class SimulatedCluster:
     def __init__(self, scenario: Scenario, *, trace: bool = False) -> None:
         self.scenario = scenario
         self.world = World(scenario.seed, scenario.weather, trace=trace)
-        self.disk = Disk(self.world.random, delay=scenario.disk_delay, failure=scenario.disk_failure)
+        self.disk = Disk(
+            self.world.random, delay=scenario.disk_delay, failure=scenario.disk_failure, damage=scenario.disk_damage
+        )
         self.store = MemoryJobStore()
         self._start("coordinator")
         self.works: list[list[Work]] = []
@@ -165,6 +167,8 @@ class SimulatedCluster:
         def happen() -> None:
             if fault.kind == "break":
                 self.world.break_stream(fault.target, fault.other, fault.seconds)
+            elif fault.kind == "isolate":
+                self.world.isolate(fault.target, fault.seconds)
             elif fault.kind == "sever":
                 self.world.sever(fault.target, fault.other)
             elif fault.target not in self.world.processes:
@@ -197,6 +201,8 @@ class SimulatedCluster:
         return "\n".join(states)
 
     def _may_fail(self, message: str) -> bool:
+        if self.scenario.disk_damage > 0 and "there is no cut before it" in message:
+            return True
         return self.scenario.disk_failure > 0 and "simulated disk" in message
 
     # Checking --------------------------------------------------------------------------------------------------------

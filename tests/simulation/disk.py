@@ -1,21 +1,30 @@
-"""A simulated disk that all nodes see: cuts are written slowly, sometimes not at all, and exist once their manifest is there."""
+"""A simulated disk that all nodes see: cuts are written slowly, sometimes not at all, and exist once their manifest is there.
+
+A process that is killed while it writes leaves some of its files; a file may be damaged later, which is found when it is read.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
 
+from layerwise.errors import CorruptError
 from layerwise.messages import LayerFile
 from tests.simulation.counting_block import LayerCopy
 
 
 class Disk:
-    """``delay`` is the mean time of a write in seconds, ``failure`` the probability that one fails."""
+    """``delay`` is the mean time of a write in seconds, ``failure`` the probability that one fails.
 
-    def __init__(self, rng: random.Random, *, delay: float = 0.005, failure: float = 0.0) -> None:
+    ``damage`` is the probability that one file of a cut can't be read back.
+    """
+
+    def __init__(self, rng: random.Random, *, delay: float = 0.005, failure: float = 0.0, damage: float = 0.0) -> None:
         self._rng = rng
         self._delay = delay
         self._failure = failure
+        self._damage = damage
+        self._damaged: set[tuple[str, int, int, int]] = set()
         self._files: dict[tuple[str, int, int, int], LayerCopy] = {}
         self._manifests: dict[tuple[str, int], dict[int, int]] = {}
 
@@ -35,6 +44,12 @@ class Disk:
             self._files[directory, version, life, layer] = copy
         return ""
 
+    def tear(self, directory: str, version: int, life: int, copies: dict[int, LayerCopy]) -> None:
+        """The process ended in the middle of `save`: some files are there, none of which was told of."""
+        for layer, copy in copies.items():
+            if self._rng.random() < 0.5:
+                self._files[directory, version, life, layer] = copy
+
     def commit(self, directory: str, version: int, files: Iterable[LayerFile], keep: Iterable[int]) -> str:
         """Write the manifest, delete what is not kept."""
         if self._rng.random() < self._failure:
@@ -45,6 +60,9 @@ class Disk:
                 f"version {version} is committed without layer {layer}"
             )
         self._manifests[directory, version] = lives
+        if self._damage and self._rng.random() < self._damage:
+            layer = self._rng.choice(sorted(lives))
+            self._damaged.add((directory, version, lives[layer], layer))
         kept = {version, *keep}
         for other in self.versions(directory):
             if other not in kept:
@@ -52,6 +70,10 @@ class Disk:
         return ""
 
     def load(self, directory: str, version: int, layers: Iterable[int]) -> dict[int, LayerCopy]:
-        """Read layers of a cut that exists."""
+        """Read layers of a cut that exists; ``CorruptError`` when a file is damaged."""
         lives = self._manifests[directory, version]
+        layers = list(layers)
+        for layer in layers:
+            if (directory, version, lives[layer], layer) in self._damaged:
+                raise CorruptError(f"the file of layer {layer} in the cut at version {version} is damaged")
         return {layer: self._files[directory, version, lives[layer], layer] for layer in layers}

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from layerwise.applied import AppliedSet
+from layerwise.errors import CorruptError
 from layerwise.event_log import LogHeader
 from layerwise.job import parse_job
 from layerwise.messages import (
@@ -16,6 +17,7 @@ from layerwise.messages import (
     BlockPlace,
     CommitCut,
     CutCommitted,
+    Failure,
     Hosting,
     LayerFile,
     LayerState,
@@ -56,6 +58,7 @@ class Work:
     role: ShardRole
     left: bool = False
     busy: int = 0
+    saving: dict[int, dict[int, LayerCopy]] = field(default_factory=dict)
 
     @property
     def place(self) -> BlockPlace:
@@ -127,6 +130,8 @@ class SimulatedShard(Process):
 
     def on_killed(self) -> None:
         for work in self._works.values():
+            for version, copies in work.saving.items():
+                self.disk.tear(work.assignment.directory, version, work.place.life, copies)
             self._leave(work, flush=False)
 
     def before_send(self, peer: str, message: Message) -> None:
@@ -156,7 +161,12 @@ class SimulatedShard(Process):
         num_layers = message.route[-1].stop
         plan = settings.plan
         log = FlushedLog()
-        restored = self.disk.load(message.directory, message.cut, range(place.start, place.stop)) if message.cut else {}
+        layers = range(place.start, place.stop)
+        try:
+            restored = self.disk.load(message.directory, message.cut, layers) if message.cut else {}
+        except CorruptError as error:
+            self.send("coordinator", Failure(job=message.job, message=str(error), cut=message.cut))
+            return
         header = LogHeader(
             job=message.job,
             num_layers=num_layers,
@@ -258,8 +268,10 @@ class SimulatedShard(Process):
     def _on_cut(self, work: Work, version: int, copies: dict[int, LayerCopy]) -> None:
         self._act(work, lambda: work.role.on_cut_taken(version, self.world.now))
         directory, life = work.assignment.directory, work.place.life
+        work.saving[version] = copies
 
         def saved() -> None:
+            del work.saving[version]
             error = self.disk.save(directory, version, life, copies)
             work.block.cut_saved(version)
             files = tuple(

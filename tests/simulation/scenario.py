@@ -14,7 +14,7 @@ class Fault:
     """What goes wrong at ``at`` seconds.
 
     "kill" a process (a new one takes its name after ``seconds``), "pause" it, "break" the stream to ``other`` (the link survives), or
-    "sever" the link to ``other`` (both live on, and each hears that the other is lost).
+    "sever" the link to ``other`` (both live on, and each hears that the other is lost), or "isolate" it from all others for a while.
     """
 
     at: float
@@ -65,6 +65,7 @@ class Scenario:
     weather: Weather
     disk_delay: float
     disk_failure: float
+    disk_damage: float
     faults: tuple[Fault, ...]
     stops: tuple[float, ...]
     stop_after_resume: float | None
@@ -127,9 +128,9 @@ def draw(seed: int) -> Scenario:
     for _ in range(worse.choice((0, 0, 1, 2, 4) if crash else (0, 0, 0, 1, 2))):
         at = 0.1 + worse.uniform(0, 1.5 * length)
         target = worse.choice((*names, *names, "coordinator"))
-        kind = worse.choice(("kill", "kill", "kill", "sever", "freeze"))
+        kind = worse.choice(("kill", "kill", "kill", "sever", "freeze", "isolate"))
         seconds = worse.choice((worse.uniform(0.01, 0.5), worse.uniform(0.5, 6.0)))
-        if kind == "kill":
+        if kind in ("kill", "isolate"):
             faults.append(Fault(at=at, kind=kind, target=target, seconds=seconds))
         elif target != "coordinator":
             other = "coordinator" if kind == "sever" else ""
@@ -183,6 +184,7 @@ def draw(seed: int) -> Scenario:
         weather=weather,
         disk_delay=0.001 if crash else rng.choice((0.001, 0.01, 0.1)),
         disk_failure=rng.choice((0.0, 0.0, 0.0, 0.02)),
+        disk_damage=worse.choice((0.0, 0.0, 0.1)),
         faults=tuple(sorted(faults, key=lambda fault: fault.at)),
         stops=stops,
         stop_after_resume=rng.uniform(0.05, 0.3) if rng.random() < 0.3 else None,

@@ -86,6 +86,13 @@ class World:
             if process is not None and link is not None:
                 self.at(self.random.uniform(0.0, 0.3), _notice(process, there, link))
 
+    def isolate(self, name: str, seconds: float) -> None:
+        """A process is cut off by the network: its links are given up on both sides, and no new one passes for a while."""
+        self.note(f"{name} is cut off for {seconds:.2f} s")
+        for other in [one for one in self.processes if one != name]:
+            self.break_stream(name, other, seconds)
+            self.sever(name, other)
+
     def carry(self, sender: str, receiver: str, packet: Packet) -> None:
         """Put a packet on the network."""
         weather, rng = self.weather, self.random
