@@ -153,6 +153,19 @@ def read_checked(folder: Path, file: LayerFile) -> bytes:
     return data
 
 
+def void_cuts(directory: str | Path, after: int) -> None:
+    """Take back the cuts above version ``after``: their manifests go, so that nobody goes on from them.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    for version in durable_cuts(directory):
+        if version > after:
+            folder = cut_folder(directory, version)
+            (folder / MANIFEST).unlink(missing_ok=True)
+            sync_folder(folder)
+
+
 def delete_cuts(directory: str | Path, keep: Iterable[int]) -> None:
     """Delete the cuts, finished or not, that are older than the newest in ``keep`` and not in it.
 

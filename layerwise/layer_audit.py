@@ -56,10 +56,12 @@ class RateBook:
     expected: LearningRate | None = None
     rates: dict[int, dict[tuple[int, int], float]] = field(default_factory=dict)
 
-    def take(self, event: UpdateEvent, rate: float) -> None:
-        """``event``'s step used ``rate``."""
+    def take(self, event: UpdateEvent, used: float, factor: float) -> None:
+        """``event``'s step ``used`` a rate that is ``factor`` (a power of a half) times what the schedule says."""
         layer, key = event.layer, (event.samples_before, event.staleness)
-        where = f"layer {layer} made version {event.version} with learning rate {rate!r}"
+        where = f"layer {layer} made version {event.version} with learning rate {used!r}"
+        where += "" if factor == 1.0 else f" in a life with {factor!r} of it"
+        rate = used / factor
         known = self.rates.setdefault(layer, {}).setdefault(key, rate)
         if not isfinite(rate) or rate < 0:
             self.findings.fail("learning-rates", f"{where}, which is no learning rate")
@@ -214,6 +216,14 @@ class LayerAudit:
         self._closed_age += staleness
         self.staleness[staleness] = self.staleness.get(staleness, 0) + 1
         self._findings.count("staleness-bound")
+        if event.update < self.header.synchronous_until:
+            self._findings.count("rollbacks")
+            if staleness:
+                self._findings.fail(
+                    "rollbacks",
+                    f"{self._who}: {event.attempt} is {staleness} updates old in update {event.update}, and none was to "
+                    f"be before version {self.header.synchronous_until}",
+                )
         if staleness > self.header.max_staleness:
             self._findings.fail(
                 "staleness-bound",
@@ -280,7 +290,7 @@ class LayerAudit:
                 f"open, {len(self.open)} were",
             )
         if event.learning_rate is not None:
-            self._rates.take(event, event.learning_rate)
+            self._rates.take(event, event.learning_rate, self.header.rate_factor)
         self._check_order(event)
         self.version, self._revision, self._digest = event.version, event.revision, event.digest
         self._samples += self._update_samples

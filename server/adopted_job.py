@@ -48,6 +48,7 @@ def read_job(directory: str | Path) -> JobRecord:
             cuts=tuple(_cut(folder, version) for version in versions),
             evaluations=tuple(manifest["evaluations"]),
             drops=tuple(manifest["ledger"].get("dropped", ())),
+            rollbacks=tuple(manifest.get("rollbacks", ())),
         )
     except (KeyError, TypeError) as error:
         raise CorruptError(

@@ -63,6 +63,7 @@ class HostedBlock:
             generation=assignment.generation,
             task_seconds=spec.timeouts.task,
             drops_bad_samples=spec.train.on_bad_sample == "drop",
+            synchronous_until=assignment.course.synchronous_until,
         )
         # Two slots could run the forward passes of two microbatches out of their order, which buffers would show.
         one_by_one = spec.cluster.slots == "auto" or settings.mode == "synchronous"

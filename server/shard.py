@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from layerwise.background import Background, sentence
+from layerwise.cuts import void_cuts
 from layerwise.device import resolve_device
 from layerwise.errors import CorruptError, NotFoundError
 from layerwise.job import parse_job
@@ -172,6 +173,15 @@ class ShardServer:
         if job in self._assigned:
             self._close(self._take_out(job), list)
         self._assigned[job] = assignment
+        if assignment.block == 0 and assignment.cut == assignment.course.version:
+            # Behind what is being committed still, before anything of the new life is.
+            self._closer.run(
+                lambda: void_cuts(assignment.directory, assignment.cut),
+                lambda _: [],
+                lambda error: [
+                    Send(COORDINATOR, Failure(job=job, message=f"cuts can't be taken back: {sentence(error)}"))
+                ],
+            )
 
         def work() -> HostedBlock:
             return HostedBlock(
@@ -234,7 +244,11 @@ class ShardServer:
         if block is None:
             return
 
+        assignment = self._assigned.get(message.job)
+
         def answer(error: str = "") -> list[Effect]:
+            if self._assigned.get(message.job) is not assignment:
+                return []  # it was a cut of the life before
             return [Send(COORDINATOR, CutCommitted(job=message.job, version=message.version, error=error))]
 
         self._closer.run(
