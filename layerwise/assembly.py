@@ -38,12 +38,13 @@ class Training:
     position_order: bool = False
     precision: Precision = field(default_factory=Precision)
     finite_buffers: bool = False
+    rate_factor: float = 1.0
 
     @property
     def rate(self) -> Callable[[int], float]:
-        """The schedule's factor after so many samples."""
-        schedule, total = self.schedule, max(self.plan.total_samples, 1)
-        return lambda samples: learning_rate_factor(schedule, samples, total)
+        """The schedule's factor after so many samples, times ``rate_factor``."""
+        schedule, total, factor = self.schedule, max(self.plan.total_samples, 1), self.rate_factor
+        return lambda samples: factor * learning_rate_factor(schedule, samples, total)
 
 
 def assemble(

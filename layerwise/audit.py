@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import frexp
 from pathlib import Path
 
 from layerwise.applied import AppliedSet
@@ -50,6 +51,7 @@ _DETAILS = {
     "staleness-identity": "layers and lives",
     "staleness-bound": "gradients",
     "learning-rates": "updates",
+    "rollbacks": "gradients",
     "position-order": "updates",
     "agreement": "layers",
     "ledger": "microbatches",
@@ -85,6 +87,7 @@ def audit(
     rates.finish()
     for chain in lives.values():
         _check_chain(chain, findings)
+    _check_rollbacks([block.header for block in every], findings)
     last = {layer: chain[-1] for layer, chain in sorted(lives.items())}
     _check_agreement(last, findings, ledger)
     dropped = _dropped(lives)
@@ -177,6 +180,33 @@ def _check_chain(chain: list[LayerAudit], findings: Findings) -> None:
                 f"{who} begins at version {restored.version} with other contents than were saved: "
                 f"{_difference(saved[-1], state)}",
             )
+
+
+def _check_rollbacks(headers: list[LogHeader], findings: Findings) -> None:
+    """Learning rates are only ever halved, and for all layers."""
+    if all(header.rate_factor == 1.0 and not header.synchronous_until for header in headers):
+        findings.skip("rollbacks", "nothing was rolled back")
+        return
+    since: dict[float, int] = {}
+    for header in headers:
+        since.setdefault(header.rate_factor, header.life)
+        if not (0 < header.rate_factor <= 1 and frexp(header.rate_factor)[0] == 0.5):
+            findings.fail(
+                "rollbacks", f"{_name(header)}: {header.rate_factor!r} of the learning rate comes from no halving"
+            )
+        lower = [factor for factor, life in since.items() if factor < header.rate_factor and life < header.life]
+        if lower:
+            findings.fail(
+                "rollbacks",
+                f"{_name(header)} has {header.rate_factor!r} of the learning rate, an earlier life {min(lower)!r} already",
+            )
+    lowest = min(since)
+    lives: dict[int, LogHeader] = {}
+    for header in headers:
+        lives.update(dict.fromkeys(range(header.start, header.stop), header))
+    behind = sorted(layer for layer, header in lives.items() if header.rate_factor != lowest)
+    if behind:
+        findings.fail("rollbacks", f"layers {behind} do not have the {lowest!r} of the learning rate that others have")
 
 
 def _saved(chain: list[LayerAudit], version: int) -> list[CutState]:

@@ -20,6 +20,7 @@ CLAIMS: dict[str, str] = {
     "staleness-identity": "applied + dropped + aborted + open ages equal the tickets left open over all updates",
     "staleness-bound": "no gradient is staler than was promised, and updates say the largest staleness of theirs",
     "learning-rates": "learning rates follow from sample counts and staleness, on every layer alike",
+    "rollbacks": "after a rollback all layers halve their learning rate, and none is stale until the window opens again",
     "position-order": "where position order was promised, each update is made of exactly the plan's microbatches",
     "agreement": "all layers end at one version, with the same microbatches",
     "ledger": "samples leased = applied + dropped, and the logs say the same",

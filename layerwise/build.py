@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -78,7 +78,8 @@ def build_block(
     head = job_head(spec, allowed_imports) if place.stop == len(modules) else None
     del modules
     copies = _load_cut(assignment, place) if assignment.cut else None
-    training = training_of(spec, settings, device)
+    course = assignment.course
+    training = replace(training_of(spec, settings, device), rate_factor=course.rate_factor)
     raise_fence(
         assignment.directory, Fence(life=place.life, start=place.start, stop=place.stop, version=assignment.cut)
     )
@@ -98,6 +99,8 @@ def build_block(
         for layer, copy in zip(layers, copies or (), strict=False):
             try:
                 layer.restore(copy)
+                if assignment.cut == course.version:
+                    layer.forget_moments()
             except ValueError as error:
                 raise CorruptError(
                     f"the cut of version {assignment.cut} does not fit the job's model: {error}"
@@ -261,4 +264,7 @@ def _log_header(
         backward_weights=settings.backward_weights,
         layer_names=tuple(names),
         machine=machine,
+        rate_factor=assignment.course.rate_factor,
+        synchronous_until=assignment.course.synchronous_until,
+        moments_forgotten=assignment.cut == assignment.course.version,
     )

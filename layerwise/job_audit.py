@@ -72,7 +72,8 @@ class _LearningRates:
                         fitting = [
                             base
                             for base in self._bases
-                            if self._rate(base, event.samples_before, event.staleness) == event.learning_rate
+                            if self._rate(base, event.samples_before, event.staleness)
+                            == event.learning_rate / reader.header.rate_factor
                         ]
                         self._base_of[event.layer] = (*fitting, *self._bases)[0]
                         missing.remove(event.layer)

@@ -351,6 +351,12 @@ class TrainedLayer:
                     f"layer {self.index}: the cut has {sorted(saved.moments)}, but nothing is trained here"
                 )
 
+    def forget_moments(self) -> None:
+        """Let the optimizer begin anew, as if it had made no step."""
+        with self.compute.lock.exclusive():
+            if self._optimizer is not None:
+                self._optimizer.state.clear()
+
     def revision(self) -> LayerRevision:
         """Which state the layer is in."""
         return LayerRevision(layer=self.index, life=self.ledger.life, revision=self.ledger.revision)

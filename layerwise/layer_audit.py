@@ -243,6 +243,14 @@ class LayerAudit:
         self._closed_age += staleness
         self.staleness[staleness] = self.staleness.get(staleness, 0) + 1
         self._findings.count("staleness-bound")
+        if event.update < self.header.synchronous_until:
+            self._findings.count("rollbacks")
+            if staleness:
+                self._findings.fail(
+                    "rollbacks",
+                    f"{self._who}: {event.attempt} is {staleness} updates old in update {event.update}, and none was to "
+                    f"be before version {self.header.synchronous_until}",
+                )
         if staleness > self.header.max_staleness:
             self._findings.fail(
                 "staleness-bound",
@@ -309,7 +317,7 @@ class LayerAudit:
                 f"open, {len(self.open)} were",
             )
         if event.learning_rate is not None:
-            self._rates.take(event, event.learning_rate)
+            self._rates.take(event, event.learning_rate, self.header.rate_factor)
         self._check_order(event)
         self.version, self._revision, self._digest = event.version, event.revision, event.digest
         self._samples += self._update_samples

@@ -34,7 +34,9 @@ class LogHeader:
     Block ``[start, stop)`` of the ``num_layers`` layers of ``job`` in ``life``, trained under ``plan`` with
     ``window`` microbatches open. ``max_staleness`` is the promise in updates. ``position_order``: gradients are
     summed in position order. ``hash_algorithm`` names that of the updates' digests. ``layer_names`` belong to the
-    block's layers. ``machine`` says where it was computed (``None`` in logs of format version 1).
+    block's layers. ``machine`` says where it was computed (``None`` in logs of format version 1). What a rollback has
+    changed: learning rates are ``rate_factor`` times those of the schedule; up to version ``synchronous_until`` no gradient
+    is stale; ``moments_forgotten``: the optimizers began anew at the restore.
     """
 
     job: str
@@ -50,6 +52,9 @@ class LogHeader:
     backward_weights: str
     layer_names: tuple[str, ...]
     machine: Machine | None = None
+    rate_factor: float = 1.0
+    synchronous_until: int = 0
+    moments_forgotten: bool = False
 
     def __post_init__(self) -> None:
         names_fit = len(self.layer_names) == self.stop - self.start
@@ -78,6 +83,9 @@ class LogHeader:
             "backward_weights": self.backward_weights,
             "layer_names": list(self.layer_names),
             "machine": None if self.machine is None else self.machine.to_json(),
+            "rate_factor": self.rate_factor,
+            "synchronous_until": self.synchronous_until,
+            "moments_forgotten": self.moments_forgotten,
         }
 
     @classmethod
@@ -111,4 +119,8 @@ class LogHeader:
             backward_weights=str(value["backward_weights"]),
             layer_names=tuple(str(name) for name in value["layer_names"]),
             machine=None if machine is None else Machine.from_json(machine),
+            # What logs of before there were rollbacks do not have.
+            rate_factor=float(value.get("rate_factor", 1.0)),
+            synchronous_until=int(value.get("synchronous_until", 0)),
+            moments_forgotten=bool(value.get("moments_forgotten", False)),
         )

@@ -58,9 +58,10 @@ class Tensors:
     items: tuple[Any, ...]
     single: bool = True
 
-
-NO_TENSORS = Tensors((), single=False)
-"""Where a dropped microbatch has none."""
+    @classmethod
+    def none(cls) -> Tensors:
+        """No tensors at all, where a dropped microbatch has none."""
+        return cls((), single=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +421,19 @@ class Echoed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How training goes on after it diverged and was rolled back to ``version`` (-1: it never was).
+
+    Learning rates are ``rate_factor`` times what the schedule says. Up to version ``synchronous_until`` an update begins when the one
+    before it is on all layers. A layer restored at ``version`` itself forgets the moments of its optimizer.
+    """
+
+    version: int = -1
+    rate_factor: float = 1.0
+    synchronous_until: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """Coordinator to a process: take part in a job.
 
@@ -437,6 +451,7 @@ class Assignment:
     cut: int
     directory: str
     generation: int
+    course: Course = Course()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -505,11 +520,15 @@ class Unassigned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A role: the job can't go on, and why, in one sentence. ``cut`` names the version of a cut that can't be restored (0: it is not that)."""
+    """A role: the job can't go on, and why, in one sentence. ``cut`` names the version of a cut that can't be restored (0: it is not that).
+
+    ``diverged``: training itself is at fault, seen by a block in this life (0: it is not that).
+    """
 
     job: str
     message: str
     cut: int = 0
+    diverged: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,10 +28,12 @@ class RateBook:
     expected: LearningRate | None = None
     rates: dict[int, dict[tuple[int, int], float]] = field(default_factory=dict)
 
-    def take(self, event: UpdateEvent, rate: float) -> None:
-        """``event``'s step used ``rate``."""
+    def take(self, event: UpdateEvent, used: float, factor: float) -> None:
+        """``event``'s step ``used`` a rate that is ``factor`` (a power of a half) times what the schedule says."""
         layer, key = event.layer, (event.samples_before, event.staleness)
-        where = f"layer {layer} made version {event.version} with learning rate {rate!r}"
+        where = f"layer {layer} made version {event.version} with learning rate {used!r}"
+        where += "" if factor == 1.0 else f" in a life with {factor!r} of it"
+        rate = used / factor
         known = self.rates.setdefault(layer, {}).setdefault(key, rate)
         if not isfinite(rate) or rate < 0:
             self.findings.fail("learning-rates", f"{where}, which is no learning rate")

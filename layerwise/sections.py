@@ -324,6 +324,9 @@ class Train(Section):
     max_dropped: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.01, description="part of an epoch's samples that may be dropped before the job fails"
     )
+    on_divergence: Literal["stop", "rollback", "ignore"] = Field(
+        default="stop", description="what a loss leads to that rises for good, stalls, or is not finite"
+    )
 
     @field_validator("epochs")
     @classmethod

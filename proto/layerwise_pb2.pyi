@@ -628,8 +628,18 @@ class Probed(_message.Message):
     error: str
     def __init__(self, job: _Optional[str] = ..., profile_json: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
+class Course(_message.Message):
+    __slots__ = ("version", "rate_factor", "synchronous_until")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RATE_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    SYNCHRONOUS_UNTIL_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    rate_factor: float
+    synchronous_until: int
+    def __init__(self, version: _Optional[int] = ..., rate_factor: _Optional[float] = ..., synchronous_until: _Optional[int] = ...) -> None: ...
+
 class Assignment(_message.Message):
-    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation")
+    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation", "course")
     JOB_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -639,6 +649,7 @@ class Assignment(_message.Message):
     CUT_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    COURSE_FIELD_NUMBER: _ClassVar[int]
     job: str
     spec_json: str
     settings_json: str
@@ -648,7 +659,8 @@ class Assignment(_message.Message):
     cut: int
     directory: str
     generation: int
-    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+    course: Course
+    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ..., course: _Optional[_Union[Course, _Mapping]] = ...) -> None: ...
 
 class Reroute(_message.Message):
     __slots__ = ("job", "route", "block", "generation", "durable")
@@ -711,14 +723,16 @@ class Unassigned(_message.Message):
     def __init__(self, job: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("job", "message", "cut")
+    __slots__ = ("job", "message", "cut", "diverged")
     JOB_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
+    DIVERGED_FIELD_NUMBER: _ClassVar[int]
     job: str
     message: str
     cut: int
-    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ...) -> None: ...
+    diverged: int
+    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ..., diverged: _Optional[int] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("job", "count")

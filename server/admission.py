@@ -95,7 +95,8 @@ class Admission:
 
     With ``window`` 1 and in ``synchronous`` mode microbatches are admitted in position order, else in the order of arrival. Synchronous
     mode admits the microbatches of an update once all earlier updates are closed on all layers, and one after the other: a number is given when the
-    tensors of the one before have arrived, so that every layer sees them in position order.
+    tensors of the one before have arrived, so that every layer sees them in position order. So it is up to version ``synchronous_until``
+    in any mode.
     """
 
     def __init__(
@@ -108,11 +109,11 @@ class Admission:
         synchronous: bool = False,
         durable: int = 0,
         generation: int = 0,
+        synchronous_until: int = 0,
     ) -> None:
         if window < 1 or num_blocks < 1:
             raise ValueError(f"window and number of blocks must be at least 1, got {window} and {num_blocks}")
         self.window = window
-        self.ordered = synchronous or window == 1
         self.started = False
         self.done = AppliedSet()
         self.next_number = generation << GENERATION_BITS
@@ -121,6 +122,7 @@ class Admission:
         self._num_blocks = num_blocks
         self._schedule = schedule
         self._synchronous = synchronous
+        self._synchronous_stop = plan.gradients_before(synchronous_until)
         self._durable = durable
         self._open: dict[int, OpenNumber] = {}
         self._by_index: dict[int, OpenNumber] = {}
@@ -128,6 +130,16 @@ class Admission:
         self._partial: set[int] = set()
 
     # What there is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def synchronous(self) -> bool:
+        """Updates are made one after the other now."""
+        return self._synchronous or self.done.watermark < self._synchronous_stop
+
+    @property
+    def ordered(self) -> bool:
+        """Microbatches are admitted in position order now."""
+        return self.synchronous or self.window == 1
 
     @property
     def oldest_open(self) -> int | None:
@@ -344,7 +356,7 @@ class Admission:
         if self._open:
             if self.span >= self.window:
                 return None
-            if self._synchronous and not next(reversed(self._open.values())).arrived:
+            if self.synchronous and not next(reversed(self._open.values())).arrived:
                 return None
         if not self._waiting:
             return None
@@ -382,7 +394,7 @@ class Admission:
         return index if index < self._plan.num_microbatches else None
 
     def _update_may_begin(self, index: int) -> bool:
-        if not self._synchronous:
+        if not self.synchronous:
             return True
         return self.done.watermark >= self._plan.gradients_before(self._plan.update_of(index))
 

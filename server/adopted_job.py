@@ -52,6 +52,7 @@ def read_job(directory: str | Path) -> JobRecord:
             cuts=_cuts(folder, version, ()),
             evaluations=tuple(manifest["evaluations"]),
             drops=tuple(manifest["ledger"].get("dropped", ())),
+            rollbacks=tuple(manifest.get("rollbacks", ())),
         )
     except (KeyError, TypeError) as error:
         raise CorruptError(f"the manifest of cut {version} in {folder} lacks {error}; it can't be resumed") from error

@@ -81,7 +81,8 @@ class BlockContext:
         self._refusals.add(Refused.UNEXPECTED, sentence)
         return []
 
-    def fail(self, sentence: str) -> list[Effect]:
-        """The job can't go on: tell the coordinator once, act on nothing more."""
+    def fail(self, sentence: str, *, diverged: bool = False) -> list[Effect]:
+        """The job can't go on (or must be rolled back): tell the coordinator once, act on nothing more."""
         self.failed = True
-        return [Send(self.coordinator, Failure(job=self.job, message=sentence))]
+        failure = Failure(job=self.job, message=sentence, diverged=self.life if diverged else 0)
+        return [Send(self.coordinator, failure)]

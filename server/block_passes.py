@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 from layerwise.ids import Attempt
 from layerwise.messages import (
-    NO_TENSORS,
     Abort,
     BlockClosed,
     BoundaryGradient,
@@ -197,8 +196,8 @@ class BlockPasses:
             number=one.number,
             life=context.downstream.life,
             needed_from=one.needed_from,
-            inputs=NO_TENSORS,
-            targets=NO_TENSORS,
+            inputs=Tensors.none(),
+            targets=Tensors.none(),
             dropped=reason,
         )
         return [Send(context.downstream.shard, forward)]
@@ -214,14 +213,14 @@ class BlockPasses:
                 attempt=one.attempt,
                 number=one.number,
                 life=context.upstream.life,
-                gradients=NO_TENSORS,
+                gradients=Tensors.none(),
                 dropped=reason,
             )
             effects.append(Send(context.upstream.shard, boundary))
         return effects
 
     def _push_drop(self, one: _Pass, reason: str) -> list[Effect]:
-        one.loss, one.metrics, one.targets = None, (), NO_TENSORS
+        one.loss, one.metrics, one.targets = None, (), Tensors.none()
         self._context.queue.push(DropTask(attempt=one.attempt, number=one.number, reason=reason))
         return []
 
@@ -284,7 +283,8 @@ class BlockPasses:
         said = "" if loss is None else f" ({loss})"
         return context.fail(
             f"the loss of microbatch {one.attempt.microbatch} is not finite{said}: {where} "
-            f"(a lower learning rate or a smaller window may help)"
+            f"(a lower learning rate or a smaller window may help)",
+            diverged=True,
         )
 
     # Inside ----------------------------------------------------------------------------------------------------------

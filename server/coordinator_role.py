@@ -349,6 +349,7 @@ class CoordinatorRole:
                 or known.next_life != run.record.next_life
                 or known.placement != run.record.placement
                 or known.drops != run.record.drops
+                or known.rollbacks != run.record.rollbacks
             ):
                 self._store.put(run.record)
 

@@ -29,6 +29,9 @@ class CutLedger:
         self._num_blocks = num_blocks
         self._keep = keep
         self._durable = sorted(durable)
+        self.pinned: int | None = None
+        """A durable version that is kept however old it is."""
+        self._keeping: frozenset[int] | None = None
         self._given_up: dict[int, str] = {}
         self._cuts: dict[int, _Cut] = {}
         self._committing: int | None = None
@@ -37,6 +40,13 @@ class CutLedger:
     def durable(self) -> tuple[int, ...]:
         """Durable versions that are kept, oldest first."""
         return tuple(self._durable)
+
+    def newest_until(self, version: int) -> int | None:
+        """The newest durable version up to ``version`` that is not about to be deleted."""
+        return max((one for one in self._durable if one <= version and self._stays(one)), default=None)
+
+    def _stays(self, version: int) -> bool:
+        return self._keeping is None or version in self._keeping
 
     def is_durable(self, version: int) -> bool:
         """Whether the cut of ``version`` is on disk."""
@@ -67,7 +77,7 @@ class CutLedger:
     def give_up(self, version: int, reason: str) -> bool:
         """The cut can't become durable; True when that is news."""
         if self._committing == version:
-            self._committing = None
+            self._committing = self._keeping = None
         if self._settled(version):
             return False
         self._given_up[version] = reason
@@ -88,13 +98,15 @@ class CutLedger:
                 files = sorted(
                     (one for part in cut.files.values() for one in part), key=lambda one: (one.layer, one.name)
                 )
-                return version, tuple(files), tuple(sorted({*self._durable[-1:], *self._kept_with(version)}))
+                keep = sorted({*self._durable[-1:], *self._kept_with(version)})
+                self._keeping = frozenset(keep)
+                return version, tuple(files), tuple(keep)
         return None
 
     def commit(self, version: int) -> bool:
         """The manifest of ``version`` is on disk; True when that is news."""
         if self._committing == version:
-            self._committing = None
+            self._committing = self._keeping = None
         if self._settled(version):
             return False
         self._durable = list(self._kept_with(version))
@@ -106,7 +118,8 @@ class CutLedger:
         return True
 
     def _kept_with(self, version: int) -> tuple[int, ...]:
-        return tuple(sorted({*self._durable, version})[-self._keep :])
+        every = sorted({*self._durable, version})
+        return tuple(one for one in every if one in every[-self._keep :] or one == self.pinned)
 
     def _settled(self, version: int) -> bool:
         return version in self._durable or version in self._given_up

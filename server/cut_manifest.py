@@ -37,6 +37,7 @@ def manifest_json(
         "started": record.started,
         "ledger": dict(ledger),
         "evaluations": [dict(one) for one in record.evaluations],
+        "rollbacks": [dict(one) for one in record.rollbacks],
         "files": [
             {"layer": one.layer, "life": one.life, "name": one.name, "bytes": one.num_bytes, "digest": one.digest}
             for one in files

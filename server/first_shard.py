@@ -48,6 +48,7 @@ class FirstShard:
         schedule: CutSchedule,
         version: int,
         task_seconds: float,
+        synchronous_until: int = 0,
     ) -> None:
         self.admission = Admission(
             plan=context.plan,
@@ -57,6 +58,7 @@ class FirstShard:
             synchronous=synchronous,
             durable=version,
             generation=context.generation,
+            synchronous_until=synchronous_until,
         )
         self.max_span = 0
         """The largest span of open numbers so far; the window at most."""
@@ -65,6 +67,7 @@ class FirstShard:
         self._life = context.life
         self._schedule = schedule
         self._synchronous = synchronous
+        self._synchronous_until = synchronous_until
         self._task_seconds = task_seconds
         self._closed: list[AttemptClosed] = []
         self._reported_at = 0.0
@@ -98,6 +101,7 @@ class FirstShard:
             synchronous=self._synchronous,
             durable=max(durable, self._durable),
             generation=context.generation,
+            synchronous_until=self._synchronous_until,
         )
         self._stop_wanted = False
         return effects

@@ -72,6 +72,7 @@ class HostedBlock:
             generation=assignment.generation,
             task_seconds=spec.timeouts.task,
             drops_bad_samples=spec.train.on_bad_sample == "drop",
+            synchronous_until=assignment.course.synchronous_until,
         )
         self.checks = _checks(self._built)
         # Two slots could run the forward passes of two microbatches out of their order, which buffers would show.

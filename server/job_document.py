@@ -81,6 +81,7 @@ def _from_record(record: JobRecord) -> dict[str, Any]:
         "spec": json.loads(record.spec_json),
         "cuts": [cut.to_json() for cut in record.cuts],
         "evaluations": [dict(one) for one in record.evaluations],
+        "rollbacks": [dict(one) for one in record.rollbacks],
         "validation": {key: value for key, value in last.items() if key != "seconds"} if last else None,
     }
 

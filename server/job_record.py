@@ -79,7 +79,7 @@ class JobRecord:
 
     ``settings_json``, ``profile_json`` and ``blocks`` are empty until the job was prepared once; a resume uses them
     again. ``next_life`` is the next life that a placed block gets. ``drops`` are the microbatches that were given up, as in
-    the ledger of the job document. ``document`` is the last job document.
+    the ledger of the job document, ``rollbacks`` those of `layerwise.server.rollback`. ``document`` is the last job document.
     """
 
     job: str
@@ -103,6 +103,7 @@ class JobRecord:
     placement: tuple[PlacementRecord, ...] = ()
     evaluations: tuple[Mapping[str, Any], ...] = ()
     drops: tuple[Mapping[str, Any], ...] = ()
+    rollbacks: tuple[Mapping[str, Any], ...] = ()
     document: Mapping[str, Any] = field(default_factory=dict)
 
     @property

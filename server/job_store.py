@@ -297,6 +297,7 @@ class SqliteJobStore:
             ),
             evaluations=tuple(json.loads(row["evaluations"])),
             drops=tuple(json.loads(row["drops"])),
+            rollbacks=tuple(json.loads(row["rollbacks"])),
             document=json.loads(row["document"]),
         )
 
@@ -327,6 +328,7 @@ def _put(connection: sqlite3.Connection, record: JobRecord) -> None:
         "resume_count": record.resume_count,
         "evaluations": _json([dict(one) for one in record.evaluations]),
         "drops": _json([dict(one) for one in record.drops]),
+        "rollbacks": _json([dict(one) for one in record.rollbacks]),
         "document": _json(dict(record.document)),
     }
     updates = ", ".join(f"{name} = excluded.{name}" for name in row if name != "job")

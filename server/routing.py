@@ -19,6 +19,7 @@ from layerwise.messages import (
 )
 from layerwise.roles import Effect, Send
 from layerwise.server.job_record import JobRecord
+from layerwise.server.rollback import course_after
 from layerwise.server.shard_places import ShardPlaces
 
 
@@ -79,6 +80,7 @@ class Routing:
             cut=self.cut,
             directory=record.directory,
             generation=self.generation,
+            course=course_after(record.rollbacks),
         )
         return Send(name, assignment)
 

@@ -44,21 +44,25 @@ from layerwise.messages import (
 from layerwise.profile import Profile
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_manifest import manifest_json
-from layerwise.server.job_record import JobEvent, JobRecord, JobState
+from layerwise.server.divergence_guard import Divergence, DivergenceGuard
+from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState
 from layerwise.server.membership import Process
 from layerwise.server.placement import Places, Vacancy
 from layerwise.server.preparation import Prepared, partial_drops, prepare, prepared_before, restored_sets
 from layerwise.server.recovery import Recovery
+from layerwise.server.rollback import MOST_ROLLBACKS, course_after, roll_back
 from layerwise.server.routing import Routing
 from layerwise.server.sample_ledger import DroppedMicrobatch
 from layerwise.server.shard_places import ShardPlaces
-from layerwise.server.training import Training
+from layerwise.server.training import NOT_FINITE, Training
 from layerwise.server.worker_places import WorkerPlaces
 
 ATTEMPTS_OF_GENERATION = 1000
 """Attempts are numbered from the generation times this, so that no attempt's name is ever used twice in a job."""
 LINK_SECONDS = 1.0
 """How long after a broken link between two shards it is waited for one of them to be found lost."""
+LEAST_NOT_FINITE = 8
+"""Dropped microbatches in a row whose losses are not finite, before training is at fault and not the samples; at least."""
 MOST_RECOVERIES = 6
 """New routes without any update in between, after which the run is given up."""
 
@@ -85,6 +89,9 @@ class Run:
         self._routing = Routing(self.shards)
         self._room: dict[str, int] = {}
         self._num_decisions = 0
+        self._guard: DivergenceGuard | None = None
+        self._diverged: Divergence | None = None
+        """Why all layers go back with the next route."""
         self._began = now
         self._probing = ""
         self._link_down: tuple[str, float] | None = None
@@ -126,7 +133,11 @@ class Run:
             return f"waiting for a shard to take the place of {', '.join(one.process for one in self.shards.empty)}"
         if self.training is None:
             return "preparing"
-        return "getting ready to go on" if self.training.suspended else self.training.phase
+        if self.training.suspended:
+            return "getting ready to go on"
+        until = course_after(self.record.rollbacks).synchronous_until
+        synchronous = f", synchronously until version {until}" if self.training.version < until else ""
+        return self.training.phase + synchronous
 
     def device(self, block: int) -> str:
         """The device of a block's shard."""
@@ -355,22 +366,88 @@ class Run:
         return self._proceed()
 
     def _on_failure(self, peer: str, message: Failure) -> list[Effect]:
-        """A role can't go on. If that is because a cut is damaged, the cut before it is used."""
+        """A role can't go on. If that is because a cut is damaged, the cut before it is used; if training is, that may go back."""
+        if message.diverged and self.spec.train.on_divergence == "rollback" and not self._cancelled:
+            return self._on_diverged(peer, message)
         if not message.cut:
             return self.fail(message.message.rstrip("."), self._now)
         if message.cut != self._routing.cut or peer not in self.shards:
             return []  # the others that found it damaged have been told of another one already
-        older = tuple(cut for cut in self.record.cuts if cut.version < message.cut)
+        older = self._forget_cuts(above=message.cut - 1)
         said = f"{message.message.rstrip('.')}"
-        self.record = replace(self.record, cuts=older)
-        if self.training is not None:
-            for cut in tuple(self.training.durable):
-                if cut >= message.cut:
-                    self.training.forget_cut(cut)
         if not older:
             return self.fail(f"{said}, and there is no cut before it", self._now)
         self._note("warning", f"{said}; going on from the cut at version {older[-1].version}", version=message.cut)
         return self._route_anew()
+
+    # Divergence ------------------------------------------------------------------------------------------------------
+
+    def _on_diverged(self, peer: str, message: Failure) -> list[Effect]:
+        """A block of this or an earlier life met a loss that is not finite."""
+        training = self.training
+        if training is None or peer not in self.shards or self.shards.of(peer).life != message.diverged:
+            return []
+        why = message.message.partition("; ")[0]
+        return self._diverge(Divergence(version=training.version, good_version=self._good_version(training), why=why))
+
+    def _good_version(self, training: Training) -> int:
+        return 0 if self._guard is None else self._guard.good_version(training.version)
+
+    def _diverge(self, found: Divergence) -> list[Effect]:
+        """Training does not do what it should: stop, or go back as soon as every shard is there."""
+        assert self.training is not None
+        if self.spec.train.on_divergence != "rollback":
+            remedy = "lower the learning rate or async.window, or have train.on_divergence: rollback"
+            return self.fail(f"training diverges: {found.why}; {remedy}", self._now)
+        if len(self.record.rollbacks) >= MOST_ROLLBACKS:
+            factor = self.record.rollbacks[-1]["rate_factor"]
+            return self.fail(
+                f"training diverges again, synchronously and with {factor:g} of its learning rate: {found.why}; "
+                f"lower the learning rate",
+                self._now,
+            )
+        self.training.suspended = True
+        self._diverged = self._diverged or found
+        return self._route_anew()
+
+    def _go_back(self, found: Divergence, training: Training) -> None:
+        """Write down to which cut all layers go back, and how training goes on from there."""
+        assert self.prepared is not None
+        version = training.cuts.newest_until(found.good_version) or 0
+        reached = max([training.version, *(layer.version for layer in training.layers())])
+        plan = self.prepared.settings.plan
+        rollback = roll_back(
+            self.record.rollbacks,
+            version=version,
+            reached=reached,
+            num_updates=plan.num_updates,
+            why=found.why,
+            now=self._now,
+        )
+        cuts = self._forget_cuts(above=version)
+        # What diverged made losses not finite; that was not the samples' fault, unless it was there before.
+        kept = {(one["epoch"], one["start"]) for cut in cuts for one in cut.ledger.get("dropped", ())}
+        drops = tuple(
+            one
+            for one in self.record.drops
+            if not one["reason"].startswith(NOT_FINITE) or (one["epoch"], one["start"]) in kept
+        )
+        self.record = replace(self.record, drops=drops, rollbacks=(*self.record.rollbacks, rollback.to_json()))
+        self._note(
+            "warning",
+            f"training diverges: {found.why}; all layers go back from version {reached} to {version}, forget their moments, "
+            f"and train at {rollback.rate_factor:g} of the learning rate, synchronously until version "
+            f"{rollback.synchronous_until}",
+            **rollback.to_json(),
+        )
+
+    def _forget_cuts(self, *, above: int) -> tuple[CutRecord, ...]:
+        """Cuts of higher versions are of no use; gives those that are."""
+        cuts = tuple(cut for cut in self.record.cuts if cut.version <= above)
+        self.record = replace(self.record, cuts=cuts)
+        if self.training is not None:
+            self.training.durable = {cut.version: cut for cut in cuts}
+        return cuts
 
     # Losing and finding shards ---------------------------------------------------------------------------------------
 
@@ -424,6 +501,10 @@ class Run:
             return []
         settings = self.prepared.settings
         restored = self.shards.lacking
+        if self._diverged is not None and self.training is not None:
+            self._go_back(self._diverged, self.training)
+            restored = tuple(range(len(self.shards)))
+            self._diverged = None
         if settings.mode == "synchronous" or settings.window == 1:
             # What equals plain training has no layer ahead of another: all of them go back to the cut.
             restored = tuple(range(len(self.shards)))
@@ -473,6 +554,7 @@ class Run:
         evaluations = self.record.evaluations
         if len(restored) == len(self.shards):
             evaluations = tuple(one for one in evaluations if one["version"] <= cut)
+        self._begin_guard(bool(restored))
         before, self.training = (
             self.training,
             Training(
@@ -487,6 +569,7 @@ class Run:
                 first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
                 drops=[DroppedMicrobatch.from_json(one) for one in self.record.drops],
                 missing_from=partial_drops(sets, done),
+                guard=self._guard,
                 journal=self._note,
                 manifest=self._manifest,
                 now=self._now,
@@ -518,6 +601,22 @@ class Run:
             effects += self.training.offer_room(worker, room, self._now)
         return effects
 
+    def _begin_guard(self, rewound: bool) -> None:
+        """Watch the loss, if the job wants that; anew where layers were set back."""
+        assert self.prepared is not None
+        settings, train = self.prepared.settings, self.spec.train
+        if train.on_divergence == "ignore":
+            return
+        if self._guard is None:
+            self._guard = DivergenceGuard(
+                settings.plan.num_updates,
+                warmup=int(train.schedule.warmup * settings.plan.num_updates),
+                can_stall=settings.mode == "asynchronous" and settings.window > 1,
+                most_not_finite=max(2 * settings.accumulation, LEAST_NOT_FINITE),
+            )
+        elif rewound:
+            self._guard.restart()
+
     def _why_not_ready(self, limit: float) -> str:
         if not self._routing.generation:
             return f"shard {self.shards[0].process} did not measure the model within {limit:g} s"
@@ -542,6 +641,9 @@ class Run:
             made = tuple(one.to_json() for one in training.evaluations)
             self.record = replace(self.record, evaluations=(*self.record.evaluations, *made))
             training.evaluations.clear()
+        found, training.divergence = training.divergence, None
+        if found is not None and not training.suspended and not self._cancelled:
+            return self._diverge(found)
         if training.failure is not None:
             return self.fail(training.failure, self._now)
         if not training.finished:

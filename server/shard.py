@@ -242,7 +242,11 @@ class ShardServer:
         if block is None:
             return
 
+        assignment = self._assigned.get(message.job)
+
         def answer(error: str = "") -> list[Effect]:
+            if self._assigned.get(message.job) is not assignment:
+                return []  # it was a cut of the life before
             return [Send(COORDINATOR, CutCommitted(job=message.job, version=message.version, error=error))]
 
         self._closer.run(

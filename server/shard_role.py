@@ -112,6 +112,7 @@ class ShardRole:
         generation: int = 0,
         task_seconds: float = 60.0,
         drops_bad_samples: bool = False,
+        synchronous_until: int = 0,
         coordinator: str = COORDINATOR,
     ) -> None:
         self.job = job
@@ -149,6 +150,7 @@ class ShardRole:
                 schedule=schedule,
                 version=version,
                 task_seconds=task_seconds,
+                synchronous_until=synchronous_until,
             )
         self._detached = DetachedTasks(self._context, complete=self._finish, task_seconds=task_seconds)
         self._passes = BlockPasses(self._context, self.first, self._detached.feed)

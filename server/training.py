@@ -12,12 +12,14 @@ and every block has reported the last version.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from layerwise.applied import AppliedSet
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
+    AttemptClosed,
     AttemptsClosed,
     BlockReport,
     CommitCut,
@@ -38,6 +40,7 @@ from layerwise.messages import (
 )
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_ledger import CutLedger
+from layerwise.server.divergence_guard import Divergence, DivergenceGuard
 from layerwise.server.evaluation_round import Evaluation, EvaluationRound
 from layerwise.server.job_record import CutRecord
 from layerwise.server.membership import natural_order
@@ -46,6 +49,8 @@ from layerwise.server.sample_ledger import DroppedMicrobatch, SampleLedger
 from layerwise.server.training_loss import TrainingLoss
 
 LOAD_FAILED = "load-failed"
+NOT_FINITE = "its loss is not finite"
+"""How the last shard begins to say why it dropped a microbatch."""
 
 
 class Journal(Protocol):
@@ -62,7 +67,7 @@ class Training:
     No layer began below version ``restored``; the microbatches in ``done`` are on all of them, those in ``held`` on at
     least one. Attempts are numbered from ``first_attempt``; ``drops`` are given up already, those in ``missing_from`` are on
     some layers (see `SampleLedger`). Version ``evaluated`` and those below need no evaluation.
-    ``failure`` holds the sentence once the run can't go on; ``finished`` says that nothing is left to do.
+    ``failure`` holds the sentence once the run can't go on, ``divergence`` what ``guard`` has found; ``finished`` says that nothing is left to do.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Training:
         first_attempt: int,
         drops: Iterable[DroppedMicrobatch],
         missing_from: Mapping[int, int],
+        guard: DivergenceGuard | None,
         journal: Journal,
         manifest: Callable[[int, tuple[LayerFile, ...]], str],
         now: float,
@@ -101,6 +107,7 @@ class Training:
         self.final = self.plan.num_updates
         self.restored = restored
         self.failure: str | None = None
+        self.divergence: Divergence | None = None
         self.stopping = False
         self.suspended = False
         """Nothing is handed out: the route is being changed."""
@@ -119,6 +126,7 @@ class Training:
         self._range_samples = min(self.plan.batch, self.plan.microbatch_samples * prepared.settings.window)
         self._timeouts = prepared.spec.timeouts
         self._train = prepared.spec.train
+        self._guard = guard
         self._journal = journal
         self._manifest = manifest
         self._capacity: dict[str, int] = {}
@@ -249,6 +257,8 @@ class Training:
             )
             if fresh and closed.loss is not None:
                 self.loss.add(closed.loss, closed.attempt.microbatch.num_samples)
+            if fresh and (closed.loss is not None or closed.reason.startswith(NOT_FINITE)):
+                self._watch(closed)
             if fresh and closed.outcome is Outcome.DROPPED and not known:
                 self._count_drop(closed.attempt.microbatch, closed.reason)
         if message.active_seconds > self._active_seconds:
@@ -298,10 +308,6 @@ class Training:
         self._journal("info", f"the cut at version {message.version} is durable", version=message.version)
         durable = Send(self._shards[0], CutDurable(job=self._job, version=message.version))
         return [durable, *self._commit_next()]
-
-    def forget_cut(self, version: int) -> None:
-        """A durable cut has turned out to be damaged."""
-        self.durable.pop(version, None)
 
     def ledger_summary(self) -> dict[str, Any]:
         """The ``ledger`` part of the job document."""
@@ -416,6 +422,17 @@ class Training:
             ),
         )
         return [Send(worker, lease)]
+
+    def _watch(self, closed: AttemptClosed) -> None:
+        """Have the guard judge a loss, and remember what to keep in case that it trips."""
+        if self._guard is None or self.stopping:
+            return
+        update = self.plan.update_of(self.ledger.num_closed - 1)
+        loss = math.nan if closed.loss is None else closed.loss
+        found = self._guard.add(update, loss, closed.attempt.microbatch.num_samples)
+        self.divergence = self.divergence or found
+        if self._train.on_divergence == "rollback":
+            self.cuts.pinned = self.cuts.newest_until(self._guard.good_version(update))
 
     def _count_drop(self, microbatch: Microbatch, reason: str) -> None:
         """Say what is given up; too much of one epoch is no accident any more."""

@@ -30,7 +30,6 @@ from enum import Enum, auto
 
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
-    NO_TENSORS,
     Assignment,
     Closed,
     Decline,
@@ -423,7 +422,7 @@ class ForwardRole:
         while job.held and len(job.leases) < job.capacity:
             attempt = heapq.heappop(job.held)
             if attempt in job.drops:
-                job.leases[attempt] = _Lease(_State.READY, NO_TENSORS, NO_TENSORS)
+                job.leases[attempt] = _Lease(_State.READY, Tensors.none(), Tensors.none())
                 continue
             job.leases[attempt] = _Lease()
             self._requests.append(Load(job=job.job, attempt=attempt))

@@ -12,6 +12,7 @@ from layerwise.audit import SampleLedgerSummary, StoredEvents, audit
 from layerwise.audit_report import DroppedMicrobatch
 from layerwise.ids import Microbatch
 from layerwise.messages import Hello, Message, Role
+from layerwise.plan import TrainingPlan
 from layerwise.profile import LayerProfile, Profile
 from layerwise.roles import Effect
 from layerwise.server.coordinator_role import CoordinatorRole
@@ -133,6 +134,7 @@ class SimulatedCluster:
                     hiccups=scenario.hiccups,
                     frozen_below=scenario.frozen_below,
                     bad=scenario.bad,
+                    divergence=scenario.divergence,
                 )
                 self.works.append(shard.history)
             case Role.FORWARD:
@@ -234,6 +236,11 @@ class SimulatedCluster:
                 promise = work.header.max_staleness
                 assert worst <= promise, f"layer {layer} took a gradient {worst} updates old, {promise} were promised"
 
+    def _may_drop(self, plan: TrainingPlan) -> set[int]:
+        bad, divergence = self.scenario.bad, self.scenario.divergence
+        diverged = range(divergence.index, plan.num_microbatches) if divergence is not None else ()
+        return {*bad.torn, *bad.spoilt, *diverged}
+
     def _check_end(self, document: dict[str, Any]) -> None:
         """Everything that must hold when a job has come to a boundary."""
         final = document["steps"]
@@ -253,7 +260,7 @@ class SimulatedCluster:
                 assert not set(parameter) & dropped, (
                     f"layer {layer} applied what it dropped: {set(parameter) & dropped}"
                 )
-                assert dropped <= self.scenario.bad.torn | self.scenario.bad.spoilt, f"dropped without need: {dropped}"
+                assert dropped <= self._may_drop(plan), f"dropped without need: {dropped - self._may_drop(plan)}"
                 assert len(taken) == plan.gradients_before(final)
                 assert taken == {index for index in range(plan.num_microbatches) if not ledger.lacks(index)}
                 wanted = taken if wanted is None else wanted
@@ -262,7 +269,7 @@ class SimulatedCluster:
             assert final == plan.num_updates
             counts = document["ledger"]
             assert counts["samples_applied"] + counts["samples_dropped"] == plan.total_samples
-            if self.scenario.bad.often == 1.0:
+            if self.scenario.bad.often == 1.0 and self.scenario.divergence is None:
                 # What is on the validation of a whole run: no bad sample was ever applied.
                 bad = self.scenario.bad.torn | self.scenario.bad.spoilt
                 wrong = {plan.index(Microbatch(one["epoch"], one["start"], one["stop"])) for one in counts["dropped"]}

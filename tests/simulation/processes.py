@@ -41,7 +41,7 @@ from layerwise.worker.backward_role import BackwardRole, Build, Execute
 from layerwise.worker.forward_role import MAX_AHEAD, ForwardRole, Load, LoadEvaluation, Prepare
 from tests.simulation.counting_block import CountingBlock, FlushedLog, LayerCopy, activation, expect, gradient, target
 from tests.simulation.disk import Disk
-from tests.simulation.scenario import BadSamples
+from tests.simulation.scenario import BadSamples, FakeDivergence
 from tests.simulation.world import Process
 
 
@@ -77,6 +77,7 @@ class SimulatedShard(Process):
     frozen_below: int = 0
     not_finite: tuple[int, int] | None = None
     bad: BadSamples = field(default_factory=lambda: BadSamples())
+    divergence: FakeDivergence | None = None
     history: list[Work] = field(default_factory=list)
     _works: dict[str, Work] = field(default_factory=dict)
     _wanted: dict[str, Assignment] = field(default_factory=dict)
@@ -180,6 +181,9 @@ class SimulatedShard(Process):
             position_order=settings.mode == "synchronous",
             backward_weights=settings.backward_weights,
             layer_names=tuple(f"layer-{layer}" for layer in range(place.start, place.stop)),
+            rate_factor=message.course.rate_factor,
+            synchronous_until=message.course.synchronous_until,
+            moments_forgotten=message.cut == message.course.version,
         )
         block = CountingBlock(
             start=place.start,
@@ -193,8 +197,11 @@ class SimulatedShard(Process):
             restored=restored,
             in_order=self.slots == 1 and (header.position_order or settings.window == 1) and not message.cut,
             on_cut=lambda version, copies: self.after(0.0005, lambda: self._on_cut(work, version, copies)),
+            learning_rate=0.1 * message.course.rate_factor,
         )
         block.not_finite = self.not_finite
+        if self.divergence is not None:
+            block.loss = self.divergence.loss(message.course.rate_factor)
         block.spoilt = lambda index: self.bad.spoils(index, self.world.random)
         queue = TaskQueue(window=settings.window, num_layers=place.stop - place.start, attached=spec.cluster.attached)
         role = ShardRole(
@@ -212,6 +219,7 @@ class SimulatedShard(Process):
             generation=message.generation,
             task_seconds=spec.timeouts.task,
             drops_bad_samples=spec.train.on_bad_sample == "drop",
+            synchronous_until=message.course.synchronous_until,
         )
         work = Work(message, plan, log, header, block, queue, role)
         self._works[message.job] = work

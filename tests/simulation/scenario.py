@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,19 @@ class BadSamples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FakeDivergence:
+    """From microbatch ``index`` on the loss is ``bad``, as long as the learning rate is above ``rate_factor`` of the job's."""
+
+    index: int
+    bad: float
+    rate_factor: float = 0.5
+
+    def loss(self, rate_factor: float) -> Callable[[int], float]:
+        """The loss by microbatch in a life with ``rate_factor``."""
+        return lambda index: self.bad if index >= self.index and rate_factor > self.rate_factor else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One cluster, one job, what goes wrong.
 
@@ -70,6 +84,7 @@ class Scenario:
     stops: tuple[float, ...]
     stop_after_resume: float | None
     bad: BadSamples
+    divergence: FakeDivergence | None = None
 
 
 def draw(seed: int) -> Scenario:
@@ -165,6 +180,15 @@ def draw(seed: int) -> Scenario:
         "checkpoint": {"every": every, "keep": rng.randint(1, 3)},
         "timeouts": {"start": 30.0, "lease": 20.0, "task": 4.0, "heartbeat": 15.0, "drain": 30.0},
     }
+    diverges = random.Random(f"divergence {seed}")
+    divergence = None
+    if diverges.random() < 0.15:
+        spec["train"]["on_divergence"] = "rollback"
+        divergence = FakeDivergence(
+            index=int(diverges.uniform(0.2, 0.7) * steps * accumulation),
+            bad=diverges.choice((float("nan"), 50.0)),
+            rate_factor=diverges.choice((0.5, 0.5, 0.25)),
+        )
     if drops:
         spec["train"] |= {"on_bad_sample": "drop", "max_dropped": 1.0}
     return Scenario(
@@ -189,6 +213,7 @@ def draw(seed: int) -> Scenario:
         stops=stops,
         stop_after_resume=rng.uniform(0.05, 0.3) if rng.random() < 0.3 else None,
         bad=_bad_samples(seed, steps * accumulation) if drops else BadSamples(),
+        divergence=divergence,
     )
 
 

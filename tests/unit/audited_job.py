@@ -38,11 +38,19 @@ class World:
     cuts: dict[int, LedgerState] = field(default_factory=dict)
     retries: dict[int, int] = field(default_factory=dict)
     dropped: list[DroppedMicrobatch] = field(default_factory=list)
+    rate_factor: float = 1.0
 
     def live(
-        self, life: int, *, updates: int, drop: frozenset[int] = frozenset(), abort: frozenset[int] = frozenset()
+        self,
+        life: int,
+        *,
+        updates: int,
+        drop: frozenset[int] = frozenset(),
+        abort: frozenset[int] = frozenset(),
+        rate_factor: float = 1.0,
     ) -> None:
         """One life of all layers: from the cuts (or nothing) until one has made ``updates`` updates, or all is done."""
+        self.rate_factor = rate_factor
         chance = random.Random(f"{self.seed} {life}")
         logs = {start: MemoryEventLog() for start, _ in BLOCKS}
         ledgers = {
@@ -116,6 +124,7 @@ class World:
         if decision is None:
             return
         used = None if decision.empty else rate(ledger.layer, decision.samples_before, decision.staleness)
+        used = None if used is None else self.rate_factor * used
         version = ledger.updated(used, f"{ledger.layer}-{ledger.life}-{decision.update + 1}")
         if version == CUT and ledger.life == 0:
             self.cuts[ledger.layer] = ledger.cut()
@@ -134,6 +143,7 @@ class World:
             position_order=self.window == 1,
             backward_weights="latest",
             layer_names=tuple(f"layer-{layer}" for layer in range(start, stop)),
+            rate_factor=self.rate_factor,
         )
 
     @property

@@ -25,7 +25,7 @@ def test_honest_job_passes_every_check(seed: int, window: int) -> None:
     assert failed(report) == [], report.lines()
     report.raise_for_failure()
     applicable = {check.name for check in report.checks if check.applicable}
-    assert applicable == set(CLAIMS) - ({"position-order"} if window > 1 else set())
+    assert applicable == set(CLAIMS) - {"rollbacks"} - ({"position-order"} if window > 1 else set())
     assert all(check.examined for check in report.checks if check.applicable)
     assert {facts.version for facts in report.layers} == {PLAN.num_updates}
     assert [facts.dropped for facts in report.layers] == [1, 1, 0, 0]
@@ -56,6 +56,16 @@ def test_life_may_begin_at_the_cut_that_the_life_before_began_at() -> None:
     world.live(1, updates=CUT + 1)
     world.live(2, updates=PLAN.num_updates + 1)
     assert failed(audit(world.blocks, ledger=world.ledger)) == []
+
+
+def test_a_life_after_a_rollback_may_halve_its_learning_rates() -> None:
+    world = World(3)
+    world.live(0, updates=CUT + 2)
+    world.live(1, updates=CUT + 1, rate_factor=0.5)
+    world.live(2, updates=PLAN.num_updates + 1, rate_factor=0.25)
+    report = audit(world.blocks, ledger=world.ledger, learning_rate=rate)
+    assert failed(report) == []
+    assert report.check("rollbacks").applicable
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,39 @@ def one_layer_stops_an_update_early(blocks: list[StoredEvents]) -> list[StoredEv
     return [*blocks[:3], replace(blocks[3], records=number(events))]
 
 
+def scaled(block: StoredEvents, factor: float) -> StoredEvents:
+    """The block's life with ``factor`` times its learning rates, as its header then says."""
+
+    def scale(event: Event) -> Event:
+        if isinstance(event, UpdateEvent) and event.learning_rate is not None:
+            return replace(event, learning_rate=factor * event.learning_rate)
+        return event
+
+    records = [Record(sequence, scale(event)) for sequence, event in block.records]
+    return replace(block, header=replace(block.header, rate_factor=factor), records=records)
+
+
+@breaks("rollbacks")
+def one_block_keeps_its_learning_rate(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    return [*blocks[:3], scaled(blocks[3], 0.5)]
+
+
+@breaks("rollbacks")
+def learning_rates_rise_again(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    return [scaled(blocks[0], 0.5), scaled(blocks[1], 0.5), *blocks[2:]]
+
+
+@breaks("rollbacks")
+def learning_rates_are_doubled(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    return [scaled(block, 2.0) for block in blocks]
+
+
+@breaks("rollbacks")
+def gradients_are_stale_where_none_was_to_be(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    until = PLAN.num_updates
+    return [*blocks[:2], *(replace(one, header=replace(one.header, synchronous_until=until)) for one in blocks[2:])]
+
+
 @pytest.mark.parametrize(
     ("name", "tamper"),
     [

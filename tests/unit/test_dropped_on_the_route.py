@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from layerwise.messages import (
-    NO_TENSORS,
     AttemptsClosed,
     BlockClosed,
     BoundaryGradient,
@@ -12,6 +11,7 @@ from layerwise.messages import (
     Forward,
     Grant,
     Outcome,
+    Tensors,
 )
 from layerwise.roles import Effect, Send
 from tests.unit.test_shard_role import Bench, attempt, kinds, sent
@@ -24,8 +24,8 @@ def dropped_forward(bench: Bench, peer: str, index: int, number: int, *, needed_
         number=number,
         life=bench.place.life,
         needed_from=needed_from,
-        inputs=NO_TENSORS,
-        targets=NO_TENSORS,
+        inputs=Tensors.none(),
+        targets=Tensors.none(),
         dropped="file is torn",
     )
     return bench.hears(peer, message)
@@ -37,7 +37,7 @@ def dropped_boundary(bench: Bench, index: int, number: int) -> list[Effect]:
         attempt=attempt(index),
         number=number,
         life=bench.place.life,
-        gradients=NO_TENSORS,
+        gradients=Tensors.none(),
         dropped="its loss is not finite (nan)",
     )
     return bench.hears(f"shard-{bench.role.block + 1}", message)
@@ -61,7 +61,7 @@ def test_a_drop_is_admitted_like_any_other_and_closes_as_dropped() -> None:
     told = dropped_forward(bench, "forward-0", 0, grant.number, needed_from=6)
     [(peer, onward)] = sent(told, Forward)
     assert isinstance(onward, Forward)
-    assert (peer, onward.dropped, onward.inputs, onward.life) == ("shard-1", "file is torn", NO_TENSORS, 6)
+    assert (peer, onward.dropped, onward.inputs, onward.life) == ("shard-1", "file is torn", Tensors.none(), 6)
     assert bench.work() == []  # its own report goes no further than the admission beside it
     assert not bench.compute.lacking(0)
     closed: list[Effect] = []

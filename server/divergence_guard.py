@@ -1,0 +1,175 @@
+"""Does training diverge? A pure judge of the loss, update by update.
+
+The level of the loss is an exponential average, and beside it a median of the last updates, which a single hard batch
+does not move. Both must have risen for the guard to trip; how far, is measured against the best average, the loss at
+the start, and the noise of the losses themselves::
+
+    loss at the start ──┐
+                         ╲__                              ┌─ "risen": above 1.5 x the best, above the best by a quarter of
+                            ╲___      ____________________│   what was gained since the start, and by 10 standard errors
+                                ╲____╱ ◄── the rise begins
+                             best ┘     a cut from before it, by the length of the average, is good
+
+Two stalls count as well: the loss is nearly back where it started, and stays there; or it never came below that, and is above it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+RISE = 1.5
+"""The average may be so many times its best."""
+GAIN = 0.25
+"""Part of what was gained since the start that may be lost again."""
+STANDARD_ERRORS = 10.0
+"""Of the average; noise alone does not take it so far from its best."""
+LEARNED = 0.9
+"""An average below this part of the loss at the start has learned something."""
+BACK = 0.75
+"""This part of what was gained is lost: "back where it started"."""
+NEVER = 0.98
+"""An average that never came below this part of the loss at the start has learned nothing."""
+NEVER_ERRORS = 5.0
+"""Standard errors above the loss at the start, of both: more than an unlucky beginning."""
+LEAST_UPDATES_TO_LEARN = 200
+SHARE_TO_LEARN = 0.25
+"""Part of the run (and at least the number above) after which something must have been learned."""
+FIRST_UPDATES = 5
+STREAK = 3
+BEGINNING = 1.1
+"""The rise began when the average was last so many times its best."""
+SHORTEST, LONGEST = 10, 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Why the guard tripped at ``version``; what was learned up to ``good_version`` is not spoilt yet."""
+
+    version: int
+    good_version: int
+    why: str
+
+
+class DivergenceGuard:
+    """Watches one run of ``num_updates`` updates. Not thread-safe.
+
+    ``can_stall`` false: only a rise trips it, or ``most_not_finite`` losses in a row that are not finite. With ``warmup``
+    updates nothing need be learned before they are over.
+    """
+
+    def __init__(self, num_updates: int, *, warmup: int = 0, can_stall: bool = True, most_not_finite: int = 8) -> None:
+        self.span = min(max(num_updates // 20, SHORTEST), LONGEST)
+        """The averages reach back about so many updates."""
+        self._to_learn = warmup + max(LEAST_UPDATES_TO_LEARN, int(SHARE_TO_LEARN * num_updates))
+        self._can_stall = can_stall
+        self._most_not_finite = most_not_finite
+        self._decay = 1 - 1 / self.span
+        self._slow_decay = 1 - 1 / (8 * self.span)
+        self._first: float | None = None
+        self._gathered: tuple[int, float, float] | None = None
+        self._not_finite = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Layers were set back, so the loss begins anew; only what it was at the very start is still known."""
+        self._count = 0
+        self._opening: list[float] = []
+        self._recent: deque[float] = deque(maxlen=self.span)
+        self._sum = self._weight = 0.0
+        self._square = self._square_weight = 0.0
+        self._best = math.inf
+        self._risen = self._back = 0
+        self._calm_version = 0
+        self._gathered = None
+        self._not_finite = 0
+
+    @property
+    def average(self) -> float | None:
+        """The exponential average; None before the first update."""
+        return self._sum / self._weight if self._weight else None
+
+    @property
+    def best(self) -> float | None:
+        """The lowest average so far; None in the first updates, where it means nothing."""
+        return self._best if math.isfinite(self._best) else None
+
+    def good_version(self, version: int) -> int:
+        """Up to where nothing was spoilt, if a divergence showed at ``version``: an average shows it late."""
+        calm = version if self.best is not None and not self._rising() else self._calm_version
+        return max(calm - self.span, 0)
+
+    def add(self, update: int, loss: float, num_samples: int) -> Divergence | None:
+        """A microbatch was taken into ``update`` (about) with this mean loss; says when the guard trips."""
+        if not math.isfinite(loss):
+            self._not_finite += 1
+            if self._not_finite < self._most_not_finite:
+                return None
+            return self._divergence(update, f"the losses of {self._not_finite} microbatches in a row are not finite")
+        self._not_finite = 0
+        gathered = self._gathered
+        if gathered is not None and gathered[0] == update:
+            self._gathered = (update, gathered[1] + num_samples * loss, gathered[2] + num_samples)
+            return None
+        self._gathered = (update, num_samples * loss, float(num_samples))
+        return None if gathered is None else self._take(gathered[0] + 1, gathered[1] / gathered[2])
+
+    def _take(self, version: int, loss: float) -> Divergence | None:
+        """The update that made ``version`` is complete."""
+        if self._recent:
+            step = loss - self._recent[-1]
+            self._square = self._slow_decay * self._square + step * step / 2
+            self._square_weight = self._slow_decay * self._square_weight + 1
+        self._recent.append(loss)
+        self._sum = self._decay * self._sum + loss
+        self._weight = self._decay * self._weight + 1
+        self._count += 1
+        if self._count <= FIRST_UPDATES:
+            self._opening.append(loss)
+            if self._count == FIRST_UPDATES:
+                self._best = sum(self._opening) / FIRST_UPDATES
+                self._first = self._best if self._first is None else self._first
+                self._calm_version = version
+            return None
+        if self._count < self.span:
+            return self._judge(version)
+        self._best = min(self._best, self._sum / self._weight)
+        return self._judge(version)
+
+    def _rising(self) -> bool:
+        average = self.average
+        return average is not None and average > BEGINNING * self._best
+
+    def _judge(self, version: int) -> Divergence | None:
+        assert self._first is not None
+        average, middle = self._sum / self._weight, median(self._recent)
+        level = min(average, middle)
+        if not self._rising():
+            self._calm_version = version
+        variance = self._square / self._square_weight
+        beyond_noise = self._best + STANDARD_ERRORS * math.sqrt(variance / (2 * self.span - 1))
+        risen = level > max(RISE * self._best, self._best + GAIN * (self._first - self._best), beyond_noise)
+        self._risen = self._risen + 1 if risen else 0
+        if self._risen >= STREAK:
+            what = f"the loss, on average {average:.4g}, rose above {RISE:g} times its best of {self._best:.4g}"
+            return self._divergence(version, what)
+        if not self._can_stall:
+            return None
+        lost = self._best + BACK * (self._first - self._best)
+        back = self._best < LEARNED * self._first and level > max(lost, beyond_noise)
+        self._back = self._back + 1 if back else 0
+        if self._back >= 2 * self.span:
+            what = f"the loss, on average {average:.4g}, is back where it started, after a best of {self._best:.4g}"
+            return self._divergence(version, what)
+        if self._count == self._to_learn and self._best >= NEVER * self._first:
+            error = math.sqrt(variance * (1 / FIRST_UPDATES + 1 / (2 * self.span - 1)))
+            if level <= self._first + NEVER_ERRORS * error:
+                return None
+            what = f"the loss, on average {average:.4g}, never came below the {self._first:.4g} that it started with"
+            return Divergence(version=version, good_version=0, why=what)
+        return None
+
+    def _divergence(self, version: int, why: str) -> Divergence:
+        return Divergence(version=version, good_version=self.good_version(version), why=why)
