@@ -19,7 +19,7 @@ class Processes(Protocol):
         """Those that run."""
         ...
 
-    def kill(self, name: str) -> None:
+    def kill(self, name: str) -> object:
         """End one by force and wait until it is gone."""
         ...
 
