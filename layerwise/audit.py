@@ -192,13 +192,13 @@ def _check_rollbacks(headers: list[LogHeader], findings: Findings) -> None:
         since.setdefault(header.rate_factor, header.life)
         if not (0 < header.rate_factor <= 1 and frexp(header.rate_factor)[0] == 0.5):
             findings.fail(
-                "rollbacks", f"{_name(header)}: {header.rate_factor!r} of the learning rate comes from no halving"
+                "rollbacks", f"{log_name(header)}: {header.rate_factor!r} of the learning rate comes from no halving"
             )
         lower = [factor for factor, life in since.items() if factor < header.rate_factor and life < header.life]
         if lower:
             findings.fail(
                 "rollbacks",
-                f"{_name(header)} has {header.rate_factor!r} of the learning rate, an earlier life {min(lower)!r} already",
+                f"{log_name(header)} has {header.rate_factor!r} of the learning rate, an earlier life {min(lower)!r} already",
             )
     lowest = min(since)
     lives: dict[int, LogHeader] = {}

@@ -15,7 +15,7 @@ from layerwise.assembly import assemble, foreign_parameters
 from layerwise.build import build_modules, training_of
 from layerwise.cut_shelf import CutShelf
 from layerwise.cuts import durable_cuts, layer_files, load_manifest
-from layerwise.data import TrainingData, load_dataset, microbatch_indices
+from layerwise.data import TrainingData, load_dataset
 from layerwise.errors import CorruptError, NotFoundError
 from layerwise.events import WeightMode
 from layerwise.head import JobHead, job_head
@@ -59,8 +59,7 @@ class RecordedJob:
 
     def samples(self, microbatch: Microbatch) -> tuple[Tensors, Tensors]:
         """Inputs and targets, as a forward worker loads them."""
-        indices = microbatch_indices(self.spec.train.seed, microbatch, len(self.data.train))
-        inputs, targets = self.data.train.batch(indices)
+        inputs, targets = self.data.training_batch(self.spec.train.seed, microbatch)
         return _tensors(inputs), _tensors(targets)
 
     def build(
@@ -77,7 +76,7 @@ class RecordedJob:
         settings = replace(
             self.settings, plan=header.plan, mode="synchronous" if header.position_order else "asynchronous"
         )
-        training = training_of(self.spec, settings, torch.device("cpu"))
+        training = replace(training_of(self.spec, settings, torch.device("cpu")), rate_factor=header.rate_factor)
         emitted = EmittedEvents()
         layers = assemble(
             own,
@@ -92,6 +91,8 @@ class RecordedJob:
         for layer, copy in zip(layers, copies or (), strict=False):
             try:
                 layer.restore(copy)
+                if header.moments_forgotten and not inside:
+                    layer.forget_moments()
             except ValueError as error:
                 raise CorruptError(
                     f"the cut of version {copy.state.version} does not fit the job's model: {error}"
