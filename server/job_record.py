@@ -78,7 +78,8 @@ class JobRecord:
     """A job as the store keeps it. Times are unix seconds. ``number`` orders the queue; a resumed job gets a new one.
 
     ``settings_json``, ``profile_json`` and ``blocks`` are empty until the job was prepared once; a resume uses them
-    again. ``next_life`` is the next life that a placed block gets. ``drops`` are the microbatches that were given up, as in
+    again. ``next_life`` is the next life that a placed block gets. ``moving``: training stops at the next update, to go on
+    with other processes. ``drops`` are the microbatches that were given up, as in
     the ledger of the job document. ``document`` is the last job document.
     """
 
@@ -103,6 +104,7 @@ class JobRecord:
     placement: tuple[PlacementRecord, ...] = ()
     evaluations: tuple[Mapping[str, Any], ...] = ()
     drops: tuple[Mapping[str, Any], ...] = ()
+    moving: bool = False
     document: Mapping[str, Any] = field(default_factory=dict)
 
     @property
