@@ -107,14 +107,30 @@ class Connection:
         """All jobs, oldest first."""
         return [JobResult.from_document(document) for document in self._client.list_jobs()]
 
-    def resume(self, job: str = "", *, directory: str | os.PathLike[str] = "") -> Job:
+    def resume(self, job: str = "", *, directory: str | os.PathLike[str] = "", shards: int = 0) -> Job:
         """Queue a failed or cancelled job again, by its id, or by its directory if this coordinator does not know it.
+
+        Its layers are spread over ``shards`` (0: as many as before).
 
         Raises:
             NotFoundError: there is no such job, or no cut in the directory.
             NotAllowedError: the job is not over, or it is done.
+            ConfigError: it can't be split among so many shards.
         """
-        return Job(self._client, str(self._client.resume(job=job, directory=os.fspath(directory))["job"]))
+        document = self._client.resume(job=job, directory=os.fspath(directory), shards=shards)
+        return Job(self._client, str(document["job"]))
+
+    def drain(self, node: str, *, undo: bool = False) -> dict[str, Any]:
+        """Have every job leave a node, host or process at its next update, and let none come; ``undo``: let them again.
+
+        The answer names the ``jobs`` that move and has the node's ``processes``; `nodes` shows them without a job
+        afterwards.
+
+        Raises:
+            NotFoundError: there is no such node; with ``undo``, it is not drained.
+            NotAllowedError: too few other processes are free; nothing was changed.
+        """
+        return self._client.drain(node, undo=undo)
 
     def nodes(self) -> list[dict[str, Any]]:
         """The processes of the cluster."""

@@ -130,16 +130,29 @@ class CoordinatorClient:
         """Stop a job at its next update, with a last cut; gives its document. A job that has ended stays as it is."""
         return self._job("Cancel", ClientRequest(job=job))
 
-    def resume(self, *, job: str = "", directory: str = "") -> dict[str, Any]:
+    def resume(self, *, job: str = "", directory: str = "", shards: int = 0) -> dict[str, Any]:
         """Queue a job again from its newest durable cut.
 
-        It is one that this coordinator knows, or one that only a directory of cuts remembers.
+        It is one that this coordinator knows, or one that only a directory of cuts remembers. It goes on with ``shards``
+        of them (0: as many as before).
         """
-        return self._job("Resume", ClientRequest(job=job, directory=directory))
+        return self._job("Resume", ClientRequest(job=job, directory=directory, shards=shards))
 
     def list_nodes(self) -> list[dict[str, Any]]:
         """The processes of the cluster."""
         return self._list("ListNodes", ClientRequest())
+
+    def drain(self, node: str, *, undo: bool = False) -> dict[str, Any]:
+        """Send all jobs away from a node, host or process at their next update, and let none come; ``undo``: let them.
+
+        The answer has the node's ``processes``, as `list_nodes` gives them, and the ``jobs`` that move. They have moved
+        once no process of the node has a ``job``.
+
+        Raises:
+            NotFoundError: there is no such node; with ``undo``, it is not drained.
+            NotAllowedError: too few other processes are free; nothing was changed.
+        """
+        return self._job("Drain", ClientRequest(node=node, undo=undo))
 
     def events(self, job: str) -> Iterator[JobEvent]:
         """The job's events up to now."""

@@ -134,8 +134,14 @@ class EmbeddedRun:
             return str(client.submit(self.spec.to_json())["job"]), 0
         known = [one for one in client.list_jobs() if one.get("directory") == str(self.directory)]
         if known:
-            return str(client.resume(job=str(known[-1]["job"]))["job"]), int(known[-1]["num_events"])
-        return str(client.resume(directory=str(self.directory))["job"]), 0
+            job, offset = str(known[-1]["job"]), int(known[-1]["num_events"])
+            document = client.resume(job=job, shards=self.spec.cluster.shards)
+        else:
+            offset = 0
+            document = client.resume(directory=str(self.directory), shards=self.spec.cluster.shards)
+        # The next resume takes as many shards, whatever was said this time.
+        save_spec(self.directory, self.spec)
+        return str(document["job"]), offset
 
     def _stop(self) -> None:
         self._view.say("stopping at the next update; interrupt again to end at once")

@@ -104,6 +104,12 @@ class JobSpec(Section):
                     values["data"][key] = str(folder / Path(path).expanduser())
         return parse_job(values, source=f"job {self.name}")
 
+    def with_shards(self, num_shards: int) -> JobSpec:
+        """The same job on so many shards; its ``auto`` values stay open."""
+        values = self.model_dump(mode="json", by_alias=True)
+        values["cluster"]["shards"] = num_shards
+        return parse_job(values, source=f"job {self.name} on {num_shards} shards")
+
 
 def load_job(path: str | Path) -> JobSpec:
     """Read and check the job file at ``path``.

@@ -25,6 +25,9 @@ class ClientRequest:
     spec_json: str = ""
     job: str = ""
     directory: str = ""
+    shards: int = 0
+    node: str = ""
+    undo: bool = False
     offset: int = 0
     """Of events: the first that is wanted; of jobs: how many of the oldest to leave out."""
     wire_version: int = WIRE_VERSION
@@ -105,7 +108,7 @@ class ClientCall:
             if not isinstance(document, dict):
                 raise MalformedMessageError(f"the coordinator answered {text[:80]!r}, which is no event")
             return EventDocument(offset=message.offset, event=document)  # type: ignore[attr-defined]
-        wanted = dict if self.reply is pb2.JobReply else list
+        wanted = list if self.reply in (pb2.JobsReply, pb2.NodesReply) else dict
         if not isinstance(document, wanted):
             raise MalformedMessageError(f"the coordinator answered {text[:80]!r} where a {wanted.__name__} belongs")
         if self.reply is pb2.JobsReply and isinstance(document, list):
@@ -127,6 +130,7 @@ CALLS = {
         ClientCall("GetJob", pb2.JobRequest, pb2.JobReply, "job_json"),
         ClientCall("Cancel", pb2.JobRequest, pb2.JobReply, "job_json"),
         ClientCall("Resume", pb2.ResumeRequest, pb2.JobReply, "job_json"),
+        ClientCall("Drain", pb2.DrainRequest, pb2.DrainReply, "drain_json"),
         ClientCall("ListNodes", pb2.ListNodesRequest, pb2.NodesReply, "nodes_json"),
         ClientCall("FollowEvents", pb2.FollowEventsRequest, pb2.EventReply, "event_json"),
     )

@@ -977,20 +977,32 @@ class JobRequest(_message.Message):
     def __init__(self, wire_version: _Optional[int] = ..., job: _Optional[str] = ...) -> None: ...
 
 class ResumeRequest(_message.Message):
-    __slots__ = ("wire_version", "job", "directory")
+    __slots__ = ("wire_version", "job", "directory", "shards")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     job: str
     directory: str
-    def __init__(self, wire_version: _Optional[int] = ..., job: _Optional[str] = ..., directory: _Optional[str] = ...) -> None: ...
+    shards: int
+    def __init__(self, wire_version: _Optional[int] = ..., job: _Optional[str] = ..., directory: _Optional[str] = ..., shards: _Optional[int] = ...) -> None: ...
 
 class ListNodesRequest(_message.Message):
     __slots__ = ("wire_version",)
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     wire_version: int
     def __init__(self, wire_version: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("wire_version", "node", "undo")
+    WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    wire_version: int
+    node: str
+    undo: bool
+    def __init__(self, wire_version: _Optional[int] = ..., node: _Optional[str] = ..., undo: _Optional[bool] = ...) -> None: ...
 
 class FollowEventsRequest(_message.Message):
     __slots__ = ("wire_version", "job", "offset")
@@ -1021,6 +1033,12 @@ class NodesReply(_message.Message):
     NODES_JSON_FIELD_NUMBER: _ClassVar[int]
     nodes_json: str
     def __init__(self, nodes_json: _Optional[str] = ...) -> None: ...
+
+class DrainReply(_message.Message):
+    __slots__ = ("drain_json",)
+    DRAIN_JSON_FIELD_NUMBER: _ClassVar[int]
+    drain_json: str
+    def __init__(self, drain_json: _Optional[str] = ...) -> None: ...
 
 class EventReply(_message.Message):
     __slots__ = ("offset", "event_json")

@@ -34,8 +34,8 @@ class Desk(Protocol):
         """Stop a job."""
         ...
 
-    async def resume(self, job: str, directory: str) -> dict[str, Any]:
-        """Queue a job again; by its name, or by the directory of its cuts."""
+    async def resume(self, job: str, directory: str, shards: int) -> dict[str, Any]:
+        """Queue a job again, by its name or by the directory of its cuts; on so many shards (0: as many as before)."""
         ...
 
     def jobs(self, offset: int, limit: int) -> list[dict[str, Any]]:
@@ -48,6 +48,10 @@ class Desk(Protocol):
 
     def nodes(self) -> list[dict[str, Any]]:
         """The processes."""
+        ...
+
+    async def drain(self, node: str, *, undo: bool) -> dict[str, Any]:
+        """Send jobs away from a node, or let them come again."""
         ...
 
     def follow(self, job: str, offset: int) -> AsyncIterator[JobEvent]:
@@ -70,6 +74,7 @@ class ClientService:
             "Cancel": self._cancel,
             "Resume": self._resume,
             "ListNodes": self._list_nodes,
+            "Drain": self._drain,
         }
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -106,10 +111,15 @@ class ClientService:
     async def _resume(self, request: ClientRequest) -> dict[str, Any]:
         if bool(request.job) == bool(request.directory):
             raise ConfigError("resume needs either a job's name or the directory of its cuts")
-        return await self._desk.resume(request.job, request.directory)
+        return await self._desk.resume(request.job, request.directory, request.shards)
 
     async def _list_nodes(self, request: ClientRequest) -> list[dict[str, Any]]:
         return self._desk.nodes()
+
+    async def _drain(self, request: ClientRequest) -> dict[str, Any]:
+        if not request.node:
+            raise ConfigError("drain needs the name of a node, a host or a process")
+        return await self._desk.drain(request.node, undo=request.undo)
 
     async def _follow_events(self, data: bytes, context: Context) -> AsyncIterator[EventDocument]:
         try:

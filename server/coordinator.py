@@ -154,15 +154,26 @@ class Coordinator:
         """Stop a job."""
         return await self._stored(*self._role.cancel(job, self._now()))
 
-    async def resume(self, job: str, directory: str) -> dict[str, Any]:
+    async def resume(self, job: str, directory: str, shards: int = 0) -> dict[str, Any]:
         """Queue a job again, from the newest sound cut that is on disk, whatever was noted of it."""
         if job and not self._role.record(job).state.final:
-            return await self._stored(*self._role.resume(job, self._now()))
+            return await self._stored(*self._role.resume(job, self._now(), shards=shards))
         if job:
             record = await asyncio.to_thread(with_cuts_on_disk, self._role.record(job))
-            return await self._stored(*self._role.adopt(record, self._now()))
+            return await self._stored(*self._role.adopt(record, self._now(), shards=shards))
         record = await asyncio.to_thread(read_job, directory)
-        return await self._stored(*self._role.adopt(record, self._now()))
+        return await self._stored(*self._role.adopt(record, self._now(), shards=shards))
+
+    async def drain(self, node: str, *, undo: bool) -> dict[str, Any]:
+        """Send jobs away from a node, or let them come again. What is promised is on disk before anybody hears of it."""
+        turn = self._role.undrain if undo else self._role.drain
+        document, effects = turn(node, self._now())
+        # A shard that was told to stop, by a coordinator that does not remember why, would wait for ever.
+        try:
+            self._flush()
+        finally:
+            self._perform(effects)
+        return document
 
     def jobs(self, offset: int, limit: int) -> list[dict[str, Any]]:
         """The documents of some jobs, oldest first."""

@@ -11,12 +11,14 @@ from layerwise.errors import BusyError, NotAllowedError, NotFoundError
 from layerwise.job import JobSpec, parse_job
 from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Unassign, Unassigned, Welcome
 from layerwise.roles import Disconnect, Effect, Send
+from layerwise.server.departures import departures
 from layerwise.server.job_document import job_document
 from layerwise.server.job_record import JobEvent, JobRecord, JobState
-from layerwise.server.membership import Membership
+from layerwise.server.membership import Membership, node_of
 from layerwise.server.memory_store import JobStore
 from layerwise.server.node_document import node_document
 from layerwise.server.placement import Places, Shortage, check_can_be_placed, place, places_before, replacement
+from layerwise.server.resharding import with_shards
 from layerwise.server.run import Run
 
 HEARTBEAT_SECONDS = 1.0
@@ -46,6 +48,7 @@ class CoordinatorRole:
         self.runs: dict[str, Run] = {}
         self._store = store
         self._heartbeat_seconds = heartbeat_seconds
+        self.members.drained.update(store.drained())
         self._jobs: dict[str, JobRecord] = {record.job: record for record in store.load()}
         self._specs: dict[str, JobSpec] = {}
         self._next_number = max((record.number for record in self._jobs.values()), default=0) + 1
@@ -127,7 +130,7 @@ class CoordinatorRole:
         )
         return self._enqueue(record, spec, f"submitted as {record.job}", now)
 
-    def adopt(self, record: JobRecord, now: float) -> tuple[dict[str, Any], list[Effect]]:
+    def adopt(self, record: JobRecord, now: float, *, shards: int = 0) -> tuple[dict[str, Any], list[Effect]]:
         """Queue a job that only its directory remembers (`read_job` reads it); one that is known here is resumed.
 
         What the directory holds stands: a coordinator that was killed may not have noted the last cuts.
@@ -141,18 +144,19 @@ class CoordinatorRole:
                     self._put(replace(known, cuts=record.cuts, next_life=next_life, warnings=warnings))
                     for warning in fresh:
                         self._note(known.job, "warning", warning, now)
-                return self.resume(known.job, now)
+                return self.resume(known.job, now, shards=shards)
         if record.job in self._jobs:
             record = replace(record, job=self._new_id(record.name))
         self._put(record)
-        return self.resume(record.job, now)
+        return self.resume(record.job, now, shards=shards)
 
-    def resume(self, job: str, now: float) -> tuple[dict[str, Any], list[Effect]]:
-        """Queue a failed or cancelled job again, from its newest durable cut.
+    def resume(self, job: str, now: float, *, shards: int = 0) -> tuple[dict[str, Any], list[Effect]]:
+        """Queue a failed or cancelled job again, from its newest durable cut; on so many ``shards`` (0: as many as before).
 
         Raises:
             NotFoundError: there is no such job.
             NotAllowedError: it is not over, or it is done.
+            ConfigError: it can't be split among so many shards.
             BusyError: too many jobs wait already.
         """
         self._check_queue()
@@ -170,9 +174,13 @@ class CoordinatorRole:
             resume_count=record.resume_count + 1,
         )
         self._next_number += 1
+        notes: list[str] = []
+        if shards:
+            record, notes = with_shards(record, shards)
+            self._specs.pop(job, None)
         cut = record.durable_cut
         what = f"from the cut at version {cut.version}" if cut is not None else "from the beginning"
-        return self._enqueue(record, self._spec(record), f"resumed {what}", now)
+        return self._enqueue(record, self._spec(record), "; ".join((f"resumed {what}", *notes)), now)
 
     def cancel(self, job: str, now: float) -> tuple[dict[str, Any], list[Effect]]:
         """Stop a job; one that is over stays as it is.
@@ -190,6 +198,44 @@ class CoordinatorRole:
             self._close(record, JobState.CANCELLED, "cancelled while it was queued", "info", now)
             effects = self._schedule(now)
         return self.job(job), effects
+
+    def drain(self, node: str, now: float) -> tuple[dict[str, Any], list[Effect]]:
+        """Send all jobs away from the processes of ``node`` at their next update, and give those no new work.
+
+        Raises:
+            NotFoundError: there is no such node.
+            NotAllowedError: too few other processes are free; nothing was changed.
+        """
+        leaving = self.members.of_node(node)
+        if not leaving:
+            known = ", ".join(sorted({node_of(one.hello) for one in self.members})) or "none"
+            raise NotFoundError(f"no process is of node {node!r}; the nodes are: {known}")
+        found = departures(node, leaving, self.runs.values(), self.members)
+        self.members.drain(node)
+        self._store.put_drained(frozenset(self.members.drained))
+        effects: list[Effect] = []
+        for one in found:
+            self.members.reserve(one.successors, one.run.job)
+            effects += one.run.move(one.leaving, now)
+            effects += self._after(one.run, now)
+        return self._drain_document(node, now), effects
+
+    def undrain(self, node: str, now: float) -> tuple[dict[str, Any], list[Effect]]:
+        """Give the processes of ``node`` work again.
+
+        Raises:
+            NotFoundError: it was not drained.
+        """
+        if node not in self.members.drained:
+            known = ", ".join(sorted(self.members.drained)) or "none"
+            raise NotFoundError(f"{node!r} is not drained; drained are: {known}")
+        self.members.undrain(node)
+        self._store.put_drained(frozenset(self.members.drained))
+        staying = {one.name for one in self.members if not one.draining}
+        for run in self.runs.values():
+            run.leaving -= staying
+        effects = self._fill_vacancies(now) + self._schedule(now)
+        return self._drain_document(node, now), effects
 
     def jobs(self, offset: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
         """The documents of at most ``limit`` jobs, oldest first, without the ``offset`` oldest."""
@@ -239,10 +285,13 @@ class CoordinatorRole:
         run = self.runs.get(hosting.job)
         process = self.members.get(name)
         assert process is not None
-        taken = run.take_back(process, hosting, now) if run is not None and process.free else None
+        leaves = process.draining and process.role is not Role.SHARD
+        taken = run.take_back(process, hosting, now) if run is not None and process.free and not leaves else None
         if run is None or taken is None:
             return [Send(name, Unassign(job=hosting.job))]
         self.members.assign([name], run.job, run.spec.timeouts.heartbeat)
+        if process.draining:
+            taken += run.move([name], now)
         return taken + self._after(run, now)
 
     def _lose(self, name: str, why: str, now: float) -> list[Effect]:
@@ -259,7 +308,7 @@ class CoordinatorRole:
         effects: list[Effect] = []
         for run in list(self.runs.values()):
             for vacancy in run.vacancies():
-                process = replacement(vacancy, run.spec, self.members, now)
+                process = replacement(vacancy, run.spec, self.members, now, job=run.job)
                 if process is None:
                     continue
                 self.members.assign([process.name], run.job, run.spec.timeouts.heartbeat)
@@ -325,8 +374,13 @@ class CoordinatorRole:
     def _after(self, run: Run, now: float) -> list[Effect]:
         """Take over what a run has decided; let its processes go when it is over."""
         self._take_events(run)
+        for name in run.take_dismissed():
+            self.members.leave(name)
+        vacancies = run.vacancies()
+        if not vacancies and not run.record.moving:
+            self.members.unreserve(run.job)
         if not run.over:
-            return self._fill_vacancies(now) if run.vacancies() else []
+            return self._fill_vacancies(now) if vacancies else []
         if run.job not in self.runs:
             return []
         del self.runs[run.job]
@@ -350,6 +404,7 @@ class CoordinatorRole:
                 or known.placement != run.record.placement
                 or known.drops != run.record.drops
                 or known.rollbacks != run.record.rollbacks
+                or known.moving != run.record.moving
             ):
                 self._store.put(run.record)
 
@@ -411,6 +466,15 @@ class CoordinatorRole:
         used = {record.directory for record in self._jobs.values()}
         candidates = (directory if number == 1 else f"{directory}-{number}" for number in count(1))
         return next(one for one in candidates if one not in used)
+
+    def _drain_document(self, node: str, now: float) -> dict[str, Any]:
+        processes = [node_document(one, now) for one in self.members.of_node(node)]
+        return {
+            "node": node,
+            "drained": node in self.members.drained,
+            "jobs": sorted({one["job"] for one in processes if one["job"] is not None}),
+            "processes": processes,
+        }
 
     def _document(self, record: JobRecord, run: Run | None, queue: Mapping[str, int] | None = None) -> dict[str, Any]:
         """The document of a job; ``queue`` has the places of those that wait."""

@@ -78,8 +78,9 @@ class JobRecord:
     """A job as the store keeps it. Times are unix seconds. ``number`` orders the queue; a resumed job gets a new one.
 
     ``settings_json``, ``profile_json`` and ``blocks`` are empty until the job was prepared once; a resume uses them
-    again. ``next_life`` is the next life that a placed block gets. ``drops`` are the microbatches that were given up, as in
-    the ledger of the job document, ``rollbacks`` those of `layerwise.server.rollback`. ``document`` is the last job document.
+    again. ``next_life`` is the next life that a placed block gets. ``moving``: training stops at the next update, to go on
+    with other processes. ``drops`` are the microbatches that were given up, as in the ledger of the job document,
+    ``rollbacks`` those of `layerwise.server.rollback`. ``document`` is the last job document.
     """
 
     job: str
@@ -104,6 +105,7 @@ class JobRecord:
     evaluations: tuple[Mapping[str, Any], ...] = ()
     drops: tuple[Mapping[str, Any], ...] = ()
     rollbacks: tuple[Mapping[str, Any], ...] = ()
+    moving: bool = False
     document: Mapping[str, Any] = field(default_factory=dict)
 
     @property

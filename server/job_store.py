@@ -64,6 +64,10 @@ MIGRATIONS = (
     ALTER TABLE jobs ADD COLUMN drops TEXT NOT NULL DEFAULT '[]';
     ALTER TABLE jobs ADD COLUMN rollbacks TEXT NOT NULL DEFAULT '[]';
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN moving INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE drained (node TEXT PRIMARY KEY) STRICT;
+    """,
 )
 """``MIGRATIONS[v]`` takes a store from schema ``v`` to ``v + 1``; ``PRAGMA user_version`` says which one it has."""
 
@@ -132,6 +136,12 @@ class SqliteJobStore:
             for row in rows
         )
 
+    def drained(self) -> frozenset[str]:
+        """The nodes that get no new work."""
+        self.flush()
+        with closing(self._open()) as connection:
+            return frozenset(row["node"] for row in connection.execute("SELECT node FROM drained"))
+
     # Writing ---------------------------------------------------------------------------------------------------------
 
     def put(self, record: JobRecord) -> None:
@@ -144,6 +154,15 @@ class SqliteJobStore:
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT OR REPLACE INTO events VALUES (?, ?, ?, ?, ?, ?)", values)
+
+        self._enqueue(write)
+
+    def put_drained(self, nodes: frozenset[str]) -> None:
+        """Write which nodes get no new work."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM drained")
+            connection.executemany("INSERT INTO drained VALUES (?)", [(node,) for node in sorted(nodes)])
 
         self._enqueue(write)
 
@@ -298,6 +317,7 @@ class SqliteJobStore:
             evaluations=tuple(json.loads(row["evaluations"])),
             drops=tuple(json.loads(row["drops"])),
             rollbacks=tuple(json.loads(row["rollbacks"])),
+            moving=bool(row["moving"]),
             document=json.loads(row["document"]),
         )
 
@@ -329,6 +349,7 @@ def _put(connection: sqlite3.Connection, record: JobRecord) -> None:
         "evaluations": _json([dict(one) for one in record.evaluations]),
         "drops": _json([dict(one) for one in record.drops]),
         "rollbacks": _json([dict(one) for one in record.rollbacks]),
+        "moving": int(record.moving),
         "document": _json(dict(record.document)),
     }
     updates = ", ".join(f"{name} = excluded.{name}" for name in row if name != "job")

@@ -15,6 +15,20 @@ def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
 
 
+_OF_NODE = re.compile(r"(?:shard|forward|backward)-(.+)-\d+")
+
+
+def node_of(hello: Hello) -> str:
+    """The node whose supervisor named the process ``<role>-<node>-<number>``; its host, where the name has another form."""
+    match = _OF_NODE.fullmatch(hello.name)
+    return match[1] if match is not None else hello.host
+
+
+def is_of(hello: Hello, node: str) -> bool:
+    """Whether ``node`` means the process: by its node, its host, or its own name."""
+    return node in (node_of(hello), hello.host, hello.name)
+
+
 @dataclass(slots=True)
 class Process:
     """One incarnation of a process, from its `Hello` until it is lost."""
@@ -30,6 +44,10 @@ class Process:
     heartbeat_seconds: float | None = None
     """The time limit of its job; None: the cluster's own."""
     vitals: Heartbeat = field(default_factory=Heartbeat)
+    draining: bool = False
+    """It gets no new work."""
+    reserved: str | None = None
+    """The job that is about to need it."""
 
     @property
     def name(self) -> str:
@@ -43,8 +61,13 @@ class Process:
 
     @property
     def free(self) -> bool:
-        """Whether a job may have it."""
+        """Whether it works for no job."""
         return self.job is None
+
+    @property
+    def available(self) -> bool:
+        """Whether any job may have it."""
+        return self.job is None and not self.draining and self.reserved is None
 
 
 class Membership:
@@ -55,6 +78,8 @@ class Membership:
 
     def __init__(self, *, heartbeat_timeout: float = 30.0) -> None:
         self.heartbeat_timeout = heartbeat_timeout
+        self.drained: set[str] = set()
+        """Nodes, hosts and processes that get no new work. Only `drain` and `undrain` change it."""
         self._processes: dict[str, Process] = {}
         self._incarnations: Counter[str] = Counter()
         self._sent: Counter[Role] = Counter()
@@ -80,6 +105,7 @@ class Membership:
             raise ValueError(f"{hello.name} is already there")
         self._incarnations[hello.name] += 1
         process = Process(hello, self._incarnations[hello.name], joined=now, seen=now)
+        process.draining = self._is_drained(hello)
         self._processes[hello.name] = process
         return process
 
@@ -111,6 +137,7 @@ class Membership:
         for name in names:
             process = self._processes[name]
             process.job, process.leaving, process.heartbeat_seconds = job, False, heartbeat_seconds
+            process.reserved = None
 
     def leave(self, name: str) -> None:
         """The process was told to leave its job; it is free once it says so (`release`)."""
@@ -121,6 +148,36 @@ class Membership:
         process = self._processes.get(name)
         if process is not None and process.job == job:
             process.job, process.leaving, process.heartbeat_seconds = None, False, None
+
+    def of_node(self, node: str) -> list[Process]:
+        """The living processes that ``node`` means (see `is_of`)."""
+        return [one for one in self if is_of(one.hello, node)]
+
+    def drain(self, node: str) -> None:
+        """The processes of ``node``, also those that come yet, get no new work."""
+        self.drained.add(node)
+        for one in self:
+            one.draining = self._is_drained(one.hello)
+
+    def undrain(self, node: str) -> None:
+        """They do again, unless they are drained under another name."""
+        self.drained.discard(node)
+        for one in self:
+            one.draining = self._is_drained(one.hello)
+
+    def reserve(self, names: Iterable[str], job: str) -> None:
+        """No other job gets these free processes."""
+        for name in names:
+            self._processes[name].reserved = job
+
+    def unreserve(self, job: str) -> None:
+        """``job`` needs them no more."""
+        for one in self._processes.values():
+            if one.reserved == job:
+                one.reserved = None
+
+    def _is_drained(self, hello: Hello) -> bool:
+        return any(is_of(hello, node) for node in self.drained)
 
     def wire_bytes(self, role: Role) -> tuple[int, int]:
         """Bytes sent and received by all processes of ``role`` that ever were here."""

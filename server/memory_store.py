@@ -27,6 +27,14 @@ class JobStore(Protocol):
         """At most ``limit`` events from sequence ``offset`` on; ``NotFoundError`` when there is no such job."""
         ...
 
+    def drained(self) -> frozenset[str]:
+        """The nodes that get no new work."""
+        ...
+
+    def put_drained(self, nodes: frozenset[str]) -> None:
+        """Write which those are."""
+        ...
+
 
 class MemoryJobStore:
     """A `JobStore` in memory: for the simulated world and for clusters that nobody comes back to."""
@@ -34,6 +42,7 @@ class MemoryJobStore:
     def __init__(self) -> None:
         self._jobs: dict[str, JobRecord] = {}
         self._events: dict[str, list[JobEvent]] = {}
+        self._drained: frozenset[str] = frozenset()
 
     def load(self) -> tuple[JobRecord, ...]:
         """All jobs, oldest first."""
@@ -53,3 +62,11 @@ class MemoryJobStore:
         if job not in self._jobs:
             raise NotFoundError(f"no job {job!r} here")
         return tuple(self._events[job][offset : offset + limit])
+
+    def drained(self) -> frozenset[str]:
+        """The nodes that get no new work."""
+        return self._drained
+
+    def put_drained(self, nodes: frozenset[str]) -> None:
+        """Write which those are."""
+        self._drained = nodes

@@ -8,20 +8,29 @@ import time
 from typing import Any
 
 from layerwise.messages import Role
-from layerwise.server.membership import Process
+from layerwise.server.membership import Process, node_of
 from layerwise.service import COORDINATOR, resident_bytes
 from layerwise.version import VERSION
 
 
 def node_document(process: Process, now: float) -> dict[str, Any]:
-    """The document of one process. ``state`` is "free", "working" or "leaving"."""
+    """The document of one process.
+
+    ``state`` is "free", "working" or "leaving"; "reserved" for a job that moves; "draining" and "drained" on a node that
+    gets no new work, while it still works for a job and after that.
+    """
     hello, vitals = process.hello, process.vitals
     state = "leaving" if process.leaving else "free" if process.free else "working"
+    if process.draining:
+        state = "drained" if process.free else "draining"
+    elif process.reserved is not None:
+        state = "reserved"
     return {
         "name": process.name,
         "role": str(process.role),
         "state": state,
         "job": process.job,
+        "node": node_of(hello),
         "host": hello.host,
         "pid": hello.pid,
         "device": hello.device,
@@ -48,6 +57,7 @@ def coordinator_document(
         "role": str(Role.COORDINATOR),
         "state": "serving",
         "job": None,
+        "node": socket.gethostname(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "device": "",

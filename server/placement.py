@@ -91,8 +91,8 @@ def place(spec: JobSpec, members: Membership) -> Places | Shortage:
     chosen: dict[Role, list[Process]] = {}
     reasons, lacking = [], False
     for role, count in needed(spec).items():
-        suitable = [one for one in members.of_role(role) if suits(one, spec)]
-        free = [one for one in suitable if one.free]
+        suitable = [one for one in members.of_role(role) if suits(one, spec) and not one.draining]
+        free = [one for one in suitable if one.available]
         if len(free) < count:
             reasons.append(_shortage(role, count, free, suitable, members, spec))
             lacking = lacking or len(suitable) < count
@@ -116,9 +116,13 @@ def places_before(record: JobRecord) -> Places:
     )
 
 
-def replacement(vacancy: Vacancy, spec: JobSpec, members: Membership, now: float) -> Process | None:
-    """A free process for the vacancy; while the one before it may come back, no other."""
-    free = [one for one in members.of_role(vacancy.role) if one.free and suits(one, spec)]
+def replacement(vacancy: Vacancy, spec: JobSpec, members: Membership, now: float, *, job: str = "") -> Process | None:
+    """A free process for the vacancy; while the one before it may come back, no other.
+
+    Those that are reserved for ``job`` come first.
+    """
+    reserved = [one for one in members.of_role(vacancy.role) if one.free and one.reserved == job]
+    free = [*reserved, *(one for one in members.of_role(vacancy.role) if one.available and suits(one, spec))]
     same = next((one for one in free if one.name == vacancy.expected), None)
     if same is not None or not vacancy.expected or now - vacancy.since > RETURN_SECONDS:
         return same or next(iter(free), None)
@@ -156,7 +160,10 @@ def _shortage(
     users = sorted({one.job for one in suitable if one.job is not None})
     if users:
         text += f" (the others work for {', '.join(users)})"
-    unfit = [one for one in members.of_role(role) if one not in suitable]
+    drained = sum(one.draining and suits(one, spec) for one in members.of_role(role))
+    if drained:
+        text += f"; {drained} more {'is' if drained == 1 else 'are'} on drained nodes"
+    unfit = [one for one in members.of_role(role) if not suits(one, spec)]
     forbidden = sorted({module for one in unfit for module in missing_imports(one, spec)})
     if forbidden:
         text += f"; {len(unfit)} more would have to be started with --allow-import {' '.join(forbidden)}"

@@ -5,6 +5,8 @@
     probing ── Probed ──► assigning ── all Ready ──► training ── finished ──► done
        │                   ▲      └─ a shard lost, a link down ─┘
        │                   └── every place filled again: a new route in a new generation
+       │                   ▲                          ├── processes have to leave: Stop, drain, cut ──► others take their places
+       │                   └──────────────────────────┼───────────────── all blocks at that cut ◄──┘
        └───────────────────────┴──────────────────────┴── cancel: Stop, drain, last cut ──► cancelled
                                                       └── a Failure, a time limit ──► failed
 """
@@ -12,7 +14,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from layerwise.errors import LayerwiseError
@@ -86,6 +88,8 @@ class Run:
         self.shards = ShardPlaces(places.shards, processes, now)
         self.workers = WorkerPlaces(spec, places, processes)
         self.recovery = Recovery()
+        self.leaving: set[str] = set()
+        """Processes that have to leave at the next update (see `move`)."""
         self._routing = Routing(self.shards)
         self._room: dict[str, int] = {}
         self._num_decisions = 0
@@ -97,6 +101,8 @@ class Run:
         self._link_down: tuple[str, float] | None = None
         self._starved_since: float | None = None
         self._cancelled = record.state is JobState.STOPPING
+        self._moved = False
+        self._dismissed: list[str] = []
         self._now = now
 
     # What there is ---------------------------------------------------------------------------------------------------
@@ -127,6 +133,11 @@ class Run:
         return self.training is not None and self.training.suspended
 
     @property
+    def stopping(self) -> bool:
+        """It ends at the next update."""
+        return self._cancelled
+
+    @property
     def phase(self) -> str:
         """What is going on, in a few words."""
         if self.shards.empty and (self.training is not None or self.route):
@@ -135,6 +146,8 @@ class Run:
             return "preparing"
         if self.training.suspended:
             return "getting ready to go on"
+        if self.record.moving:
+            return "stopping, to go on with other processes"
         until = course_after(self.record.rollbacks).synchronous_until
         synchronous = f", synchronously until version {until}" if self.training.version < until else ""
         return self.training.phase + synchronous
@@ -148,7 +161,12 @@ class Run:
         if self.over:
             return []
         shards = [
-            Vacancy(role=Role.SHARD, block=one.block, expected=one.process, since=one.empty_since or 0.0)
+            Vacancy(
+                role=Role.SHARD,
+                block=one.block,
+                expected="" if one.sent_away else one.process,
+                since=one.empty_since or 0.0,
+            )
             for one in self.shards.empty
         ]
         return [*shards, *(Vacancy(role=role, block=block) for role, block in self.workers.vacancies())]
@@ -182,6 +200,24 @@ class Run:
         self.record = replace(self.record, state=JobState.STOPPING)
         self._note("info", "stopping at the next update")
         return [] if self.training.suspended else [*recalls, Send(self.shards[0].process, Stop(job=self.job))]
+
+    def move(self, names: Iterable[str], now: float) -> list[Effect]:
+        """Stop at the next update boundary, with a cut there, and go on from it with others in the places of ``names``."""
+        self._now = now
+        self.leaving.update(names)
+        if self.over or self._cancelled or self.record.moving:
+            return []
+        self.record = replace(self.record, moving=True)
+        self._note("info", f"{', '.join(sorted(self.leaving))} must leave; stopping at the next update")
+        if self.training is None:
+            return []
+        recalls = self.training.stop_asked(now)
+        return [] if self.training.suspended else [*recalls, Send(self.shards[0].process, Stop(job=self.job))]
+
+    def take_dismissed(self) -> list[str]:
+        """Who was told to leave since the last call."""
+        dismissed, self._dismissed = self._dismissed, []
+        return dismissed
 
     def join(self, process: Process, role: Role, block: int, now: float) -> list[Effect]:
         """A free process takes the place of a lost one."""
@@ -505,7 +541,7 @@ class Run:
             self._go_back(self._diverged, self.training)
             restored = tuple(range(len(self.shards)))
             self._diverged = None
-        if settings.mode == "synchronous" or settings.window == 1:
+        if self._moved or settings.mode == "synchronous" or settings.window == 1:
             # What equals plain training has no layer ahead of another: all of them go back to the cut.
             restored = tuple(range(len(self.shards)))
         version = self.training.version if self.training is not None else -1
@@ -518,7 +554,8 @@ class Run:
         if self.training is not None:
             self.training.suspended = True
         next_life = self._routing.begin(self.record, restored)
-        self.record = replace(self.record, next_life=next_life)
+        moving = bool(self.leaving) if self._moved else self.record.moving
+        self.record = replace(self.record, next_life=next_life, moving=moving)
         self._place()
         self._room.clear()
         self._began = self._now
@@ -529,6 +566,36 @@ class Run:
             self._note("info", f"assigning {blocks} at version {cut}", version=cut)
         effects = self._routing.inform_shards(self.record)
         return effects + [self._routing.inform(one.process, one.block, self.record) for one in self.workers.records]
+
+    def _change_places(self, lost_cut: str = "") -> list[Effect]:
+        """Training rests: let go who has to leave. All layers begin anew, for those of today end here.
+
+        ``lost_cut`` says why they have to go back to an older cut; otherwise that of the stop is the newest.
+        """
+        assert self.training is not None
+        if lost_cut:
+            self._note("warning", f"{lost_cut}; all layers go back to the newest durable cut", version=self._durable)
+            for place in self.shards.filled:
+                self.recovery.lose(place.block, place.process, self.training.final, self._now)
+        self._moved = True
+        self.training.suspended = True
+        away = [name for name in self.names if name in self.leaving]
+        for name in away:
+            self._routing.forget(name)
+            if name in self.shards:
+                self.shards.send_away(name, self._now)
+            else:
+                self.workers.empty(name)
+                self._room.pop(name, None)
+        self.leaving.clear()
+        self._dismissed += away
+        self._note("info", f"at version {self._durable} {', '.join(away) or 'nobody'} left", version=self._durable)
+        return [*(Send(name, Unassign(job=self.job)) for name in away), *self._proceed()]
+
+    @property
+    def _durable(self) -> int:
+        durable = self.record.durable_cut
+        return durable.version if durable is not None else 0
 
     def _place(self) -> None:
         shards = self.shards.records(self.route)
@@ -592,7 +659,8 @@ class Run:
         first = self.shards[0].process
         start = StartTraining(job=self.job, done_json=json.dumps(done.to_json()), held_json=json.dumps(held.to_json()))
         effects: list[Effect] = [Send(first, start)]
-        if self._cancelled:
+        self._moved = False
+        if self._cancelled or self.record.moving:
             effects += self.training.stop_asked(self._now)
             effects.append(Send(first, Stop(job=self.job)))
         for peer, message in self._routing.take_early():
@@ -644,10 +712,17 @@ class Run:
         found, training.divergence = training.divergence, None
         if found is not None and not training.suspended and not self._cancelled:
             return self._diverge(found)
+        if self._moved:
+            return []
+        moving = self.record.moving and not self._cancelled and training.final < training.plan.num_updates
+        if moving and training.ledger.complete and (reason := training.cuts.given_up(training.final)) is not None:
+            return self._change_places(f"the cut at version {training.final} can't be saved: {reason}")
         if training.failure is not None:
             return self.fail(training.failure, self._now)
         if not training.finished:
             return []
+        if moving:
+            return self._change_places()
         if training.final < training.plan.num_updates:
             return self._end(
                 JobState.CANCELLED, f"cancelled at version {training.final}; go on with `layerwise resume {self.job}`"
@@ -669,7 +744,7 @@ class Run:
             self.training.ledger.recall()
         level = {JobState.FAILED: "error"}.get(state, "info")
         self._note(level, message)
-        self.record = replace(self.record, state=state, message=message, finished=self._now, placement=())
+        self.record = replace(self.record, state=state, message=message, finished=self._now, placement=(), moving=False)
         return [Send(name, Unassign(job=self.job)) for name in self.names]
 
     def _manifest(self, version: int, files: tuple[LayerFile, ...]) -> str:

@@ -15,6 +15,7 @@ class ShardPlace:
     """The place of one block. ``process`` is the one that fills it, or that filled it last and may come back.
 
     ``life`` is the newest that was given out for the block (0: none). ``holds``: the process has the block's layers in that life.
+    ``sent_away``: the place is empty because its process had to leave it.
     """
 
     block: int
@@ -25,6 +26,7 @@ class ShardPlace:
     holds: bool = False
     empty_since: float | None = None
     why: str = ""
+    sent_away: bool = False
 
 
 class ShardPlaces:
@@ -54,6 +56,11 @@ class ShardPlaces:
         return tuple(place.process for place in self._places if place.empty_since is None)
 
     @property
+    def filled(self) -> tuple[ShardPlace, ...]:
+        """The places that somebody fills."""
+        return tuple(place for place in self._places if place.empty_since is None)
+
+    @property
     def empty(self) -> tuple[ShardPlace, ...]:
         """The places that nobody fills."""
         return tuple(place for place in self._places if place.empty_since is not None)
@@ -74,13 +81,17 @@ class ShardPlaces:
         """``process`` takes the place; ``holds``: it still has the block's layers in the newest life."""
         place = self._places[block]
         place.process, place.address, place.device = process.name, process.hello.address, process.hello.device
-        place.holds, place.empty_since, place.why = holds, None, ""
+        place.holds, place.empty_since, place.why, place.sent_away = holds, None, "", False
 
     def vacate(self, name: str, why: str, now: float) -> ShardPlace:
         """``name`` is gone from its place. It may yet come back with its layers."""
         place = self.of(name)
         place.holds, place.empty_since, place.why = False, now, why
         return place
+
+    def send_away(self, name: str, now: float) -> None:
+        """``name`` has to leave its place, and does not come back."""
+        self.vacate(name, "its node is drained", now).sent_away = True
 
     def give_life(self, block: int, life: int) -> None:
         """The block is to be restored in ``life``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container
 
 from layerwise.job import JobSpec
 from layerwise.messages import Role
@@ -61,10 +61,14 @@ class WorkerPlaces:
                 blocks.remove(one.block)
         return vacant + [(Role.BACKWARD, block) for block in blocks]
 
-    def missing(self) -> str:
-        """Which kind of worker is missing altogether, as the beginning of a sentence; empty when none is."""
-        if not self.of_role(Role.FORWARD):
+    def missing(self, without: Collection[str] = ()) -> str:
+        """Which kind of worker is missing altogether, as the beginning of a sentence; empty when none is.
+
+        Workers in ``without`` are not counted.
+        """
+        left = [one for one in self._filled.values() if one.process not in without]
+        if not any(one.role is Role.FORWARD for one in left):
             return "no forward worker is left"
-        served = {one.block for one in self._filled.values() if one.role is Role.BACKWARD}
+        served = {one.block for one in left if one.role is Role.BACKWARD}
         alone = [] if self._attached else [block for block in range(self._num_blocks) if block not in served]
         return f"no backward worker is left for block {alone[0]}" if alone else ""

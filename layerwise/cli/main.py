@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cancel": ("jobs", "stop a job at its next update, with a last cut"),
     "resume": ("resume", "go on with a job that was stopped"),
     "nodes": ("jobs", "list the processes of a cluster"),
+    "drain": ("drain", "send all jobs away from a machine"),
     "evaluate": ("results", "compute loss and metrics of a cut with plain PyTorch"),
     "export": ("results", "write a cut as one model.safetensors"),
     "audit": ("results", "check a job's promises against its event log"),

@@ -24,9 +24,13 @@ from layerwise.cli.options import (
         "layerwise resume runs/digits",
         "layerwise resume digits-1 --follow",
         "layerwise resume /shared/runs/digits --coordinator host:7070",
+        "layerwise resume runs/digits --shards 3",
     ],
 )
 @click.argument("job", metavar="JOB|DIRECTORY")
+@click.option(
+    "--shards", type=click.IntRange(min=1), metavar="N", help="Split the model among so many.  [default: as before]"
+)
 @coordinator_option
 @click.option("-f", "--follow", is_flag=True, help="Show the job until it has ended; the exit status is the job's.")
 @allow_import_option
@@ -44,6 +48,7 @@ from layerwise.cli.options import (
 @output_option
 def resume_command(
     job: str,
+    shards: int | None,
     coordinator: str | None,
     follow: bool,
     allow_imports: tuple[str, ...],
@@ -56,7 +61,8 @@ def resume_command(
     """Go on with a failed or cancelled job from its newest cut.
 
     A DIRECTORY (anything with a slash in it, or an existing folder) is trained on by a cluster of its own, as `train`
-    does, unless --coordinator names one. A JOB is queued again by the coordinator that knows it.
+    does, unless --coordinator names one. A JOB is queued again by the coordinator that knows it. With --shards its layers
+    are spread anew; everything else stays as it was.
     """
     directory = Path(job).expanduser().absolute()
     is_directory = "/" in job or directory.is_dir()
@@ -70,8 +76,9 @@ def resume_command(
         from layerwise.cli.local import run_embedded
         from layerwise.run_directory import spec_in
 
+        spec = spec_in(directory)
         arguments = {
-            "spec": spec_in(directory),
+            "spec": spec if shards is None else spec.with_shards(shards),
             "directory": directory,
             "resume": True,
             "allow_imports": allow_imports,
@@ -86,7 +93,8 @@ def resume_command(
     with coordinator_client(coordinator) as client:
         # What it logged in earlier runs has been seen.
         offset = 0 if is_directory else int(client.get_job(job)["num_events"])
-        document = client.resume(directory=str(directory)) if is_directory else client.resume(job=job)
+        where = {"directory": str(directory)} if is_directory else {"job": job}
+        document = client.resume(**where, shards=shards or 0)
         if follow:
             from layerwise.cli.following import follow_job
 

@@ -12,7 +12,8 @@ REQUESTS = {
     "ListJobs": ClientRequest(offset=3),
     "GetJob": ClientRequest(job="x-1"),
     "Cancel": ClientRequest(job="x-1"),
-    "Resume": ClientRequest(job="", directory="/runs/x"),
+    "Resume": ClientRequest(job="", directory="/runs/x", shards=3),
+    "Drain": ClientRequest(node="rack-2", undo=True),
     "ListNodes": ClientRequest(),
     "FollowEvents": ClientRequest(job="x-1", offset=7),
 }

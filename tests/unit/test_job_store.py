@@ -41,6 +41,7 @@ RECORD = JobRecord(
         PlacementRecord(process="shard-0", role=Role.SHARD, block=0, start=0, stop=2, life=1),
     ),
     evaluations=({"version": 4, "seconds": 0.5, "loss": 0.25},),
+    moving=True,
     document={"steps": 5},
 )
 EVENTS = tuple(
@@ -68,6 +69,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[JobStore]:
 def test_what_was_put_is_loaded_whole(store: JobStore) -> None:
     fill(store)
     assert store.load() == (RECORD,)
+
+
+def test_drained_nodes_are_those_that_were_put_last(store: JobStore) -> None:
+    assert store.drained() == frozenset()
+    store.put_drained(frozenset({"a", "b"}))
+    store.put_drained(frozenset({"b"}))
+    assert store.drained() == {"b"}
 
 
 def test_a_later_put_replaces_cuts_placement_and_state(store: JobStore) -> None:
@@ -124,7 +132,7 @@ def test_a_store_of_a_newer_layerwise_is_refused_and_left_alone(tmp_path: Path) 
     with closing(sqlite3.connect(tmp_path / FILE)) as connection:
         connection.execute("PRAGMA user_version = 99")
     before = (tmp_path / FILE).read_bytes()
-    with pytest.raises(ConfigError, match="has schema 99, and this layerwise knows up to 2"):
+    with pytest.raises(ConfigError, match="has schema 99, and this layerwise knows up to 3"):
         SqliteJobStore(tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
 
@@ -159,7 +167,7 @@ def test_the_tables_are_strict(tmp_path: Path) -> None:
         )
         strict = {name: flag for name, flag in tables if not name.startswith("sqlite_")}
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert strict == {"jobs": 1, "events": 1, "cuts": 1, "placement": 1, "lives": 1}
+    assert strict == {"jobs": 1, "events": 1, "cuts": 1, "placement": 1, "lives": 1, "drained": 1}
 
 
 def test_a_write_that_can_never_succeed_does_not_let_anybody_wait(tmp_path: Path) -> None:
