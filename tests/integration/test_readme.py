@@ -53,7 +53,7 @@ CLUSTER = (
 """One after the other, on the cluster of the first."""
 NOT_RUN = re.compile(
     r"make test|cd examples/own_model|docker compose .*|layerwise train .* --output json"
-    r"|layerwise (coordinator|node|shard|forward|backward|replay|chaos) .*|layerwise submit .*--coordinator head:7070.*"
+    r"|layerwise (coordinator|node|shard|forward|backward|replay|chaos|drain) .*|layerwise submit .*--coordinator head:7070.*"
 )
 """`tests.unit.test_docs` parses these; what they would do is tested elsewhere."""
 
