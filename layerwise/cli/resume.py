@@ -93,8 +93,8 @@ def resume_command(
     with coordinator_client(coordinator) as client:
         # What it logged in earlier runs has been seen.
         offset = 0 if is_directory else int(client.get_job(job)["num_events"])
-        where = {"directory": str(directory)} if is_directory else {"job": job}
-        document = client.resume(**where, shards=shards or 0)
+        named = {"directory": str(directory)} if is_directory else {"job": job}
+        document = client.resume(**named, shards=shards or 0)
         if follow:
             from layerwise.cli.following import follow_job
 
