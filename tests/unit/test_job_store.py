@@ -37,6 +37,8 @@ RECORD = JobRecord(
         PlacementRecord(process="shard-0", role=Role.SHARD, block=0, start=0, stop=2, life=1),
     ),
     evaluations=({"version": 4, "seconds": 0.5, "loss": 0.25},),
+    drops=({"epoch": 0, "start": 8, "stop": 12, "reason": "a torn file", "missing_from": None},),
+    rollbacks=({"version": 4, "rate_factor": 0.5, "synchronous_until": 60},),
     document={"steps": 5},
 )
 EVENTS = tuple(
