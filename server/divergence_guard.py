@@ -11,6 +11,8 @@ the start, and the noise of the losses themselves::
                              best ┘     a cut from before it, by the length of the average, is good
 
 Two stalls count as well: the loss is nearly back where it started, and stays there; or it never came below that, and is above it.
+Where to trip costs little, it is enough that the loss stays near where it started, long after the beginning or soon after the window
+was opened again.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ NEVER = 0.98
 NEVER_ERRORS = 5.0
 """Standard errors above the loss at the start, of both: more than an unlucky beginning."""
 LEAST_UPDATES_TO_LEARN = 200
+EAGER_UPDATES_TO_LEARN = 100
 SHARE_TO_LEARN = 0.25
 """Part of the run (and at least the number above) after which something must have been learned."""
 FIRST_UPDATES = 5
@@ -57,18 +60,32 @@ class DivergenceGuard:
     """Watches one run of ``num_updates`` updates. Not thread-safe.
 
     ``can_stall`` false: only a rise trips it, or ``most_not_finite`` losses in a row that are not finite. With ``warmup``
-    updates nothing need be learned before they are over.
+    updates nothing need be learned before they are over. ``eager``: to trip costs little. ``first`` is the loss at the very
+    start, where that was before this guard began.
     """
 
-    def __init__(self, num_updates: int, *, warmup: int = 0, can_stall: bool = True, most_not_finite: int = 8) -> None:
+    def __init__(
+        self,
+        num_updates: int,
+        *,
+        warmup: int = 0,
+        can_stall: bool = True,
+        eager: bool = False,
+        most_not_finite: int = 8,
+        first: float | None = None,
+    ) -> None:
         self.span = min(max(num_updates // 20, SHORTEST), LONGEST)
         """The averages reach back about so many updates."""
-        self._to_learn = warmup + max(LEAST_UPDATES_TO_LEARN, int(SHARE_TO_LEARN * num_updates))
+        share = int(SHARE_TO_LEARN * num_updates)
+        self._to_learn = warmup + max(LEAST_UPDATES_TO_LEARN, share)
         self._can_stall = can_stall
         self._most_not_finite = most_not_finite
         self._decay = 1 - 1 / self.span
         self._slow_decay = 1 - 1 / (8 * self.span)
-        self._first: float | None = None
+        self.first = first
+        """The loss at the very start, once it is known."""
+        # From the first version on a loss near the one at the start is a stall, and what was before the second is good.
+        self._wary = (warmup + max(EAGER_UPDATES_TO_LEARN, share), 0) if eager else None
         self._gathered: tuple[int, float, float] | None = None
         self._not_finite = 0
         self.restart()
@@ -81,10 +98,14 @@ class DivergenceGuard:
         self._sum = self._weight = 0.0
         self._square = self._square_weight = 0.0
         self._best = math.inf
-        self._risen = self._back = 0
+        self._risen = self._back = self._near = 0
         self._calm_version = 0
         self._gathered = None
         self._not_finite = 0
+
+    def be_wary(self, version: int) -> None:
+        """Training was rolled back; from ``version`` on it is asynchronous again."""
+        self._wary = (version, version)
 
     @property
     def average(self) -> float | None:
@@ -130,7 +151,7 @@ class DivergenceGuard:
             self._opening.append(loss)
             if self._count == FIRST_UPDATES:
                 self._best = sum(self._opening) / FIRST_UPDATES
-                self._first = self._best if self._first is None else self._first
+                self.first = self._best if self.first is None else self.first
                 self._calm_version = version
             return None
         if self._count < self.span:
@@ -143,31 +164,36 @@ class DivergenceGuard:
         return average is not None and average > BEGINNING * self._best
 
     def _judge(self, version: int) -> Divergence | None:
-        assert self._first is not None
+        assert self.first is not None
         average, middle = self._sum / self._weight, median(self._recent)
         level = min(average, middle)
         if not self._rising():
             self._calm_version = version
         variance = self._square / self._square_weight
         beyond_noise = self._best + STANDARD_ERRORS * math.sqrt(variance / (2 * self.span - 1))
-        risen = level > max(RISE * self._best, self._best + GAIN * (self._first - self._best), beyond_noise)
+        risen = level > max(RISE * self._best, self._best + GAIN * (self.first - self._best), beyond_noise)
         self._risen = self._risen + 1 if risen else 0
         if self._risen >= STREAK:
             what = f"the loss, on average {average:.4g}, rose above {RISE:g} times its best of {self._best:.4g}"
             return self._divergence(version, what)
         if not self._can_stall:
             return None
-        lost = self._best + BACK * (self._first - self._best)
-        back = self._best < LEARNED * self._first and level > max(lost, beyond_noise)
+        if self._wary is not None and version > self._wary[0] + self.span:
+            self._near = self._near + 1 if level > LEARNED * self.first else 0
+            if self._near >= 2 * self.span:
+                what = f"the loss, on average {average:.4g}, stays near the {self.first:.4g} that it started with"
+                return Divergence(version=version, good_version=self._wary[1], why=what)
+        lost = self._best + BACK * (self.first - self._best)
+        back = self._best < LEARNED * self.first and level > max(lost, beyond_noise)
         self._back = self._back + 1 if back else 0
         if self._back >= 2 * self.span:
             what = f"the loss, on average {average:.4g}, is back where it started, after a best of {self._best:.4g}"
             return self._divergence(version, what)
-        if self._count == self._to_learn and self._best >= NEVER * self._first:
+        if self._count == self._to_learn and self._best >= NEVER * self.first:
             error = math.sqrt(variance * (1 / FIRST_UPDATES + 1 / (2 * self.span - 1)))
-            if level <= self._first + NEVER_ERRORS * error:
+            if level <= self.first + NEVER_ERRORS * error:
                 return None
-            what = f"the loss, on average {average:.4g}, never came below the {self._first:.4g} that it started with"
+            what = f"the loss, on average {average:.4g}, never came below the {self.first:.4g} that it started with"
             return Divergence(version=version, good_version=0, why=what)
         return None
 

@@ -458,6 +458,7 @@ class Run:
             reached=reached,
             num_updates=plan.num_updates,
             why=found.why,
+            loss_at_start=None if self._guard is None else self._guard.first,
             now=self._now,
         )
         cuts = self._forget_cuts(above=version)
@@ -679,11 +680,15 @@ class Run:
             self._guard = DivergenceGuard(
                 settings.plan.num_updates,
                 warmup=int(train.schedule.warmup * settings.plan.num_updates),
+                eager=train.on_divergence == "rollback",
                 can_stall=settings.mode == "asynchronous" and settings.window > 1,
                 most_not_finite=max(2 * settings.accumulation, LEAST_NOT_FINITE),
+                first=self.record.rollbacks[-1]["loss_at_start"] if self.record.rollbacks else None,
             )
         elif rewound:
             self._guard.restart()
+        if self.record.rollbacks and self._guard.first is not None:
+            self._guard.be_wary(course_after(self.record.rollbacks).synchronous_until)
 
     def _why_not_ready(self, limit: float) -> str:
         if not self._routing.generation:

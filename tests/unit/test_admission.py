@@ -25,6 +25,7 @@ def admission(
     started: bool = True,
     durable: int = 0,
     generation: int = 0,
+    synchronous_until: int = 0,
 ) -> Admission:
     made = Admission(
         plan=PLAN,
@@ -34,6 +35,7 @@ def admission(
         synchronous=synchronous,
         durable=durable,
         generation=generation,
+        synchronous_until=synchronous_until,
     )
     if started:
         made.start(done or AppliedSet(), held, 0.0)
@@ -334,3 +336,23 @@ def test_the_window_of_a_late_generation_counts_from_its_first_number() -> None:
         assert len(granted(made.offer("a", attempt(index), 0.0))) == 1
     assert made.offer("a", attempt(2), 0.0) == []
     assert made.span == 2
+
+
+def test_after_a_rollback_updates_follow_one_another_until_the_window_opens_again() -> None:
+    made = admission(window=4, synchronous_until=2)
+    assert made.synchronous
+    assert granted(made.offer("b", attempt(1), 0.0)) == []  # not before microbatch 0
+    assert granted(made.offer("a", attempt(0), 0.0)) == [("a", 0, 0)]
+    assert granted(made.arrived(0, attempt(0), 0.0) or []) == [("b", 1, 1)]
+    assert granted(made.offer("a", attempt(2), 0.0)) == []  # of the next update
+    made.arrived(1, attempt(1), 0.0)
+    assert granted(close(made, 0)) == []
+    assert granted(close(made, 1)) == [("a", 2, 2)]
+    made.arrived(2, attempt(2), 0.0)
+    assert granted(made.offer("b", attempt(3), 0.0)) == [("b", 3, 3)]
+    made.arrived(3, attempt(3), 0.0)
+    assert granted(made.offer("a", attempt(6), 0.0)) == []
+    close(made, 2)
+    assert granted(close(made, 3)) == [("a", 6, 4)]  # any microbatch, and the whole window
+    assert not made.synchronous
+    assert [granted(made.offer("b", attempt(index), 0.0)) for index in (4, 5)] == [[("b", 4, 5)], [("b", 5, 6)]]

@@ -21,7 +21,7 @@ from layerwise.event_log import LogReader, find_logs
 from layerwise.events import CutEvent, RestoreEvent
 from layerwise.ids import Attempt
 from layerwise.job import JobSpec, parse_job
-from layerwise.messages import Assignment, BlockPlace, LayerFile, PushGradient, TaskFinished, Tensors
+from layerwise.messages import Assignment, BlockPlace, Course, LayerFile, PushGradient, TaskFinished, Tensors
 from layerwise.probe import probe
 from layerwise.profile import Profile
 from layerwise.server.hosted_block import HostedBlock
@@ -54,8 +54,18 @@ def job(folder: Path, model: dict[str, Any], **changes: Any) -> JobSpec:
 class Run:
     """One run of a job over two blocks (or one), driven by hand at window 1."""
 
-    def __init__(self, spec: JobSpec, directory: Path, *, num_blocks: int = 2, life: int = 1, cut: int = 0) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        directory: Path,
+        *,
+        num_blocks: int = 2,
+        life: int = 1,
+        cut: int = 0,
+        course: Course | None = None,
+    ) -> None:
         self.spec, self.directory = spec, directory
+        self.course = course if course is not None else Course()
         self.profile: Profile = probe(spec, device=CPU)
         self.settings: ResolvedSettings = resolve(spec, self.profile.num_train_samples, num_blocks)
         half = len(self.profile.layers) // 2
@@ -79,6 +89,7 @@ class Run:
             cut=self.cut,
             directory=str(self.directory),
             generation=1,
+            course=self.course,
         )
 
     @contextmanager
@@ -202,6 +213,30 @@ def test_stopped_in_mid_epoch_and_resumed_a_run_verifies(tmp_path: Path, accumul
     records = [one.event for one in LogReader(find_logs(second.directory)[-1]).records]
     assert next(one.version for one in records if isinstance(one, RestoreEvent)) == 3
     assert [one.version for one in records if isinstance(one, CutEvent)][-1] == 6
+
+
+@pytest.mark.parametrize("cut", [3, 4])
+def test_after_a_rollback_rates_are_halved_and_moments_forgotten_at_the_cut_gone_back_to(
+    tmp_path: Path, cut: int
+) -> None:
+    spec = job(tmp_path, MODELS["mlp"], optimizer="adamw")
+    first = Run(spec, tmp_path / "run")
+    plan = first.settings.plan
+    with first.blocks() as built:
+        for one in built:
+            one.block.cut_at(cut)
+        first.train(built, 0, plan.gradients_before(cut + 1))
+        usual = [layer.ledger.learning_rate for one in built for layer in one.block.layers]
+    first.commit(cut)
+    course = Course(version=3, rate_factor=0.5, synchronous_until=5)
+    second = Run(spec, tmp_path / "run", life=2, cut=cut, course=course)
+    with second.blocks() as built:
+        assert [bool(layer.moments()) for one in built for layer in one.block.layers] == [cut != 3] * 3
+        second.train(built, plan.gradients_before(cut), plan.gradients_before(cut + 1))
+        halved = [layer.ledger.learning_rate for one in built for layer in one.block.layers]
+    assert [rate / 2 for rate in usual if rate is not None] == halved
+    header = LogReader(find_logs(second.directory)[-1]).header
+    assert (header.rate_factor, header.synchronous_until, header.moments_forgotten) == (0.5, 5, cut == 3)
 
 
 def test_verify_reports_the_first_difference(tmp_path: Path) -> None:

@@ -57,6 +57,26 @@ def test_only_so_many_durable_cuts_are_kept() -> None:
     assert not cuts.is_durable(2)
 
 
+def test_a_pinned_cut_is_kept_however_old_it_is() -> None:
+    cuts = CutLedger(1, keep=1, durable=(2,))
+    cuts.pinned = 2
+    for version in (4, 6):
+        cuts.save(0, version, (file(0),))
+        commit = cuts.next_commit()
+        assert commit is not None
+        assert {2, version} <= set(commit[2])
+        cuts.commit(version)
+    assert cuts.durable == (2, 6)
+
+
+def test_a_cut_that_is_about_to_be_deleted_is_none_to_go_back_to() -> None:
+    cuts = CutLedger(1, keep=2, durable=(2, 4))
+    assert (cuts.newest_until(9), cuts.newest_until(3), cuts.newest_until(1)) == (4, 2, None)
+    cuts.save(0, 6, (file(0),))
+    cuts.next_commit()
+    assert (cuts.newest_until(9), cuts.newest_until(3)) == (4, None)
+
+
 def test_a_cut_that_is_given_up_stays_so_and_holds_nobody_up() -> None:
     cuts = CutLedger(2, keep=2)
     cuts.save(0, 4, (file(0),))

@@ -99,6 +99,13 @@ def test_a_run_that_is_worse_than_at_its_start_and_stays_there_is_a_stall() -> N
     assert "never came below" in found.why
 
 
+def test_where_it_costs_little_a_loss_that_does_not_fall_is_enough() -> None:
+    for eager in (False, True):
+        guard = DivergenceGuard(1000, eager=eager)
+        found = [guard.add(update, 2.31 + 0.01 * (update % 2), 8) for update in range(1000)]
+        assert [one.version for one in found if one is not None][:1] == ([250 + 3 * guard.span] if eager else [])
+
+
 def test_learning_rate_warm_up_delays_that_verdict() -> None:
     losses = [2.33 if update < 8 else 2.6 for update in range(400)]
     guard = DivergenceGuard(400, warmup=150)
@@ -149,6 +156,19 @@ def test_after_a_restart_the_average_begins_anew_and_the_start_is_remembered() -
     assert trips == [None] * 40  # higher than the best before, and yet where it goes on from
     found = [guard.add(update, 1.2, 8) for update in range(100, 150)]
     assert found == [None] * 50  # by less than a quarter of what was gained since the very start
+
+
+def test_after_a_rollback_a_loss_that_stays_near_the_start_is_a_stall_once_the_window_is_open() -> None:
+    guard = DivergenceGuard(400, first=2.3)
+    guard.be_wary(50)
+    trips = [guard.add(update, 2.29, 8) for update in range(200)]
+    found = next(one for one in trips if one is not None)
+    assert found.version == 50 + 3 * guard.span
+    assert found.good_version == 50
+    assert "stays near the 2.3 that it started with" in found.why
+    learns = DivergenceGuard(400, first=2.3)
+    learns.be_wary(50)
+    assert all(learns.add(update, 2.3 * math.exp(-update / 300), 8) is None for update in range(200))
 
 
 @pytest.mark.parametrize("updates", range(FIRST_UPDATES + 2))

@@ -42,6 +42,8 @@ RECORD = JobRecord(
     ),
     evaluations=({"version": 4, "seconds": 0.5, "loss": 0.25},),
     moving=True,
+    drops=({"epoch": 0, "start": 8, "stop": 12, "reason": "a torn file", "missing_from": None},),
+    rollbacks=({"version": 4, "rate_factor": 0.5, "synchronous_until": 60},),
     document={"steps": 5},
 )
 EVENTS = tuple(
