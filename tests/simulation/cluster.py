@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from layerwise.audit import SampleLedgerSummary, StoredEvents, audit
 from layerwise.audit_report import DroppedMicrobatch
+from layerwise.errors import NotAllowedError, NotFoundError
 from layerwise.ids import Microbatch
 from layerwise.messages import Hello, Message, Role
 from layerwise.plan import TrainingPlan
@@ -64,9 +66,10 @@ class SimulatedCluster:
         self.works: list[list[Work]] = []
         self.job = ""
         self._profile = _profile(scenario)
-        for index in range(scenario.shards):
+        self.num_drained = 0
+        for index in range(scenario.shards + scenario.spare_shards):
             self._start(f"shard-{index}")
-        for index in range(scenario.forward):
+        for index in range(scenario.forward + scenario.spare_shards):
             self._start(f"forward-{index}")
         for index in range(scenario.detached):
             self._start(f"backward-{index}")
@@ -77,6 +80,9 @@ class SimulatedCluster:
         self.world.at(0.05, self._submit)
         for fault in scenario.faults:
             world.at(fault.at, self._fault(fault))
+        for drain in scenario.drains:
+            world.at(drain.at, lambda target=drain.target: self._drain(target))
+            world.at(drain.until, lambda target=drain.target: self._undrain(target))
         for at in scenario.stops:
             world.at(at, self._cancel)
         resumes = 0
@@ -97,7 +103,8 @@ class SimulatedCluster:
                 world.at(scenario.stop_after_resume, self._cancel)
         self._run_until(
             lambda: (
-                self.coordinator.alive and all(one["state"] == "free" for one in self.coordinator.role.nodes(world.now))
+                self.coordinator.alive
+                and all(one["state"] in ("free", "drained") for one in self.coordinator.role.nodes(world.now))
             )
         )
         self._check_resting()
@@ -160,6 +167,21 @@ class SimulatedCluster:
         elif self.job:
             self._perform(lambda: self.coordinator.role.cancel(self.job, self.world.now))
 
+    def _drain(self, target: str) -> None:
+        if not self.coordinator.alive:
+            return
+        # There may be no other process free just now, or the target is not there.
+        with suppress(NotAllowedError, NotFoundError):
+            self._perform(lambda: self.coordinator.role.drain(target, self.world.now))
+            self.num_drained += 1
+
+    def _undrain(self, target: str) -> None:
+        if not self.coordinator.alive:
+            self.world.at(0.1, lambda: self._undrain(target))
+            return
+        with suppress(NotFoundError):
+            self._perform(lambda: self.coordinator.role.undrain(target, self.world.now))
+
     def _perform(self, act: Callable[[], tuple[dict[str, Any], list[Effect]]]) -> dict[str, Any]:
         document, effects = act()
         self.coordinator.perform(effects)
@@ -205,7 +227,11 @@ class SimulatedCluster:
     def _may_fail(self, message: str) -> bool:
         if self.scenario.disk_damage > 0 and "there is no cut before it" in message:
             return True
-        return self.scenario.disk_failure > 0 and "simulated disk" in message
+        # Who diverges while it is being stopped has no training left that could go back.
+        diverged = self.scenario.divergence is not None and "is not finite" in message
+        return (self.scenario.disk_failure > 0 and "simulated disk" in message) or (
+            diverged and self.scenario.stops_at_all
+        )
 
     # Checking --------------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,15 @@ class FakeDivergence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """``target`` is drained at ``at`` seconds, and gets work again at ``until``."""
+
+    at: float
+    until: float
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One cluster, one job, what goes wrong.
 
@@ -85,6 +94,14 @@ class Scenario:
     stop_after_resume: float | None
     bad: BadSamples
     divergence: FakeDivergence | None = None
+    drains: tuple[Drain, ...] = ()
+    spare_shards: int = 0
+    """Shards, and as many forward workers, that the job does not need."""
+
+    @property
+    def stops_at_all(self) -> bool:
+        """Whether the job is cancelled at some time."""
+        return bool(self.stops) or self.stop_after_resume is not None
 
 
 def draw(seed: int) -> Scenario:
@@ -153,6 +170,13 @@ def draw(seed: int) -> Scenario:
                 Fault(at=at, kind="sever" if other else "pause", target=target, other=other, seconds=3 * seconds)
             )
     drops = worse.random() < 0.4
+    moves = random.Random(f"drains {seed}")
+    spare = moves.choice((0, 0, 0, 1, 2))
+    drains = []
+    for _ in range(moves.choice((1, 1, 2, 3)) if spare else 0):
+        at = 0.1 + moves.uniform(0, 1.2 * length)
+        target = moves.choice((*names, *names, *workers))
+        drains.append(Drain(at=at, until=at + moves.choice((0.01, 1.0, 30.0)), target=target))
     stops = (0.1 + rng.uniform(0, length),) if rng.random() < 0.25 else ()
     calm = rng.random() < 0.3
     weather = Weather(
@@ -213,6 +237,8 @@ def draw(seed: int) -> Scenario:
         stops=stops,
         stop_after_resume=rng.uniform(0.05, 0.3) if rng.random() < 0.3 else None,
         bad=_bad_samples(seed, steps * accumulation) if drops else BadSamples(),
+        drains=tuple(drains),
+        spare_shards=spare,
         divergence=divergence,
     )
 

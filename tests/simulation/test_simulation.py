@@ -43,6 +43,17 @@ def test_what_was_found_once_stays_mended(seed: int) -> None:
     run(seed)
 
 
+def test_drained_processes_really_leave() -> None:
+    """What the runs with drains are worth: jobs do stop for them, and go on elsewhere."""
+    drained = [seed for seed in range(40) if draw(seed).drains]
+    lines = []
+    for seed in drained[:8]:
+        cluster = run(seed)
+        lines += [event.message for event in cluster.coordinator.role.events(cluster.job, 0)]
+    assert sum("must leave; stopping at the next update" in line for line in lines) > 3
+    assert any(line.startswith("at version") and line.endswith("left") for line in lines)
+
+
 def test_a_seed_repeats_exactly() -> None:
     once, again = (SimulatedCluster(draw(7), trace=True) for _ in range(2))
     once.run()
