@@ -70,6 +70,10 @@ class FrameChecks:
     def fault(self, message: Message) -> str:
         """What does not fit, in a few words; empty when all does."""
         match message:
+            case Forward(dropped=why) if why:
+                return "a dropped microbatch came with tensors" if message.inputs.items or message.targets.items else ""
+            case BoundaryGradient(dropped=why) if why:
+                return "a dropped microbatch came with gradients" if message.gradients.items else ""
             case Forward():
                 samples = message.attempt.microbatch.num_samples
                 return self._fault_of_samples(message.inputs, message.targets, samples)

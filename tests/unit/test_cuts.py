@@ -17,7 +17,6 @@ from layerwise.cuts import (
     layer_files,
     load_manifest,
     newest_cut,
-    void_cuts,
 )
 from layerwise.errors import ConfigError, CorruptError, NotFoundError
 from layerwise.export import export
@@ -221,19 +220,6 @@ def test_the_writer_reports_whatever_goes_wrong_and_goes_on(tmp_path: Path) -> N
     writer.close()
     assert [count for count, _ in done] == [0, 3]
     assert "no such dtype" in done[0][1]
-
-
-def test_cuts_above_a_version_can_be_taken_back_and_made_once_more(tmp_path: Path) -> None:
-    pipelines = {version: trained(version) for version in (2, 3)}
-    for version, pipeline in pipelines.items():
-        save(tmp_path, pipeline.copies(version), keep=(2, 3))
-    void_cuts(tmp_path, 2)
-    assert durable_cuts(tmp_path) == (2,)
-    save(tmp_path, pipelines[3].copies(3), keep=(2,))
-    assert durable_cuts(tmp_path) == (2, 3)
-    void_cuts(tmp_path, 0)
-    assert durable_cuts(tmp_path) == ()
-    void_cuts(tmp_path / "nothing", 0)
 
 
 def test_buffers_that_share_memory_are_saved_each(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from layerwise.errors import NotFoundError
 from layerwise.ids import Attempt, Microbatch
 from layerwise.job import parse_job
 from layerwise.messages import (
+    NO_TENSORS,
     Abort,
     BoundaryGradient,
     Closed,
@@ -157,6 +158,17 @@ def test_what_does_not_fit_is_named(profile: Profile, start: int, message: Messa
 def test_nobody_takes_tasks_of_a_job_without_detached_workers(profile: Profile, message: Message) -> None:
     found = checks(profile, 1, 2, detached=False).fault(message)
     assert found == "the job has no detached backward workers"
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_microbatch_that_is_given_up_comes_without_tensors(profile: Profile, start: int) -> None:
+    found = checks(profile, start, start + 1)
+    nothing, something = NO_TENSORS, Tensors((torch.zeros(4, 6),))
+    given_up = Forward(**COMMON, needed_from=3, inputs=nothing, targets=nothing, dropped="a torn file")
+    backwards = BoundaryGradient(**COMMON, gradients=nothing, dropped="a torn file")
+    assert [found.fault(given_up), found.fault(backwards)] == ["", ""]
+    assert found.fault(replace(given_up, inputs=something)) == "a dropped microbatch came with tensors"
+    assert found.fault(replace(backwards, gradients=something)) == "a dropped microbatch came with gradients"
 
 
 def test_sizes_that_depend_on_the_samples_themselves_are_not_held_against_anybody() -> None:
