@@ -12,7 +12,6 @@ from layerwise.errors import NotFoundError
 from layerwise.ids import Attempt, Microbatch
 from layerwise.job import parse_job
 from layerwise.messages import (
-    NO_TENSORS,
     Abort,
     BoundaryGradient,
     Closed,
@@ -163,7 +162,7 @@ def test_nobody_takes_tasks_of_a_job_without_detached_workers(profile: Profile, 
 @pytest.mark.parametrize("start", [0, 1])
 def test_a_microbatch_that_is_given_up_comes_without_tensors(profile: Profile, start: int) -> None:
     found = checks(profile, start, start + 1)
-    nothing, something = NO_TENSORS, Tensors((torch.zeros(4, 6),))
+    nothing, something = Tensors.none(), Tensors((torch.zeros(4, 6),))
     given_up = Forward(**COMMON, needed_from=3, inputs=nothing, targets=nothing, dropped="a torn file")
     backwards = BoundaryGradient(**COMMON, gradients=nothing, dropped="a torn file")
     assert [found.fault(given_up), found.fault(backwards)] == ["", ""]
