@@ -45,7 +45,7 @@ class BlockContext:
         self.layer_names = tuple(layer_names)
         self.coordinator = coordinator
         self.drops_bad_samples = drops_bad_samples
-        self.failed = False
+        self.failure: Failure | None = None
         self.num_refused = 0
         self._refusals = Refusals()
         self.take_route(route, generation)
@@ -56,6 +56,11 @@ class BlockContext:
         self.place = route[self.block]
         self.upstream = route[self.block - 1] if self.block > 0 else None
         self.downstream = route[self.block + 1] if self.block + 1 < len(route) else None
+
+    @property
+    def failed(self) -> bool:
+        """The block acts on nothing any more."""
+        return self.failure is not None
 
     @property
     def life(self) -> int:
@@ -82,7 +87,6 @@ class BlockContext:
         return []
 
     def fail(self, sentence: str, *, diverged: bool = False) -> list[Effect]:
-        """The job can't go on (or must be rolled back): tell the coordinator once, act on nothing more."""
-        self.failed = True
-        failure = Failure(job=self.job, message=sentence, diverged=self.life if diverged else 0)
-        return [Send(self.coordinator, failure)]
+        """The job can't go on (or must be rolled back): tell the coordinator, act on nothing more."""
+        self.failure = Failure(job=self.job, message=sentence, diverged=self.life if diverged else 0)
+        return [Send(self.coordinator, self.failure)]

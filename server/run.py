@@ -421,8 +421,16 @@ class Run:
     def _on_diverged(self, peer: str, message: Failure) -> list[Effect]:
         """A block of this or an earlier life met a loss that is not finite."""
         training = self.training
-        if training is None or peer not in self.shards or self.shards.of(peer).life != message.diverged:
+        if peer not in self.shards or self.shards.of(peer).life != message.diverged:
             return []
+        if training is None:
+            # The coordinator was started again, so there is no course of the loss to judge: the block goes back, for now alone.
+            self._note(
+                "warning",
+                f"{message.message.rstrip('.')}; block {self.shards.of(peer).block} goes back to its last cut",
+            )
+            self.shards.of(peer).holds = False
+            return self._route_anew()
         why = message.message.partition("; ")[0]
         return self._diverge(Divergence(version=training.version, good_version=self._good_version(training), why=why))
 

@@ -197,10 +197,10 @@ class ShardRole:
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
         """A message of this job arrived from ``peer``."""
-        if self.failed:
-            return []
         if isinstance(message, Reroute):
             return self._on_reroute(message, now) if peer == self._coordinator else []
+        if self.failed:
+            return []
         if self._reroute is not None and not isinstance(message, CutDurable | HoldCut | ReleaseCut):
             # Whatever it is, it belongs to what is being given up.
             return []
@@ -382,6 +382,8 @@ class ShardRole:
 
     def _on_reroute(self, message: Reroute, now: float) -> list[Effect]:
         context = self._context
+        if context.failure is not None:
+            return [Send(self._coordinator, context.failure)]  # who asks for more has not heard of it
         if message.generation <= context.generation:
             return []
         place = message.route[self.block] if len(message.route) == context.num_blocks else None

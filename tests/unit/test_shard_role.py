@@ -805,3 +805,11 @@ def test_cuts_are_told_of_before_the_block_is_ready_so_that_the_coming_training_
     bench.role.on_cut_taken(2, 0.0)
     effects = bench.hears("coordinator", reroute(block=1, durable=2))
     assert [kind for kind in kinds(effects) if kind in ("CutTaken", "Ready")] == ["CutTaken", "Ready"]
+
+
+def test_a_block_that_has_failed_says_so_to_a_coordinator_that_has_not_heard_of_it() -> None:
+    bench = Bench(1)
+    bench.start()
+    (told,) = bench.role._context.fail("the loss is not finite")
+    assert isinstance(told, Send)
+    assert sent(bench.hears("coordinator", reroute(block=1)), Failure) == [("coordinator", told.message)]
