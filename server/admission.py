@@ -268,7 +268,7 @@ class Admission:
         return self.stop_version, self._settle(now)
 
     def unblock(self, waiting_since: float) -> list[Decision]:
-        """Decline what waits since before that time for an earlier microbatch that nobody offers ("order").
+        """Decline what waits since before that time for an earlier microbatch that nobody offers ("order", or "stopping").
 
         Its worker may have no room for the lease of that microbatch; the others wait for it for ever.
         """
@@ -279,8 +279,10 @@ class Admission:
         wanted = self._wanted()
         if not wanted or any(waiting.index in wanted for waiting in self._waiting.values()):
             return []
+        # During a stop what waits is not needed at all, unless what is wanted is lost: its worker would get it again at once.
+        reason = "order" if self.stop_version is None else "stopping"
         declined: list[Decision] = [
-            Declined(peer=peer, attempt=waiting.attempt, reason="order") for peer, waiting in self._waiting.items()
+            Declined(peer=peer, attempt=waiting.attempt, reason=reason) for peer, waiting in self._waiting.items()
         ]
         self._waiting.clear()
         return declined

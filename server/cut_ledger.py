@@ -110,11 +110,7 @@ class CutLedger:
         if self._settled(version):
             return False
         self._durable = list(self._kept_with(version))
-        self._cuts.pop(version, None)
-        for older in [one for one in self._cuts if one < version and not self._settled(one)]:
-            # Its files were deleted with what is older than the cuts that are kept.
-            self._given_up[older] = f"the cut at version {version} was durable before it"
-            del self._cuts[older]
+        self._cuts = {other: cut for other, cut in self._cuts.items() if other > version}
         return True
 
     def _kept_with(self, version: int) -> tuple[int, ...]:
@@ -122,4 +118,5 @@ class CutLedger:
         return tuple(one for one in every if one in every[-self._keep :] or one == self.pinned)
 
     def _settled(self, version: int) -> bool:
-        return version in self._durable or version in self._given_up
+        # A cut older than a durable one is never committed after it: it would be deleted as one of the oldest, or worse.
+        return version <= max(self._durable, default=-1) or version in self._given_up

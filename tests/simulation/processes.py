@@ -79,6 +79,7 @@ class SimulatedShard(Process):
     bad: BadSamples = field(default_factory=lambda: BadSamples())
     divergence: FakeDivergence | None = None
     history: list[Work] = field(default_factory=list)
+    _committed_at: float = 0.0
     _works: dict[str, Work] = field(default_factory=dict)
     _wanted: dict[str, Assignment] = field(default_factory=dict)
 
@@ -103,7 +104,9 @@ class SimulatedShard(Process):
                     self._leave(work)
                 return [Send("coordinator", Unassigned(job=message.job))]
             case CommitCut():
-                self.after(self.disk.seconds(), lambda: self._commit(message))
+                # One thread commits, in the order of the commands.
+                self._committed_at = max(self._committed_at, now) + self.disk.seconds()
+                self.after(self._committed_at - now, lambda: self._commit(message))
                 return []
         work = self._works.get(getattr(message, "job", ""))
         if work is None:

@@ -791,15 +791,6 @@ def test_a_detached_worker_s_task_is_forgotten_and_it_asks_again_under_the_new_r
     assert (peer, new.attempt, new.number, new.lacking) == ("backward-0", again, number(0), (4, 5))
 
 
-def test_a_role_that_has_failed_ignores_new_routes() -> None:
-    bench = Bench(1)
-    bench.forward("shard-0", 0, 0)
-    task = bench.queue.try_pop()
-    assert isinstance(task, ForwardTask)
-    bench.role.on_task_failed(task, RuntimeError("shapes differ"), 0.0)
-    assert bench.hears("coordinator", reroute(block=1)) == []
-
-
 def test_cuts_are_told_of_before_the_block_is_ready_so_that_the_coming_training_knows_them_from_its_start() -> None:
     bench = Bench(1)
     bench.role.on_cut_taken(2, 0.0)
