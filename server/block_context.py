@@ -47,7 +47,7 @@ class BlockContext:
         self.layer_names = tuple(layer_names)
         self.coordinator = coordinator
         self.drops_bad_samples = drops_bad_samples
-        self.failed = False
+        self.failure: Failure | None = None
         self.num_refused = 0
         self.take_route(route, generation)
 
@@ -57,6 +57,11 @@ class BlockContext:
         self.place = route[self.block]
         self.upstream = route[self.block - 1] if self.block > 0 else None
         self.downstream = route[self.block + 1] if self.block + 1 < len(route) else None
+
+    @property
+    def failed(self) -> bool:
+        """The coordinator was told that the job can't go on like this."""
+        return self.failure is not None
 
     @property
     def life(self) -> int:
@@ -83,6 +88,5 @@ class BlockContext:
 
     def fail(self, sentence: str, *, diverged: bool = False) -> list[Effect]:
         """The job can't go on (or must be rolled back): tell the coordinator once, act on nothing more."""
-        self.failed = True
-        failure = Failure(job=self.job, message=sentence, diverged=self.life if diverged else 0)
-        return [Send(self.coordinator, failure)]
+        self.failure = Failure(job=self.job, message=sentence, diverged=self.life if diverged else 0)
+        return [Send(self.coordinator, self.failure)]

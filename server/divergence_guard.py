@@ -85,13 +85,17 @@ class DivergenceGuard:
         self.first = first
         """The loss at the very start, once it is known."""
         # From the first version on a loss near the one at the start is a stall, and what was before the second is good.
+        self._calm_version = 0
         self._wary = (warmup + max(EAGER_UPDATES_TO_LEARN, share), 0) if eager else None
         self._gathered: tuple[int, float, float] | None = None
         self._not_finite = 0
         self.restart()
 
-    def restart(self) -> None:
-        """Layers were set back, so the loss begins anew; only what it was at the very start is still known."""
+    def restart(self, version: int | None = None) -> None:
+        """Layers were set back, all of them to ``version`` (or only some): the average begins anew.
+
+        What the loss was at the very start is still known, and that cuts from before were good.
+        """
         self._count = 0
         self._opening: list[float] = []
         self._recent: deque[float] = deque(maxlen=self.span)
@@ -99,7 +103,7 @@ class DivergenceGuard:
         self._square = self._square_weight = 0.0
         self._best = math.inf
         self._risen = self._back = self._near = 0
-        self._calm_version = 0
+        self._calm_version = self._calm_version if version is None else min(self._calm_version, version)
         self._gathered = None
         self._not_finite = 0
 
@@ -150,9 +154,9 @@ class DivergenceGuard:
         if self._count <= FIRST_UPDATES:
             self._opening.append(loss)
             if self._count == FIRST_UPDATES:
-                self._best = sum(self._opening) / FIRST_UPDATES
-                self.first = self._best if self.first is None else self.first
-                self._calm_version = version
+                opening = sum(self._opening) / FIRST_UPDATES
+                self.first = opening if self.first is None else self.first
+                self._best = min(opening, self.first)
             return None
         if self._count < self.span:
             return self._judge(version)

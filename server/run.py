@@ -127,6 +127,11 @@ class Run:
         return self.training is not None and self.training.suspended
 
     @property
+    def loss_at_start(self) -> float | None:
+        """What the training loss was in the job's first updates."""
+        return None if self._guard is None else self._guard.first
+
+    @property
     def phase(self) -> str:
         """What is going on, in a few words."""
         if self.shards.empty and (self.training is not None or self.route):
@@ -416,7 +421,6 @@ class Run:
             reached=reached,
             num_updates=plan.num_updates,
             why=found.why,
-            loss_at_start=None if self._guard is None else self._guard.first,
             now=self._now,
         )
         cuts = self._forget_cuts(above=version)
@@ -549,7 +553,7 @@ class Run:
         evaluations = self.record.evaluations
         if len(restored) == len(self.shards):
             evaluations = tuple(one for one in evaluations if one["version"] <= cut)
-        self._begin_guard(bool(restored))
+        self._begin_guard(restored)
         before, self.training = (
             self.training,
             Training(
@@ -562,7 +566,7 @@ class Run:
                 held=held,
                 evaluated=max((one["version"] for one in evaluations), default=0),
                 first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
-                drops=[DroppedMicrobatch.from_json(one) for one in self.record.drops],
+                drops=self._drops(),
                 missing_from=partial_drops(sets, done),
                 guard=self._guard,
                 journal=self._note,
@@ -593,7 +597,14 @@ class Run:
             effects += self.training.offer_room(worker, room, self._now)
         return effects
 
-    def _begin_guard(self, rewound: bool) -> None:
+    def _drops(self) -> list[DroppedMicrobatch]:
+        """All that is given up: what was noted, and what the blocks have dropped while nobody noted it."""
+        noted = {one.microbatch: one for one in map(DroppedMicrobatch.from_json, self.record.drops)}
+        for microbatch, reason in self._routing.drops().items():
+            noted.setdefault(microbatch, DroppedMicrobatch(microbatch=microbatch, reason=reason))
+        return list(noted.values())
+
+    def _begin_guard(self, restored: tuple[int, ...]) -> None:
         """Watch the loss, if the job wants that; anew where layers were set back."""
         assert self.prepared is not None
         settings, train = self.prepared.settings, self.spec.train
@@ -606,10 +617,10 @@ class Run:
                 eager=train.on_divergence == "rollback",
                 can_stall=settings.mode == "asynchronous" and settings.window > 1,
                 most_not_finite=max(2 * settings.accumulation, LEAST_NOT_FINITE),
-                first=self.record.rollbacks[-1]["loss_at_start"] if self.record.rollbacks else None,
+                first=self.record.document.get("loss_at_start"),
             )
-        elif rewound:
-            self._guard.restart()
+        elif restored:
+            self._guard.restart(self._routing.cut if len(restored) == len(self.shards) else None)
         if self.record.rollbacks and self._guard.first is not None:
             self._guard.be_wary(course_after(self.record.rollbacks).synchronous_until)
 

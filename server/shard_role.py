@@ -196,8 +196,9 @@ class ShardRole:
 
     def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
         """A message of this job arrived from ``peer``."""
-        if self.failed:
-            return []
+        if (failure := self._context.failure) is not None:
+            # A coordinator that sends a new route has not heard of it: it was away.
+            return [Send(self._coordinator, failure)] if isinstance(message, Reroute) else []
         if isinstance(message, Reroute):
             return self._on_reroute(message, now) if peer == self._coordinator else []
         if self._reroute is not None and not isinstance(message, CutDurable | HoldCut | ReleaseCut):
@@ -396,7 +397,14 @@ class ShardRole:
     def _ready(self, applied: Sequence[AppliedSet]) -> Send:
         sets = tuple(json.dumps(one.to_json()) for one in applied)
         generation = self._context.generation
-        ready = Ready(job=self.job, block=self.block, generation=generation, applied_json=sets, version=self._version)
+        ready = Ready(
+            job=self.job,
+            block=self.block,
+            generation=generation,
+            applied_json=sets,
+            version=self._version,
+            drops=self._passes.drops,
+        )
         return Send(self._coordinator, ready)
 
     # Stop and cuts ----------------------------------------------------------------------------------------------------

@@ -417,7 +417,7 @@ class Training:
         found = self._guard.add(update, loss, closed.attempt.microbatch.num_samples)
         self.divergence = self.divergence or found
         if self._train.on_divergence == "rollback":
-            self.cuts.pinned = self.cuts.newest_until(self._guard.good_version(update))
+            self.cuts.pin(self._guard.good_version(update))
 
     def _count_drop(self, microbatch: Microbatch, reason: str) -> None:
         """Say what is given up; too much of one epoch is no accident any more."""

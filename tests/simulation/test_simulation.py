@@ -19,6 +19,7 @@ REGRESSIONS = {
     865: "a worker that lost the link to the first shard's earlier incarnation after the job was resumed",
     1061: "a microbatch that a paused worker gave back as out of order when nothing else could come any more",
     1580: "an answer to the run before, taken for one to the resumed run",
+    4018: "a block that told of its end while the coordinator was away, and never again",
 }
 """Seeds beyond the range, or worth their own name: what they once found (the draw may have moved on since)."""
 

@@ -784,13 +784,15 @@ def test_a_detached_worker_s_task_is_forgotten_and_it_asks_again_under_the_new_r
     assert (peer, new.attempt, new.number, new.lacking) == ("backward-0", again, number(0), (4, 5))
 
 
-def test_a_role_that_has_failed_ignores_new_routes() -> None:
+def test_a_role_that_has_failed_takes_no_new_route() -> None:
     bench = Bench(1)
     bench.forward("shard-0", 0, 0)
     task = bench.queue.try_pop()
     assert isinstance(task, ForwardTask)
     bench.role.on_task_failed(task, RuntimeError("shapes differ"), 0.0)
-    assert bench.hears("coordinator", reroute(block=1)) == []
+    assert kinds(bench.hears("coordinator", reroute(block=1))) == [
+        "Failure"
+    ]  # the coordinator was away when it was told
 
 
 def test_cuts_are_told_of_before_the_block_is_ready_so_that_the_coming_training_knows_them_from_its_start() -> None:
@@ -798,3 +800,14 @@ def test_cuts_are_told_of_before_the_block_is_ready_so_that_the_coming_training_
     bench.role.on_cut_taken(2, 0.0)
     effects = bench.hears("coordinator", reroute(block=1, durable=2))
     assert [kind for kind in kinds(effects) if kind in ("CutTaken", "Ready")] == ["CutTaken", "Ready"]
+
+
+def test_a_block_that_can_not_go_on_tells_a_coordinator_that_was_away_once_more() -> None:
+    bench = Bench(2)
+    bench.compute.not_finite = (0, 4)
+    bench.forward("shard-1", 0, 0)
+    [(_, told)] = sent(bench.work(), Failure)
+    assert isinstance(told, Failure)
+    assert told.diverged == bench.place.life
+    assert bench.forward("shard-1", 1, 1) == []
+    assert sent(bench.hears("coordinator", reroute(block=2, durable=0)), Failure) == [("coordinator", told)]
