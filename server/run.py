@@ -383,18 +383,28 @@ class Run:
 
     def _on_diverged(self, peer: str, message: Failure) -> list[Effect]:
         """A block of this or an earlier life met a loss that is not finite."""
-        training = self.training
-        if training is None or peer not in self.shards or self.shards.of(peer).life != message.diverged:
+        if peer not in self.shards or self.shards.of(peer).life != message.diverged:
             return []
+        version = self._reached
+        good = self._oldest_cut if self._guard is None else self._guard.good_version(version)
         why = message.message.partition("; ")[0]
-        return self._diverge(Divergence(version=training.version, good_version=self._good_version(training), why=why))
+        return self._diverge(Divergence(version=version, good_version=good, why=why))
 
-    def _good_version(self, training: Training) -> int:
-        return 0 if self._guard is None else self._guard.good_version(training.version)
+    @property
+    def _reached(self) -> int:
+        """About the highest version that a layer has reached."""
+        versions = [cut.version for cut in self.record.cuts]
+        if self.training is not None:
+            versions += [self.training.version, *(layer.version for layer in self.training.layers())]
+        return max(versions, default=0)
+
+    @property
+    def _oldest_cut(self) -> int:
+        """A cut from before any rise is kept, so the oldest one is the likeliest to be good if nothing else is known."""
+        return self.record.cuts[0].version if self.record.cuts else 0
 
     def _diverge(self, found: Divergence) -> list[Effect]:
         """Training does not do what it should: stop, or go back as soon as every shard is there."""
-        assert self.training is not None
         if self.spec.train.on_divergence != "rollback":
             remedy = "lower the learning rate or async.window, or have train.on_divergence: rollback"
             return self.fail(f"training diverges: {found.why}; {remedy}", self._now)
@@ -405,15 +415,19 @@ class Run:
                 f"lower the learning rate",
                 self._now,
             )
-        self.training.suspended = True
+        if self.training is not None:
+            self.training.suspended = True
         self._diverged = self._diverged or found
         return self._route_anew()
 
-    def _go_back(self, found: Divergence, training: Training) -> None:
+    def _go_back(self, found: Divergence) -> None:
         """Write down to which cut all layers go back, and how training goes on from there."""
         assert self.prepared is not None
-        version = training.cuts.newest_until(found.good_version) or 0
-        reached = max([training.version, *(layer.version for layer in training.layers())])
+        if self.training is not None:
+            version = self.training.cuts.newest_until(found.good_version) or 0
+        else:
+            version = max((one.version for one in self.record.cuts if one.version <= found.good_version), default=0)
+        reached = max(self._reached, version)
         plan = self.prepared.settings.plan
         rollback = roll_back(
             self.record.rollbacks,
@@ -500,8 +514,8 @@ class Run:
             return []
         settings = self.prepared.settings
         restored = self.shards.lacking
-        if self._diverged is not None and self.training is not None:
-            self._go_back(self._diverged, self.training)
+        if self._diverged is not None:
+            self._go_back(self._diverged)
             restored = tuple(range(len(self.shards)))
             self._diverged = None
         if settings.mode == "synchronous" or settings.window == 1:
@@ -608,6 +622,7 @@ class Run:
         """Watch the loss, if the job wants that; anew where layers were set back."""
         assert self.prepared is not None
         settings, train = self.prepared.settings, self.spec.train
+        everything = len(restored) == len(self.shards)
         if train.on_divergence == "ignore":
             return
         if self._guard is None:
@@ -618,9 +633,10 @@ class Run:
                 can_stall=settings.mode == "asynchronous" and settings.window > 1,
                 most_not_finite=max(2 * settings.accumulation, LEAST_NOT_FINITE),
                 first=self.record.document.get("loss_at_start"),
+                good_version=self._routing.cut if everything else self._oldest_cut,
             )
         elif restored:
-            self._guard.restart(self._routing.cut if len(restored) == len(self.shards) else None)
+            self._guard.restart(self._routing.cut if everything else None)
         if self.record.rollbacks and self._guard.first is not None:
             self._guard.be_wary(course_after(self.record.rollbacks).synchronous_until)
 
