@@ -110,11 +110,13 @@ class CutLedger:
 
     def commit(self, version: int) -> bool:
         """The manifest of ``version`` is on disk; True when that is news."""
+        # What was pinned since the commit was asked for may be deleted already.
+        kept = [one for one in self._kept_with(version) if self._stays(one)]
         if self._committing == version:
             self._committing = self._keeping = None
         if self._settled(version):
             return False
-        self._durable = list(self._kept_with(version))
+        self._durable = kept
         self._cuts.pop(version, None)
         for older in [one for one in self._cuts if one < version and not self._settled(one)]:
             # Its files were deleted with what is older than the cuts that are kept.

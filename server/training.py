@@ -125,6 +125,8 @@ class Training:
         self._timeouts = prepared.spec.timeouts
         self._train = prepared.spec.train
         self._guard = guard
+        if guard is not None and self._train.on_divergence == "rollback":
+            self.cuts.pin(guard.good_version(restored))
         self._journal = journal
         self._manifest = manifest
         self._capacity: dict[str, int] = {}

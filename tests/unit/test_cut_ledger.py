@@ -72,6 +72,17 @@ def test_a_cut_to_go_back_to_is_kept_and_the_one_that_takes_its_place() -> None:
     assert all(len(versions) <= 3 for versions in kept)
 
 
+def test_a_cut_that_was_pinned_too_late_is_not_thought_durable() -> None:
+    cuts = CutLedger(1, keep=1, durable=(2, 4))
+    cuts.save(0, 6, (file(0),))
+    commit = cuts.next_commit()
+    assert commit is not None
+    assert commit[2] == (4, 6)
+    cuts.pinned = frozenset({2})
+    cuts.commit(6)
+    assert cuts.durable == (6,)
+
+
 def test_a_cut_that_is_about_to_be_deleted_is_none_to_go_back_to() -> None:
     cuts = CutLedger(1, keep=2, durable=(2, 4))
     assert (cuts.newest_until(9), cuts.newest_until(3), cuts.newest_until(1)) == (4, 2, None)
