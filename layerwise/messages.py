@@ -470,10 +470,19 @@ class Reroute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DroppedAttempt:
+    """An attempt at a microbatch that is given up, and why."""
+
+    attempt: Attempt
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The assignment (or the new route) of ``generation`` is carried out.
 
-    A shard tells which microbatches each of its layers already has, as JSON of `AppliedSet`, and the version it has restored.
+    A shard tells which microbatches each of its layers already has, as JSON of `AppliedSet`, the version it has restored, and why it has
+    dropped what it dropped since.
     """
 
     job: str
@@ -481,6 +490,7 @@ class Ready:
     generation: int
     applied_json: tuple[str, ...] = ()
     version: int = 0
+    drops: tuple[DroppedAttempt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -537,14 +547,6 @@ class LeaseRequest:
 
     job: str
     count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DroppedAttempt:
-    """An attempt at a microbatch that is given up, and why."""
-
-    attempt: Attempt
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -677,18 +677,20 @@ class Reroute(_message.Message):
     def __init__(self, job: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., generation: _Optional[int] = ..., durable: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("job", "block", "applied_json", "version", "generation")
+    __slots__ = ("job", "block", "applied_json", "version", "generation", "drops")
     JOB_FIELD_NUMBER: _ClassVar[int]
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     APPLIED_JSON_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    DROPS_FIELD_NUMBER: _ClassVar[int]
     job: str
     block: int
     applied_json: _containers.RepeatedScalarFieldContainer[str]
     version: int
     generation: int
-    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., applied_json: _Optional[_Iterable[str]] = ..., version: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+    drops: _containers.RepeatedCompositeFieldContainer[DroppedAttempt]
+    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., applied_json: _Optional[_Iterable[str]] = ..., version: _Optional[int] = ..., generation: _Optional[int] = ..., drops: _Optional[_Iterable[_Union[DroppedAttempt, _Mapping]]] = ...) -> None: ...
 
 class LinkDown(_message.Message):
     __slots__ = ("job", "peer", "generation")

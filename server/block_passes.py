@@ -22,6 +22,7 @@ from layerwise.messages import (
     Abort,
     BlockClosed,
     BoundaryGradient,
+    DroppedAttempt,
     Forward,
     Metric,
     NotFinite,
@@ -66,6 +67,12 @@ class BlockPasses:
         self._first = first
         self._feed = feed
         self._passes: dict[int, _Pass] = {}
+        self._drops: dict[int, DroppedAttempt] = {}
+
+    @property
+    def drops(self) -> tuple[DroppedAttempt, ...]:
+        """What the block has dropped in this life, and why, in position order."""
+        return tuple(self._drops[index] for index in sorted(self._drops))
 
     def __len__(self) -> int:
         return len(self._passes)
@@ -108,7 +115,9 @@ class BlockPasses:
             return effects + self._hand_on_drop(one, message.dropped) + self._push_drop(one, message.dropped)
         if context.compute.dropped(index):
             # Decided before, and lost with a crash on the way to the other blocks.
-            return effects + self._hand_on_drop(one, TOMBSTONE) + self._drop(one, TOMBSTONE)
+            known = self._drops.get(index)
+            reason = TOMBSTONE if known is None else known.reason
+            return effects + self._hand_on_drop(one, reason) + self._drop(one, reason)
         context.queue.push(
             ForwardTask(
                 attempt=one.attempt,
@@ -184,6 +193,9 @@ class BlockPasses:
 
     def on_dropped(self, task: DropTask, result: DropResult, now: float) -> list[Effect]:
         """Every layer of the block has the microbatch or its tombstone."""
+        if result.missing_from is not None:
+            index = self._context.plan.index(task.attempt.microbatch)
+            self._drops.setdefault(index, DroppedAttempt(attempt=task.attempt, reason=task.reason))
         return self._report(self._passes[task.number], now, dropped=result, reason=task.reason)
 
     def _hand_on_drop(self, one: _Pass, reason: str) -> list[Effect]:

@@ -29,8 +29,8 @@ class CutLedger:
         self._num_blocks = num_blocks
         self._keep = keep
         self._durable = sorted(durable)
-        self.pinned: int | None = None
-        """A durable version that is kept however old it is."""
+        self.pinned: frozenset[int] = frozenset()
+        """Durable versions that are kept however old they are."""
         self._keeping: frozenset[int] | None = None
         self._given_up: dict[int, str] = {}
         self._cuts: dict[int, _Cut] = {}
@@ -44,6 +44,11 @@ class CutLedger:
     def newest_until(self, version: int) -> int | None:
         """The newest durable version up to ``version`` that is not about to be deleted."""
         return max((one for one in self._durable if one <= version and self._stays(one)), default=None)
+
+    def pin(self, version: int) -> None:
+        """Keep the newest durable cut up to ``version``, and the oldest above it, which is to take its place one day."""
+        newer = min((one for one in self._durable if one > version), default=None)
+        self.pinned = frozenset(one for one in (self.newest_until(version), newer) if one is not None)
 
     def _stays(self, version: int) -> bool:
         return self._keeping is None or version in self._keeping
@@ -105,17 +110,19 @@ class CutLedger:
 
     def commit(self, version: int) -> bool:
         """The manifest of ``version`` is on disk; True when that is news."""
+        # What was pinned since the commit was asked for may be deleted already.
+        kept = [one for one in self._kept_with(version) if self._stays(one)]
         if self._committing == version:
             self._committing = self._keeping = None
         if self._settled(version):
             return False
-        self._durable = list(self._kept_with(version))
+        self._durable = kept
         self._cuts = {other: cut for other, cut in self._cuts.items() if other > version}
         return True
 
     def _kept_with(self, version: int) -> tuple[int, ...]:
         every = sorted({*self._durable, version})
-        return tuple(one for one in every if one in every[-self._keep :] or one == self.pinned)
+        return tuple(one for one in every if one in every[-self._keep :] or one in self.pinned)
 
     def _settled(self, version: int) -> bool:
         # A cut older than a durable one is never committed after it: it would be deleted as one of the oldest, or worse.

@@ -61,7 +61,7 @@ class DivergenceGuard:
 
     ``can_stall`` false: only a rise trips it, or ``most_not_finite`` losses in a row that are not finite. With ``warmup``
     updates nothing need be learned before they are over. ``eager``: to trip costs little. ``first`` is the loss at the very
-    start, where that was before this guard began.
+    start, where that was before this guard began; ``good_version`` what is not spoilt as far as is known.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class DivergenceGuard:
         eager: bool = False,
         most_not_finite: int = 8,
         first: float | None = None,
+        good_version: int = 0,
     ) -> None:
         self.span = min(max(num_updates // 20, SHORTEST), LONGEST)
         """The averages reach back about so many updates."""
@@ -85,13 +86,17 @@ class DivergenceGuard:
         self.first = first
         """The loss at the very start, once it is known."""
         # From the first version on a loss near the one at the start is a stall, and what was before the second is good.
+        self._calm_version = good_version + self.span
         self._wary = (warmup + max(EAGER_UPDATES_TO_LEARN, share), 0) if eager else None
         self._gathered: tuple[int, float, float] | None = None
         self._not_finite = 0
         self.restart()
 
-    def restart(self) -> None:
-        """Layers were set back, so the loss begins anew; only what it was at the very start is still known."""
+    def restart(self, version: int | None = None) -> None:
+        """Layers were set back, all of them to ``version`` (or only some): the average begins anew.
+
+        What the loss was at the very start is still known, and that cuts from before were good.
+        """
         self._count = 0
         self._opening: list[float] = []
         self._recent: deque[float] = deque(maxlen=self.span)
@@ -99,7 +104,8 @@ class DivergenceGuard:
         self._square = self._square_weight = 0.0
         self._best = math.inf
         self._risen = self._back = self._near = 0
-        self._calm_version = 0
+        if version is not None:
+            self._calm_version = min(self._calm_version, version + self.span)
         self._gathered = None
         self._not_finite = 0
 
@@ -119,8 +125,8 @@ class DivergenceGuard:
 
     def good_version(self, version: int) -> int:
         """Up to where nothing was spoilt, if a divergence showed at ``version``: an average shows it late."""
-        calm = version if self.best is not None and not self._rising() else self._calm_version
-        return max(calm - self.span, 0)
+        calm = self.best is not None and not self._rising()
+        return max((max(version, self._calm_version) if calm else self._calm_version) - self.span, 0)
 
     def add(self, update: int, loss: float, num_samples: int) -> Divergence | None:
         """A microbatch was taken into ``update`` (about) with this mean loss; says when the guard trips."""
@@ -150,9 +156,9 @@ class DivergenceGuard:
         if self._count <= FIRST_UPDATES:
             self._opening.append(loss)
             if self._count == FIRST_UPDATES:
-                self._best = sum(self._opening) / FIRST_UPDATES
-                self.first = self._best if self.first is None else self.first
-                self._calm_version = version
+                opening = sum(self._opening) / FIRST_UPDATES
+                self.first = opening if self.first is None else self.first
+                self._best = min(opening, self.first)
             return None
         if self._count < self.span:
             return self._judge(version)
@@ -168,7 +174,7 @@ class DivergenceGuard:
         average, middle = self._sum / self._weight, median(self._recent)
         level = min(average, middle)
         if not self._rising():
-            self._calm_version = version
+            self._calm_version = max(version, self._calm_version)
         variance = self._square / self._square_weight
         beyond_noise = self._best + STANDARD_ERRORS * math.sqrt(variance / (2 * self.span - 1))
         risen = level > max(RISE * self._best, self._best + GAIN * (self.first - self._best), beyond_noise)

@@ -48,6 +48,7 @@ def _empty(record: JobRecord) -> dict[str, Any]:
         "seconds": 0.0,
         "samples_per_second": None,
         "train_loss": None,
+        "loss_at_start": None,
         "staleness": {**summarize({}), "layers": []},
         "ledger": {"samples_leased": 0, "samples_applied": 0, "samples_dropped": 0, "dropped": []},
         "window": None,
@@ -93,6 +94,8 @@ def _from_run(run: Run) -> dict[str, Any]:
         "forward_workers": list(run.workers.of_role(Role.FORWARD)),
         "backward_workers": list(run.workers.of_role(Role.BACKWARD)),
     }
+    if run.loss_at_start is not None:
+        document["loss_at_start"] = run.loss_at_start
     if run.prepared is not None:
         settings = run.prepared.settings
         document |= {

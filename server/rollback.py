@@ -16,10 +16,7 @@ LEAST_SYNCHRONOUS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollback:
-    """All layers went back from about version ``reached`` to ``version`` at ``time`` (unix seconds), because of ``why``.
-
-    ``loss_at_start`` is that of the whole job, so that what comes later can be compared with it.
-    """
+    """All layers went back from about version ``reached`` to ``version`` at ``time`` (unix seconds), because of ``why``."""
 
     time: float
     version: int
@@ -27,7 +24,6 @@ class Rollback:
     why: str
     rate_factor: float
     synchronous_until: int
-    loss_at_start: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the store, the job document and the manifests of cuts."""
@@ -41,7 +37,6 @@ def roll_back(
     reached: int,
     num_updates: int,
     why: str,
-    loss_at_start: float | None,
     now: float,
 ) -> Rollback:
     """The next rollback after those ``before`` it: half the learning rate, synchronous for twice the way back.
@@ -58,7 +53,6 @@ def roll_back(
         why=why,
         rate_factor=0.5 ** (len(before) + 1),
         synchronous_until=min(until, num_updates),
-        loss_at_start=loss_at_start,
     )
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from layerwise.applied import AppliedSet
+from layerwise.ids import Microbatch
 from layerwise.messages import (
     Assignment,
     BlockPlace,
@@ -132,6 +133,11 @@ class Routing:
         """What each layer has, in order."""
         texts = (text for place in self.route for text in self._ready[place.shard].applied_json)
         return [AppliedSet.from_json(json.loads(text)) for text in texts]
+
+    def drops(self) -> dict[Microbatch, str]:
+        """What the blocks have dropped, and why, as far as their processes know."""
+        ready = (self._ready[place.shard] for place in self.route)
+        return {one.attempt.microbatch: one.reason for message in ready for one in message.drops}
 
     def keep(self, name: str, message: Message) -> None:
         """Keep what shard ``name`` tells before training begins, if the coming training has to hear of it.

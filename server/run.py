@@ -138,6 +138,11 @@ class Run:
         return self._cancelled
 
     @property
+    def loss_at_start(self) -> float | None:
+        """What the training loss was in the job's first updates."""
+        return None if self._guard is None else self._guard.first
+
+    @property
     def phase(self) -> str:
         """What is going on, in a few words."""
         if self.shards.empty and (self.training is not None or self.route):
@@ -420,26 +425,28 @@ class Run:
 
     def _on_diverged(self, peer: str, message: Failure) -> list[Effect]:
         """A block of this or an earlier life met a loss that is not finite."""
-        training = self.training
         if peer not in self.shards or self.shards.of(peer).life != message.diverged:
             return []
-        if training is None:
-            # The coordinator was started again, so there is no course of the loss to judge: the block goes back, for now alone.
-            self._note(
-                "warning",
-                f"{message.message.rstrip('.')}; block {self.shards.of(peer).block} goes back to its last cut",
-            )
-            self.shards.of(peer).holds = False
-            return self._route_anew()
+        version = self._reached
+        good = self._oldest_cut if self._guard is None else self._guard.good_version(version)
         why = message.message.partition("; ")[0]
-        return self._diverge(Divergence(version=training.version, good_version=self._good_version(training), why=why))
+        return self._diverge(Divergence(version=version, good_version=good, why=why))
 
-    def _good_version(self, training: Training) -> int:
-        return 0 if self._guard is None else self._guard.good_version(training.version)
+    @property
+    def _reached(self) -> int:
+        """About the highest version that a layer has reached."""
+        versions = [cut.version for cut in self.record.cuts]
+        if self.training is not None:
+            versions += [self.training.version, *(layer.version for layer in self.training.layers())]
+        return max(versions, default=0)
+
+    @property
+    def _oldest_cut(self) -> int:
+        """A cut from before any rise is kept, so the oldest one is the likeliest to be good if nothing else is known."""
+        return self.record.cuts[0].version if self.record.cuts else 0
 
     def _diverge(self, found: Divergence) -> list[Effect]:
         """Training does not do what it should: stop, or go back as soon as every shard is there."""
-        assert self.training is not None
         if self.spec.train.on_divergence != "rollback":
             remedy = "lower the learning rate or async.window, or have train.on_divergence: rollback"
             return self.fail(f"training diverges: {found.why}; {remedy}", self._now)
@@ -450,15 +457,19 @@ class Run:
                 f"lower the learning rate",
                 self._now,
             )
-        self.training.suspended = True
+        if self.training is not None:
+            self.training.suspended = True
         self._diverged = self._diverged or found
         return self._route_anew()
 
-    def _go_back(self, found: Divergence, training: Training) -> None:
+    def _go_back(self, found: Divergence) -> None:
         """Write down to which cut all layers go back, and how training goes on from there."""
         assert self.prepared is not None
-        version = training.cuts.newest_until(found.good_version) or 0
-        reached = max([training.version, *(layer.version for layer in training.layers())])
+        if self.training is not None:
+            version = self.training.cuts.newest_until(found.good_version) or 0
+        else:
+            version = max((one.version for one in self.record.cuts if one.version <= found.good_version), default=0)
+        reached = max(self._reached, version)
         plan = self.prepared.settings.plan
         rollback = roll_back(
             self.record.rollbacks,
@@ -466,7 +477,6 @@ class Run:
             reached=reached,
             num_updates=plan.num_updates,
             why=found.why,
-            loss_at_start=None if self._guard is None else self._guard.first,
             now=self._now,
         )
         cuts = self._forget_cuts(above=version)
@@ -546,8 +556,8 @@ class Run:
             return []
         settings = self.prepared.settings
         restored = self.shards.lacking
-        if self._diverged is not None and self.training is not None:
-            self._go_back(self._diverged, self.training)
+        if self._diverged is not None:
+            self._go_back(self._diverged)
             restored = tuple(range(len(self.shards)))
             self._diverged = None
         if self._moved or settings.mode == "synchronous" or settings.window == 1:
@@ -630,7 +640,7 @@ class Run:
         evaluations = self.record.evaluations
         if len(restored) == len(self.shards):
             evaluations = tuple(one for one in evaluations if one["version"] <= cut)
-        self._begin_guard(bool(restored))
+        self._begin_guard(restored)
         before, self.training = (
             self.training,
             Training(
@@ -643,7 +653,7 @@ class Run:
                 held=held,
                 evaluated=max((one["version"] for one in evaluations), default=0),
                 first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
-                drops=[DroppedMicrobatch.from_json(one) for one in self.record.drops],
+                drops=self._drops(),
                 missing_from=partial_drops(sets, done),
                 guard=self._guard,
                 journal=self._note,
@@ -678,10 +688,18 @@ class Run:
             effects += self.training.offer_room(worker, room, self._now)
         return effects
 
-    def _begin_guard(self, rewound: bool) -> None:
+    def _drops(self) -> list[DroppedMicrobatch]:
+        """All that is given up: what was noted, and what the blocks have dropped while nobody noted it."""
+        noted = {one.microbatch: one for one in map(DroppedMicrobatch.from_json, self.record.drops)}
+        for microbatch, reason in self._routing.drops().items():
+            noted.setdefault(microbatch, DroppedMicrobatch(microbatch=microbatch, reason=reason))
+        return list(noted.values())
+
+    def _begin_guard(self, restored: tuple[int, ...]) -> None:
         """Watch the loss, if the job wants that; anew where layers were set back."""
         assert self.prepared is not None
         settings, train = self.prepared.settings, self.spec.train
+        everything = len(restored) == len(self.shards)
         if train.on_divergence == "ignore":
             return
         if self._guard is None:
@@ -691,10 +709,11 @@ class Run:
                 eager=train.on_divergence == "rollback",
                 can_stall=settings.mode == "asynchronous" and settings.window > 1,
                 most_not_finite=max(2 * settings.accumulation, LEAST_NOT_FINITE),
-                first=self.record.rollbacks[-1]["loss_at_start"] if self.record.rollbacks else None,
+                first=self.record.document.get("loss_at_start"),
+                good_version=self._routing.cut if everything else self._oldest_cut,
             )
-        elif rewound:
-            self._guard.restart()
+        elif restored:
+            self._guard.restart(self._routing.cut if everything else None)
         if self.record.rollbacks and self._guard.first is not None:
             self._guard.be_wary(course_after(self.record.rollbacks).synchronous_until)
 

@@ -277,13 +277,16 @@ class SampleLedger:
             return
         if reason == ALREADY_APPLIED or (reason == STILL_OPEN and not current.older_aborted):
             current.holder = None
-        elif reason == STOPPING or (reason == OUT_OF_ORDER and index != self._closed.watermark):
+        elif reason == STOPPING or (reason == OUT_OF_ORDER and not self._is_first(index)):
             self._remove_open(index)
             (self._unneeded if reason == STOPPING else self._early).append(index)
         else:
             # The report that the older attempt was aborted overtook this answer, or those that came first have closed
             # since (nothing else may), or the reason says that nobody has it.
             self._release(index)
+        if not self._open:
+            # What comes first is among those that came too early for what came before it.
+            self._want(self._early)
 
     def lose(self, worker: str) -> int:
         """``worker`` is gone: what it held is free again; gives how many microbatches that were."""
@@ -317,6 +320,10 @@ class SampleLedger:
         return len(late)
 
     # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _is_first(self, index: int) -> bool:
+        """Whether nothing comes before it where microbatches come in order."""
+        return index in self._first if self._first else index == self._closed.watermark
 
     def _release(self, index: int) -> None:
         self._remove_open(index)

@@ -422,7 +422,14 @@ class ShardRole:
     def _ready(self, applied: Sequence[AppliedSet]) -> Send:
         sets = tuple(json.dumps(one.to_json()) for one in applied)
         generation = self._context.generation
-        ready = Ready(job=self.job, block=self.block, generation=generation, applied_json=sets, version=self._version)
+        ready = Ready(
+            job=self.job,
+            block=self.block,
+            generation=generation,
+            applied_json=sets,
+            version=self._version,
+            drops=self._passes.drops,
+        )
         return Send(self._coordinator, ready)
 
     # Stop and cuts ----------------------------------------------------------------------------------------------------

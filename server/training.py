@@ -127,6 +127,8 @@ class Training:
         self._timeouts = prepared.spec.timeouts
         self._train = prepared.spec.train
         self._guard = guard
+        if guard is not None and self._train.on_divergence == "rollback":
+            self.cuts.pin(guard.good_version(restored))
         self._journal = journal
         self._manifest = manifest
         self._capacity: dict[str, int] = {}
@@ -432,7 +434,7 @@ class Training:
         found = self._guard.add(update, loss, closed.attempt.microbatch.num_samples)
         self.divergence = self.divergence or found
         if self._train.on_divergence == "rollback":
-            self.cuts.pinned = self.cuts.newest_until(self._guard.good_version(update))
+            self.cuts.pin(self._guard.good_version(update))
 
     def _count_drop(self, microbatch: Microbatch, reason: str) -> None:
         """Say what is given up; too much of one epoch is no accident any more."""

@@ -15,9 +15,11 @@ SEEDS_AT_ONCE = 20
 
 REGRESSIONS = {
     291: "a first shard that died after deleting the cut that the coordinator knew of",
+    619: "a microbatch that was leased and given back without end, while one that some layers lacked was waited for",
     865: "a worker that lost the link to the first shard's earlier incarnation after the job was resumed",
     1061: "a microbatch that a paused worker gave back as out of order when nothing else could come any more",
     1580: "an answer to the run before, taken for one to the resumed run",
+    4018: "a block that told of its end while the coordinator was away, and never again",
 }
 """Seeds beyond the range, or worth their own name: what they once found (the draw may have moved on since)."""
 

@@ -57,16 +57,30 @@ def test_only_so_many_durable_cuts_are_kept() -> None:
     assert not cuts.is_durable(2)
 
 
-def test_a_pinned_cut_is_kept_however_old_it_is() -> None:
-    cuts = CutLedger(1, keep=1, durable=(2,))
-    cuts.pinned = 2
-    for version in (4, 6):
+def test_a_cut_to_go_back_to_is_kept_and_the_one_that_takes_its_place() -> None:
+    cuts = CutLedger(1, keep=1)
+    kept = []
+    for version in range(2, 22, 2):
         cuts.save(0, version, (file(0),))
+        cuts.pin(version - 8)  # what is 8 versions old is known to be good
         commit = cuts.next_commit()
         assert commit is not None
-        assert {2, version} <= set(commit[2])
         cuts.commit(version)
-    assert cuts.durable == (2, 6)
+        kept.append(cuts.durable)
+    assert kept[:5] == [(2,), (2, 4), (2, 6), (2, 8), (2, 8, 10)]
+    assert all(versions[0] >= versions[-1] - 16 for versions in kept)
+    assert all(len(versions) <= 3 for versions in kept)
+
+
+def test_a_cut_that_was_pinned_too_late_is_not_thought_durable() -> None:
+    cuts = CutLedger(1, keep=1, durable=(2, 4))
+    cuts.save(0, 6, (file(0),))
+    commit = cuts.next_commit()
+    assert commit is not None
+    assert commit[2] == (4, 6)
+    cuts.pinned = frozenset({2})
+    cuts.commit(6)
+    assert cuts.durable == (6,)
 
 
 def test_a_cut_that_is_about_to_be_deleted_is_none_to_go_back_to() -> None:

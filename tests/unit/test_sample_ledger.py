@@ -212,6 +212,24 @@ def test_what_comes_back_out_of_order_when_it_is_its_turn_already_is_leased_at_o
     assert (again.microbatch, again.attempt) == (second.microbatch, 2)
 
 
+def test_what_comes_before_everything_else_but_must_wait_for_a_partial_one_is_not_leased_without_end() -> None:
+    ledger = ledger_with(partial=(3,))
+    partial, first = ledger.lease("a", 2, 0.0)
+    assert indices((partial, first)) == [3, 0]
+    ledger.give_back("a", first, OUT_OF_ORDER)
+    assert indices(ledger.lease("a", 2, 0.0)) == [1]
+    ledger.close(partial, Outcome.APPLIED)
+    assert indices(ledger.lease("a", 2, 0.0)) == [0]
+
+
+def test_when_everything_came_back_out_of_order_it_is_leased_again() -> None:
+    ledger = ledger_with(partial=(3,))
+    held = ledger.lease("a", 2, 0.0)
+    for one in (held[1], held[0]):
+        ledger.give_back("a", one, OUT_OF_ORDER)
+    assert indices(ledger.lease("a", 2, 0.0)) == [3, 0]
+
+
 def test_who_no_longer_has_the_lease_can_t_give_it_up() -> None:
     ledger = ledger_with()
     [late] = ledger.lease("a", 1, 0.0)

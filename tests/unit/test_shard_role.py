@@ -791,6 +791,17 @@ def test_a_detached_worker_s_task_is_forgotten_and_it_asks_again_under_the_new_r
     assert (peer, new.attempt, new.number, new.lacking) == ("backward-0", again, number(0), (4, 5))
 
 
+def test_a_role_that_has_failed_takes_no_new_route() -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    bench.role.on_task_failed(task, RuntimeError("shapes differ"), 0.0)
+    assert kinds(bench.hears("coordinator", reroute(block=1))) == [
+        "Failure"
+    ]  # the coordinator was away when it was told
+
+
 def test_cuts_are_told_of_before_the_block_is_ready_so_that_the_coming_training_knows_them_from_its_start() -> None:
     bench = Bench(1)
     bench.role.on_cut_taken(2, 0.0)
@@ -798,9 +809,12 @@ def test_cuts_are_told_of_before_the_block_is_ready_so_that_the_coming_training_
     assert [kind for kind in kinds(effects) if kind in ("CutTaken", "Ready")] == ["CutTaken", "Ready"]
 
 
-def test_a_block_that_has_failed_says_so_to_a_coordinator_that_has_not_heard_of_it() -> None:
-    bench = Bench(1)
-    bench.start()
-    (told,) = bench.role._context.fail("the loss is not finite")
-    assert isinstance(told, Send)
-    assert sent(bench.hears("coordinator", reroute(block=1)), Failure) == [("coordinator", told.message)]
+def test_a_block_that_can_not_go_on_tells_a_coordinator_that_was_away_once_more() -> None:
+    bench = Bench(2)
+    bench.compute.not_finite = (0, 4)
+    bench.forward("shard-1", 0, 0)
+    [(_, told)] = sent(bench.work(), Failure)
+    assert isinstance(told, Failure)
+    assert told.diverged == bench.place.life
+    assert bench.forward("shard-1", 1, 1) == []
+    assert sent(bench.hears("coordinator", reroute(block=2, durable=0)), Failure) == [("coordinator", told)]
