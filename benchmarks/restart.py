@@ -56,8 +56,9 @@ def main(arguments: Sequence[str]) -> None:
     text = table(["killed", "seconds without a spare", "seconds with a spare"], rows)
     text += f"""
 
-The cluster had nothing else to do; the machine's load average was {load:.1f} at the start. A new spare is ready {statistics.median(ready):.1f} s after the one before was used; it holds
-{statistics.median(resident):.0f} MB of memory, {statistics.median(private):.0f} MB of them its own (the rest is files that all processes share).
+The cluster had nothing else to do; the machine's load average was {load:.1f} at the start. A new spare is ready
+{statistics.median(ready):.1f} s after the one before was used; it holds {statistics.median(resident):.0f} MB of memory, {statistics.median(private):.0f} MB
+of them its own (the rest is files that all processes share).
 """
     write_section("Restarting a process", f"python -m benchmarks restart --repeats {repeats}", text)
 
