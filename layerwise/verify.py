@@ -63,13 +63,21 @@ def verify(
     Use the number of torch threads that the shards used: sums of floating-point numbers depend on how they are split.
 
     Raises:
-        ConfigError: the run was asynchronous with a window above 1, which is another computation than the plain loop's.
+        ConfigError: the run was asynchronous with a window above 1, dropped samples or was rolled back, which is another
+            computation than the plain loop's.
         NotFoundError, CorruptError: the cut is not there, or damaged.
     """
     if settings.mode == "asynchronous" and settings.window > 1:
         raise ConfigError(
             f"async.window: got {settings.window}, expected 1 (or mode: synchronous): only then a run equals a plain "
             f"PyTorch loop"
+        )
+    manifest = load_manifest(directory, version)
+    dropped, rollbacks = manifest.get("ledger", {}).get("dropped", ()), manifest.get("rollbacks", ())
+    if dropped or rollbacks:
+        what = f"{len(dropped)} microbatches were dropped" if dropped else "training was rolled back"
+        raise ConfigError(
+            f"{directory} can't be compared with a plain PyTorch loop: {what}; `layerwise audit` checks it"
         )
     saved = cut_state(directory, version)
     loop = train_reference(

@@ -364,7 +364,7 @@ class Admission:
             return None
         if self.ordered:
             wanted = self._lowest_wanted()
-            if wanted is None or not self._update_may_begin(wanted):
+            if wanted is None or (self.synchronous and not self._may_be_synchronous(wanted)):
                 return None
             candidates = [peer for peer, waiting in self._waiting.items() if waiting.index == wanted]
             # Of two attempts at one microbatch the newer is the one that its lease stands behind.
@@ -386,6 +386,8 @@ class Admission:
     def _lowest_wanted(self) -> int | None:
         """The lowest index that may be admitted next in position order."""
         partial = min(self._partial - self._by_index.keys(), default=None)
+        if self.synchronous and self._partial:
+            return partial
         if len(self.done) + len(self._unclosed()) >= self._limit():
             return partial
         index = self.done.watermark
@@ -395,10 +397,16 @@ class Admission:
             index = min(index, partial)
         return index if index < self._plan.num_microbatches else None
 
-    def _update_may_begin(self, index: int) -> bool:
-        if not self.synchronous:
-            return True
-        return self.done.watermark >= self._plan.gradients_before(self._plan.update_of(index))
+    def _may_be_synchronous(self, index: int) -> bool:
+        """Whether ``index`` can be admitted and meet no update on its way.
+
+        What only some layers lack goes alone: they may be in the middle of an update. When all layers have the same
+        microbatches, so many as complete the next update go together.
+        """
+        if self._partial:
+            return index in self._partial and not self._open
+        closed = len(self.done)
+        return closed + len(self._open) < self._plan.gradients_before(self._plan.update_of(closed) + 1)
 
     def _grant(self, peer: str, now: float) -> Granted:
         waiting = self._waiting.pop(peer)

@@ -14,7 +14,9 @@ NUM_SEEDS = 560
 SEEDS_AT_ONCE = 20
 
 REGRESSIONS = {
+    42: "a cut that was pinned after the commit that deleted it had been asked for",
     291: "a first shard that died after deleting the cut that the coordinator knew of",
+    479: "microbatches that some layers lacked, together on their way where updates were to follow one another",
     619: "a microbatch that was leased and given back without end, while one that some layers lacked was waited for",
     865: "a worker that lost the link to the first shard's earlier incarnation after the job was resumed",
     1061: "a microbatch that a paused worker gave back as out of order when nothing else could come any more",

@@ -356,3 +356,34 @@ def test_after_a_rollback_updates_follow_one_another_until_the_window_opens_agai
     assert granted(close(made, 3)) == [("a", 6, 4)]  # any microbatch, and the whole window
     assert not made.synchronous
     assert [granted(made.offer("b", attempt(index), 0.0)) for index in (4, 5)] == [[("b", 4, 5)], [("b", 5, 6)]]
+
+
+def test_what_only_some_layers_lack_goes_alone_while_updates_follow_one_another() -> None:
+    done, held = AppliedSet(), AppliedSet()
+    held.add(1)
+    held.add(3)
+    made = admission(window=4, synchronous_until=4, done=done, held=held)
+    assert granted(made.offer("a", attempt(0), 0.0)) == []
+    assert granted(made.offer("b", attempt(1), 0.0)) == [("b", 1, 0)]
+    made.arrived(0, attempt(1), 0.0)
+    assert granted(made.offer("b", attempt(3), 0.0)) == []
+    assert granted(close(made, 0)) == [("b", 3, 1)]
+    made.arrived(1, attempt(3), 0.0)
+    # All layers have 1 and 3 now, which is one update: 0 and 2 make the next one.
+    assert granted(close(made, 1)) == [("a", 0, 2)]
+    made.arrived(2, attempt(0), 0.0)
+    assert granted(made.offer("a", attempt(2), 0.0)) == [("a", 2, 3)]
+    made.arrived(3, attempt(2), 0.0)
+    assert granted(made.offer("a", attempt(4), 0.0)) == []
+    close(made, 2)
+    assert granted(close(made, 3)) == [("a", 4, 4)]
+
+
+def test_a_microbatch_more_than_the_update_takes_waits_where_later_ones_are_on_all_layers_already() -> None:
+    done = AppliedSet()
+    done.add(2)  # one of the first update's two, by count
+    made = admission(window=4, synchronous_until=4, done=done)
+    assert granted(made.offer("a", attempt(0), 0.0)) == [("a", 0, 0)]
+    made.arrived(0, attempt(0), 0.0)
+    assert granted(made.offer("a", attempt(1), 0.0)) == []  # it would meet that update on its way
+    assert granted(close(made, 0)) == [("a", 1, 1)]

@@ -257,6 +257,24 @@ def test_verify_reports_the_first_difference(tmp_path: Path) -> None:
     assert first_difference(negative, {"parameter:0.x": torch.tensor([0.0])}) is not None
 
 
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"ledger": {"dropped": [{}, {}]}}, "2 microbatches were dropped"),
+        ({"rollbacks": [{}]}, "training was rolled back"),
+    ],
+)
+def test_verify_refuses_what_is_not_the_plain_loop_s_computation(
+    tmp_path: Path, what: dict[str, Any], said: str
+) -> None:
+    spec = job(tmp_path, MODELS["mlp"])
+    settings = resolve(spec, 100, 1)
+    (tmp_path / "cuts").mkdir()
+    commit_manifest(tmp_path, 1, json.dumps({"version": 1, "files": [], **what}))
+    with pytest.raises(ConfigError, match=said):
+        verify(spec, settings, tmp_path, 1)
+
+
 def test_verify_refuses_a_window_above_one(tmp_path: Path) -> None:
     spec = parse_job({"name": "built", "model": MODELS["mlp"], "data": {"name": "digits", "batch": 8}})
     with pytest.raises(ConfigError, match=r"async\.window: got 2, expected 1"):
