@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -317,6 +318,7 @@ def test_a_peer_that_never_reads_costs_its_outbox_and_then_its_link(tcp: Callabl
 
 
 def test_who_floods_a_process_does_not_flood_its_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="layerwise")
     now = [0.0]
     refusals = Refusals(now=lambda: now[0])
     for number in range(1000):

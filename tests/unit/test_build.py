@@ -270,7 +270,7 @@ def test_verify_refuses_what_is_not_the_plain_loop_s_computation(
     spec = job(tmp_path, MODELS["mlp"])
     settings = resolve(spec, 100, 1)
     (tmp_path / "cuts").mkdir()
-    commit_manifest(tmp_path, 1, json.dumps({"version": 1, "files": [], **what}))
+    commit_manifest(tmp_path, 1, json.dumps({"version": 1, "files": [], **what}), life=1)
     with pytest.raises(ConfigError, match=said):
         verify(spec, settings, tmp_path, 1)
 
