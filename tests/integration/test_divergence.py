@@ -19,7 +19,7 @@ STEPS = 300
 
 
 def reckless(directory: Path, seed: int, **train: Any) -> dict[str, Any]:
-    """SGD at a rate that trains well synchronously, in a window of 8 with an update for every microbatch.
+    """SGD at twice a rate that trains well synchronously, in a window of 8 with an update for every microbatch.
 
     The rate falls, so that the window, once it is open again, does not make training collapse just before its end.
     """
@@ -30,7 +30,7 @@ def reckless(directory: Path, seed: int, **train: Any) -> dict[str, Any]:
         train={
             "steps": STEPS,
             "seed": seed,
-            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+            "optimizer": {"name": "sgd", "lr": 0.2, "momentum": 0.9},
             "schedule": {"name": "cosine", "warmup": 0.0},
             **train,
         },
@@ -67,8 +67,9 @@ def test_a_rollback_rescues_what_collapses(cluster: LocalCluster, tmp_path: Path
 
 
 def test_by_default_the_job_stops_when_training_collapses(cluster: LocalCluster, tmp_path: Path) -> None:
-    result = run(cluster, reckless(tmp_path / "run", 0, schedule="constant"))
-    assert result.state == "failed"
+    hopeless = {"name": "sgd", "lr": 20.0, "momentum": 0.9}
+    result = run(cluster, reckless(tmp_path / "run", 0, schedule="constant", optimizer=hopeless))
+    assert result.state == "failed", (result.train_loss, result.validation)
     assert "training diverges: the loss" in result.message or "is not finite" in result.message
     assert result.steps < STEPS
     assert result.document["rollbacks"] == []
