@@ -50,16 +50,6 @@ class FirstShard:
         task_seconds: float,
         synchronous_until: int = 0,
     ) -> None:
-        self.admission = Admission(
-            plan=context.plan,
-            window=context.window,
-            num_blocks=context.num_blocks,
-            schedule=schedule,
-            synchronous=synchronous,
-            durable=version,
-            generation=context.generation,
-            synchronous_until=synchronous_until,
-        )
         self.max_span = 0
         """The largest span of open numbers so far; the window at most."""
         self._context = context
@@ -76,6 +66,7 @@ class FirstShard:
         self._stop_wanted = False
         self._durable = version
         self._num_unfit = 0
+        self.admission = self._new_admission()
 
     def describe(self) -> str:
         """What is admitted and what waits, in one line."""
@@ -91,20 +82,24 @@ class FirstShard:
 
         What has closed is told first, so that it is not thought open.
         """
-        context = self._context
         effects = self._report(self._reported_at)
-        self.admission = Admission(
+        self._durable = max(self._durable, durable)
+        self.admission = self._new_admission()
+        self._stop_wanted = False
+        return effects
+
+    def _new_admission(self) -> Admission:
+        context = self._context
+        return Admission(
             plan=context.plan,
             window=context.window,
             num_blocks=context.num_blocks,
             schedule=self._schedule,
             synchronous=self._synchronous,
-            durable=max(durable, self._durable),
+            durable=self._durable,
             generation=context.generation,
             synchronous_until=self._synchronous_until,
         )
-        self._stop_wanted = False
-        return effects
 
     def on_start(self, message: StartTraining, now: float) -> list[Effect]:
         """The coordinator says that every role is ready."""

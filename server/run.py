@@ -199,12 +199,11 @@ class Run:
         if self.over or self._cancelled:
             return []
         self._cancelled = True
-        if self.training is None:
+        if self.record.state is JobState.PREPARING:
             return self._end(JobState.CANCELLED, "cancelled before training began")
-        recalls = self.training.stop_asked(now)
         self.record = replace(self.record, state=JobState.STOPPING)
         self._note("info", "stopping at the next update")
-        return [] if self.training.suspended else [*recalls, Send(self.shards[0].process, Stop(job=self.job))]
+        return self._stop_training()
 
     def move(self, names: Iterable[str], now: float) -> list[Effect]:
         """Stop at the next update boundary, with a cut there, and go on from it with others in the places of ``names``."""
@@ -214,9 +213,13 @@ class Run:
             return []
         self.record = replace(self.record, moving=True)
         self._note("info", f"{', '.join(sorted(self.leaving))} must leave; stopping at the next update")
+        return self._stop_training()
+
+    def _stop_training(self) -> list[Effect]:
+        """Have the first shard stop; where training does not go on at present, it is told when it does."""
         if self.training is None:
             return []
-        recalls = self.training.stop_asked(now)
+        recalls = self.training.stop_asked(self._now)
         return [] if self.training.suspended else [*recalls, Send(self.shards[0].process, Stop(job=self.job))]
 
     def take_dismissed(self) -> list[str]:

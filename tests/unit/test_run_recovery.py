@@ -843,3 +843,15 @@ def test_a_disk_that_refuses_is_warned_of_once_and_its_job_waits_for_as_long_as_
     assert played.state(job) == "running"
     played.say("shard-1", report)
     assert log(played, job)[-1] == "shard-1: the event log can be written again"
+
+
+def test_a_job_that_is_cancelled_while_its_coordinator_waits_for_its_processes_stops_with_a_cut() -> None:
+    played = cluster()
+    job = run_until(played, 21)
+    for name in ("shard-0", "shard-1", "forward-0"):
+        played.silent.add(name)
+    played.restart_coordinator()
+    played.role.cancel(job, played.now)
+    document = played.role.job(job)
+    assert document["state"] == "stopping"
+    assert "cancelled before training began" not in document["message"]
