@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -10,6 +9,7 @@ from typing import TypeVar
 
 from layerwise.roles import Effect
 from layerwise.service import Service
+from layerwise.threads import VitalThread
 
 Value = TypeVar("Value")
 
@@ -27,7 +27,7 @@ class Background:
         self._num_threads = num_threads
         self._abandon = abandon
         self._waiting: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[VitalThread] = []
         self._closed = False
 
     def run(
@@ -58,7 +58,7 @@ class Background:
         self._waiting.put(act)
         if len(self._threads) < self._num_threads:
             name = f"{self._name}_{len(self._threads)}"
-            thread = threading.Thread(target=self._work, name=name, daemon=self._abandon)
+            thread = VitalThread(target=self._work, name=name, daemon=self._abandon)
             self._threads.append(thread)
             thread.start()
 

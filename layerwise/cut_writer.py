@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from layerwise.cuts import delete_layer_files, is_durable
 from layerwise.layer import LayerCopy
 from layerwise.layer_file import save_layer
 from layerwise.messages import LayerFile
+from layerwise.threads import VitalThread
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class CutWriter:
         self._before_save = before_save
         self._saved: deque[tuple[int, tuple[LayerFile, ...]]] = deque()
         self._queue: queue.Queue[tuple[int, tuple[LayerCopy, ...], Done] | None] = queue.Queue(MAX_WAITING)
-        self._thread = threading.Thread(target=self._run, name=f"cut-writer-{job}", daemon=True)
+        self._thread = VitalThread(target=self._run, name=f"cut-writer-{job}", daemon=True)
         self._thread.start()
 
     def save(self, version: int, copies: tuple[LayerCopy, ...], done: Done) -> None:
@@ -78,5 +78,10 @@ class CutWriter:
     def _forget_unfinished(self) -> None:
         while len(self._saved) > MAX_UNFINISHED:
             version, files = self._saved.popleft()
-            if not is_durable(self._directory, version):
+            try:
+                finished = is_durable(self._directory, version)
+            except OSError as error:
+                log.warning("files of cut %d in %s are not cleaned up: %s", version, self._directory, error)
+                continue
+            if not finished:
                 delete_layer_files(self._directory, version, files)

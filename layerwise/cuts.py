@@ -106,7 +106,7 @@ def commit_manifest(
 def durable_cuts(directory: str | Path) -> tuple[int, ...]:
     """The versions of the cuts that count, oldest first. A manifest that can't be read counts: who loads it hears why."""
     cuts = Path(directory) / "cuts"
-    versions = sorted(int(one.name) for one in (cuts.iterdir() if cuts.is_dir() else ()) if _FOLDER.fullmatch(one.name))
+    versions = sorted(int(one.name) for one in _content(cuts) if _FOLDER.fullmatch(one.name))
     fences = fences_in(directory) if versions else ()
     return tuple(version for version in versions if _find_manifest(directory, version, fences) is not None)
 
@@ -118,8 +118,7 @@ def newest_cut(directory: str | Path) -> int | None:
 
 def is_durable(directory: str | Path, version: int) -> bool:
     """Whether the cut of ``version`` has a manifest, of whatever life."""
-    folder = cut_folder(directory, version)
-    return folder.is_dir() and any(_MANIFEST.fullmatch(path.name) for path in folder.iterdir())
+    return any(_MANIFEST.fullmatch(path.name) for path in _content(cut_folder(directory, version)))
 
 
 def load_manifest(directory: str | Path, version: int) -> dict[str, Any]:
@@ -205,11 +204,13 @@ def delete_cuts(directory: str | Path, oldest: int) -> None:
     A manifest goes before its files, so that a crash on the way leaves no cut that misses some.
     """
     cuts = Path(directory) / "cuts"
-    for folder in sorted(cuts.iterdir()) if cuts.is_dir() else []:
+    for folder in _content(cuts):
         if not _FOLDER.fullmatch(folder.name) or int(folder.name) >= oldest:
             continue
         try:
             _delete_cut(folder)
+        except FileNotFoundError:
+            continue  # another block of the job has deleted the folder
         except OSError as error:
             log.warning("%s is not cleaned up: %s", folder, error)
 
@@ -220,19 +221,29 @@ def delete_layer_files(directory: str | Path, version: int, files: Iterable[Laye
     try:
         for file in files:
             disk.delete(folder / file.name, "cut")
-        if folder.is_dir() and not any(folder.iterdir()):
+        if folder.is_dir() and not _content(folder):
             disk.delete_folder(folder, "cut")
+    except FileNotFoundError:
+        return  # another block of the job, or the commit of a newer cut, has deleted the folder
     except OSError as error:
         log.warning("%s is not cleaned up: %s", folder, error)
 
 
+def _content(folder: Path) -> list[Path]:
+    """What is in ``folder``, in order; nothing when there is no such folder (any more: others delete cuts as well)."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def _delete_cut(folder: Path) -> None:
-    manifests = [path for path in folder.iterdir() if _MANIFEST.fullmatch(path.name)]
+    manifests = [path for path in _content(folder) if _MANIFEST.fullmatch(path.name)]
     for path in manifests:
         disk.delete(path, "manifest")
     if manifests:
         disk.sync_folder(folder, "manifest")
-    for path in sorted(folder.iterdir()):
+    for path in _content(folder):
         disk.delete(path, "cut")
     disk.delete_folder(folder, "cut")
 
@@ -241,7 +252,7 @@ def _find_manifest(directory: str | Path, version: int, fences: Iterable[Fence])
     """The manifest that counts, of the highest life; one that can't be read is not passed over."""
     folder = cut_folder(directory, version)
     found: dict[int, Path] = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in _content(folder):
         match = _MANIFEST.fullmatch(path.name)
         if match:
             found[int(match[1])] = path

@@ -44,6 +44,7 @@ from layerwise.errors import NotAllowedError, RetryableError
 from layerwise.events import Event, ForwardEvent, PassEvent, RestoreEvent, UpdateEvent
 from layerwise.log_header import FORMAT, FORMAT_VERSION, LogHeader, checked_line
 from layerwise.log_reader import LogReader, events_folder, find_logs, segment_path
+from layerwise.threads import VitalThread
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "EventLog", "LogHeader", "LogReader", "events_folder", "find_logs"]
 
@@ -135,7 +136,7 @@ class EventLog:
                 f"no event log can be begun in {self.directory}: {error.strerror or error}; make room there and resume "
                 "the job"
             ) from error
-        self._keeper = threading.Thread(
+        self._keeper = VitalThread(
             target=self._keep, name=f"event-log-{header.start}-{header.stop}-{header.life}", daemon=True
         )
         self._keeper.start()

@@ -30,6 +30,7 @@ from layerwise.fences import Fence, fences_in
 from layerwise.log_reader import LogReader, find_logs
 from layerwise.log_summary import LogSummary, save_summary, summaries_in
 from layerwise.rate_book import LearningRate, RateBook
+from layerwise.threads import VitalThread
 
 KEPT_BYTES = 2**30
 """Below this, logs of one job are left whole."""
@@ -77,7 +78,7 @@ class LogKeeper:
         self._changed = threading.Condition()
         self._oldest: int | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="log-keeper", daemon=True)
+        self._thread = VitalThread(target=self._run, name="log-keeper", daemon=True)
         self._thread.start()
 
     def release(self, oldest: int) -> None:

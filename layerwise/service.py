@@ -20,6 +20,7 @@ from layerwise.memory import keep_freed_memory
 from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Welcome
 from layerwise.metrics_server import serve_metrics
 from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
 from layerwise.version import VERSION
 
@@ -83,7 +84,7 @@ class ServiceHandler(Protocol):
 
 
 class Service:
-    """Runs one handler until a signal, the parent's end, an error in the handler, or a coordinator that stays away."""
+    """Runs one handler until a signal, the parent's end, an error in it or in a thread of it, or a coordinator that stays away."""
 
     def __init__(self, settings: ServiceSettings, make_handler: Callable[[Service], ServiceHandler]) -> None:
         self.settings = settings
@@ -119,37 +120,42 @@ class Service:
             on_error=self.fail,
             dialed_only=(COORDINATOR,),
         )
+        watch = DeathWatch(lambda error: self.loop.call_soon_threadsafe(self.fail, error))
         try:
-            if self.settings.listen:
-                bound = await self.transport.listen(self.settings.listen, insecure=self.settings.insecure)
-                self.address = self.settings.advertise or bound
-            metrics_address = (
-                serve_metrics(self.settings.metrics, self._collect, insecure=self.settings.insecure)
-                if self.settings.metrics
-                else ""
-            )
-            self._hello = Hello(
-                role=self.settings.role,
-                name=self.name,
-                address=self.address,
-                device=self.settings.device,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                version=VERSION,
-                allowed_imports=self.settings.allow_imports,
-                metrics_address=metrics_address,
-            )
-            self._reach_coordinator()
-            ticks = asyncio.create_task(self._tick())
-            await self._lifetime.ended.wait()
-            ticks.cancel()
-            log.info("%s ends: %s", self.name, self._lifetime.reason)
+            with watch:
+                await self._serve()
         finally:
             await self._handler.close()
             await self.transport.close()
             self._lifetime.close()
         if self._error is not None:
             raise self._error
+
+    async def _serve(self) -> None:
+        if self.settings.listen:
+            bound = await self.transport.listen(self.settings.listen, insecure=self.settings.insecure)
+            self.address = self.settings.advertise or bound
+        metrics_address = (
+            serve_metrics(self.settings.metrics, self._collect, insecure=self.settings.insecure)
+            if self.settings.metrics
+            else ""
+        )
+        self._hello = Hello(
+            role=self.settings.role,
+            name=self.name,
+            address=self.address,
+            device=self.settings.device,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=VERSION,
+            allowed_imports=self.settings.allow_imports,
+            metrics_address=metrics_address,
+        )
+        self._reach_coordinator()
+        ticks = asyncio.create_task(self._tick())
+        await self._lifetime.ended.wait()
+        ticks.cancel()
+        log.info("%s ends: %s", self.name, self._lifetime.reason)
 
     def perform(self, effects: list[Effect]) -> None:
         """Carry out a role's effects in order. Event loop's thread only."""

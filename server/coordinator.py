@@ -27,6 +27,7 @@ from layerwise.server.job_store import SqliteJobStore
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.server.metrics import coordinator_metrics
 from layerwise.server.node_document import coordinator_document
+from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
 
 NAME = "coordinator"
@@ -66,7 +67,8 @@ def run_coordinator(
             if on_listening is not None:
                 on_listening(coordinator)
             coordinator.on_end = lifetime.end
-            await lifetime.ended.wait()
+            with DeathWatch(coordinator.fail_from_thread):
+                await lifetime.ended.wait()
             log.info("the coordinator ends: %s", lifetime.reason)
         finally:
             await coordinator.close()
@@ -119,6 +121,7 @@ class Coordinator:
             )
             self.metrics_address = self._metrics.address
         self.address = await transport.listen(listen, insecure=insecure)
+        self._loop = asyncio.get_running_loop()
         self._ticks = asyncio.create_task(self._tick(), name="layerwise coordinator ticks")
         log.info("the coordinator listens at %s", self.address)
         if self.metrics_address:
@@ -261,6 +264,10 @@ class Coordinator:
     def _flush(self) -> None:
         if isinstance(self._store, SqliteJobStore):
             self._store.flush()
+
+    def fail_from_thread(self, error: Exception) -> None:
+        """A thread of the coordinator's has died of ``error``. Any thread may call."""
+        self._loop.call_soon_threadsafe(self._fail, error)
 
     def _fail(self, error: Exception) -> None:
         if self.error is None:

@@ -16,6 +16,7 @@ from layerwise.errors import ConfigError, CorruptError, DeadlineError, NotFoundE
 from layerwise.fault_points import Operation, points
 from layerwise.messages import Role
 from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState, PlacementRecord
+from layerwise.threads import VitalThread
 
 FILE = "jobs.sqlite3"
 MAX_WAITING = 10_000
@@ -103,7 +104,7 @@ class SqliteJobStore:
         self._problem = ""
         self._closing = threading.Event()
         self._writes: queue.Queue[Write | threading.Event | None] = queue.Queue(MAX_WAITING)
-        self._thread = threading.Thread(target=self._write_all, name="layerwise-job-store", daemon=True)
+        self._thread = VitalThread(target=self._write_all, name="layerwise-job-store", daemon=True)
         self._thread.start()
 
     # Reading ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
@@ -19,6 +18,7 @@ from layerwise.tasks import (
     TaskResult,
     run_to_end,
 )
+from layerwise.threads import VitalThread
 
 
 class Slots:
@@ -46,8 +46,7 @@ class Slots:
         self._backward_follows = backward_follows
         self._busy_seconds = [0.0] * num_slots
         self._threads = [
-            threading.Thread(target=self._work, args=(index,), name=f"slot-{index}-{name}")
-            for index in range(num_slots)
+            VitalThread(target=self._work, args=(index,), name=f"slot-{index}-{name}") for index in range(num_slots)
         ]
 
     @property

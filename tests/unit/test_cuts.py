@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from layerwise.cuts import (
     commit_manifest,
     cut_folder,
     delete_cuts,
+    delete_layer_files,
     durable_cuts,
+    is_durable,
     layer_files,
     load_manifest,
+    manifest_name,
     newest_cut,
 )
 from layerwise.errors import ConfigError, CorruptError, NotFoundError
@@ -253,3 +257,25 @@ def test_cuts_that_fail_do_not_fill_the_disk_further(tmp_path: Path, monkeypatch
     left = sorted(int(path.name) for path in (tmp_path / "cuts").iterdir() if path.name.isdigit())
     assert left == [3, 4, 5, 6, 7], "the newest four may still be finished, and 5 is durable"
     assert durable_cuts(tmp_path) == (5,)
+
+
+def test_several_who_delete_the_same_old_cuts_do_not_meet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every shard forgets what was not finished while the first one deletes what is old: none may die or complain of it."""
+    versions = range(1, 201)
+    files = (LayerFile(layer=0, life=1, name="layer-000.life-1.safetensors", num_bytes=1, digest=""),)
+    for version in versions:
+        folder = cut_folder(tmp_path, version)
+        folder.mkdir(parents=True)
+        (folder / files[0].name).write_bytes(b"x")
+        (folder / manifest_name(1)).write_text("{}")
+
+    def forget() -> None:
+        for version in versions:
+            if not is_durable(tmp_path, version):
+                delete_layer_files(tmp_path, version, files)
+
+    with ThreadPoolExecutor(3) as threads:
+        for ended in [threads.submit(delete_cuts, tmp_path, 201), threads.submit(forget), threads.submit(forget)]:
+            ended.result()
+    assert durable_cuts(tmp_path) == ()
+    assert caplog.records == []
