@@ -165,6 +165,11 @@ def _conflicts(spec: JobSpec) -> list[str]:
             f"async.backward_weights: got {describe(options.backward_weights)}, expected 'auto' or 'recompute' with "
             "detached backward workers: they hold no activations, so they always run the block's forward pass again"
         )
+    if spec.checkpoint.standby and spec.cluster.shards < 2:
+        problems.append(
+            "checkpoint.standby: got true, expected at least 2 cluster.shards with it: a copy in the memory of the same "
+            "process would be lost with it"
+        )
     accumulation = options.accumulation
     if accumulation != "auto" and spec.data.batch % accumulation:
         problems.append(

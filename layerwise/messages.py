@@ -434,11 +434,25 @@ class Course:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StandbySource:
+    """Where a block's layers are to be fetched from that a lost shard has left with another one (no ``holder``: from a cut).
+
+    ``life`` is the one in which they were copied.
+    """
+
+    holder: str = ""
+    address: str = ""
+    life: int = 0
+    files: tuple[LayerFile, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """Coordinator to a process: take part in a job.
 
     ``block`` is the index into ``route`` for a shard (for a backward worker: the block it works for), -1 for a forward worker.
-    ``cut`` is the version to restore (0: the initial weights). ``directory`` is where cuts and event logs go.
+    ``cut`` is the version to restore (0: the initial weights), from a cut unless ``standby`` says where else. ``directory`` is where cuts and
+    event logs go.
     ``generation`` counts the routes of the job: every admission number and every attempt of this one is above those of the routes before.
     """
 
@@ -452,6 +466,7 @@ class Assignment:
     directory: str
     generation: int
     course: Course = Course()
+    standby: StandbySource = StandbySource()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -532,13 +547,15 @@ class Unassigned:
 class Failure:
     """A role: the job can't go on, and why, in one sentence. ``cut`` names the version of a cut that can't be restored (0: it is not that).
 
-    ``diverged``: training itself is at fault, seen by a block in this life (0: it is not that).
+    ``diverged``: training itself is at fault, seen by a block in this life (0: it is not that). ``standby``: the standby copy of this
+    version could not be had (0: it is not that).
     """
 
     job: str
     message: str
     cut: int = 0
     diverged: int = 0
+    standby: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -665,6 +682,56 @@ class CutDurable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StandbyOffer:
+    """Shard to the one that keeps its copies: block ``block`` in ``life`` has copied itself at ``version``; fetch it.
+
+    It need not, and it may leave out versions; a newer offer takes the place of one that it has not begun.
+    """
+
+    job: str
+    block: int
+    life: int
+    version: int
+    files: tuple[LayerFile, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandbyRequest:
+    """Shard to shard: the next bytes of layer ``layer`` in that copy, from ``offset`` on. One request at a time is under way."""
+
+    job: str
+    block: int
+    life: int
+    version: int
+    layer: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandbyPart:
+    """The answer to a `StandbyRequest`; without ``data`` there is no such copy here (any more)."""
+
+    job: str
+    block: int
+    life: int
+    version: int
+    layer: int
+    offset: int
+    data: Tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandbyHeld:
+    """Shard to the coordinator, and to the block's own shard: this copy is here, whole. It never counts as durable."""
+
+    job: str
+    block: int
+    life: int
+    version: int
+    files: tuple[LayerFile, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HoldCut:
     """Coordinator to shards: keep the copy of ``version`` in memory for evaluation."""
 
@@ -732,5 +799,6 @@ Message = (
     | TaskRequest | DetachedTask | PushGradient | TaskFinished
     | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | LinkDown | StartTraining | Unassign | Unassigned | Failure
     | LeaseRequest | Lease | Recall | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
+    | StandbyOffer | StandbyRequest | StandbyPart | StandbyHeld
     | Stop | Stopping | BlockReport
 )  # fmt: skip

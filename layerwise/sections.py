@@ -393,6 +393,13 @@ class Checkpoint(Section):
     )
     keep: Count = 3
     path: str | None = Field(default=None, min_length=1, description="default: runs/ and the job's name")
+    standby: bool = Field(
+        default=False,
+        description="newer states of each block are kept in the memory of another shard, for a block whose shard is lost",
+    )
+    standby_every: AutoCount = Field(
+        default="auto", description="updates between these states; auto: a tenth of the updates between cuts, at least 10"
+    )
 
 
 class Timeouts(Section):

@@ -21,13 +21,17 @@ LARGEST_AUTO_INTERVAL = 1000
 CHEAP_HOP = 0.05
 """A hop below this part of a block's forward time does not need a longer window."""
 LARGEST_NU_BELOW_WINDOW = 0.4
+STANDBY_FRACTION = 10
+"""Standby copies between two cuts, where the job does not say."""
+LEAST_STANDBY_INTERVAL = 10
+"""Updates between standby copies at least, where the job does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedSettings:
     """A job's settings without any ``auto`` left. Fixed before the first lease, and used again when the job is resumed.
 
-    ``cut_intervals`` are in updates. ``max_staleness`` is the promise that the audit checks; ``expected_staleness`` is the largest value with in-order
+    ``cut_intervals`` and ``standby_every`` are in updates (0: there are no standby copies). ``max_staleness`` is the promise that the audit checks; ``expected_staleness`` is the largest value with in-order
     arrival. Both are in updates, and 0 in synchronous mode.
     """
 
@@ -42,6 +46,7 @@ class ResolvedSettings:
     epochs: int
     plan: TrainingPlan
     cut_intervals: tuple[int, ...] = ()
+    standby_every: int = 0
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -95,6 +100,8 @@ def resolve(
         window = _bounded(spec, wanted, plan)
     expected = 0 if synchronous else plan.expected_staleness(window)
     promised = 0 if synchronous else plan.max_staleness(window)
+    cuts = _cut_intervals(spec, steps)
+    standby, standby_warnings = _standby(spec, steps, cuts, plain=synchronous or window == 1)
     weights = spec.asynchrony.backward_weights
     policy = spec.asynchrony.delay_policy
     return ResolvedSettings(
@@ -108,8 +115,12 @@ def resolve(
         steps=steps,
         epochs=plan.num_epochs,
         plan=plan,
-        cut_intervals=_cut_intervals(spec, steps),
-        warnings=() if synchronous else tuple(_warnings(spec, window, accumulation, expected, num_blocks)),
+        cut_intervals=cuts,
+        standby_every=standby,
+        warnings=(
+            *(() if synchronous else _warnings(spec, window, accumulation, expected, num_blocks)),
+            *standby_warnings,
+        ),
     )
 
 
@@ -141,6 +152,28 @@ def _cut_intervals(spec: JobSpec, steps: int) -> tuple[int, ...]:
     if every == "auto":
         every = min(max(steps // AUTO_CUTS, 1), LARGEST_AUTO_INTERVAL)
     return tuple(sorted({one for one in (every, spec.train.evaluate_every) if one is not None}))
+
+
+def _standby(spec: JobSpec, steps: int, cuts: tuple[int, ...], *, plain: bool) -> tuple[int, tuple[str, ...]]:
+    """Updates between standby copies (0: there are none), and what is to be said about them."""
+    if not spec.checkpoint.standby:
+        return 0, ()
+    if plain:
+        # A layer that is ahead of another would not be plain training: all blocks go back together, to a cut.
+        return 0, (
+            "checkpoint.standby: without effect in synchronous mode and with a window of 1, where all blocks go back to "
+            "the newest cut together; lower checkpoint.every instead",
+        )
+    between = min(cuts, default=steps)
+    every = spec.checkpoint.standby_every
+    if every == "auto":
+        return max(between // STANDBY_FRACTION, LEAST_STANDBY_INTERVAL), ()
+    if every >= between:
+        return every, (
+            f"checkpoint.standby_every: {every} is no less than the {between} updates between cuts, so that standby copies "
+            f"are of little use; lower it",
+        )
+    return every, ()
 
 
 def _bounded(spec: JobSpec, window: int, plan: TrainingPlan) -> int:

@@ -85,7 +85,7 @@ class Packet(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("offer", "grant", "decline", "closed", "forward", "boundary_gradient", "block_closed", "abort", "not_finite", "stop_at", "evaluate_forward", "evaluated", "task_request", "detached_task", "push_gradient", "task_finished", "hello", "welcome", "heartbeat", "probe", "probed", "assignment", "ready", "start_training", "unassign", "unassigned", "failure", "lease_request", "lease", "lease_return", "attempts_closed", "cut_taken", "cut_saved", "commit_cut", "cut_committed", "cut_durable", "hold_cut", "release_cut", "stop", "stopping", "block_report", "echo", "echoed", "reroute", "link_down", "recall")
+    __slots__ = ("offer", "grant", "decline", "closed", "forward", "boundary_gradient", "block_closed", "abort", "not_finite", "stop_at", "evaluate_forward", "evaluated", "task_request", "detached_task", "push_gradient", "task_finished", "hello", "welcome", "heartbeat", "probe", "probed", "assignment", "ready", "start_training", "unassign", "unassigned", "failure", "lease_request", "lease", "lease_return", "attempts_closed", "cut_taken", "cut_saved", "commit_cut", "cut_committed", "cut_durable", "hold_cut", "release_cut", "stop", "stopping", "block_report", "echo", "echoed", "reroute", "link_down", "recall", "standby_offer", "standby_request", "standby_part", "standby_held")
     OFFER_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     DECLINE_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,10 @@ class Envelope(_message.Message):
     REROUTE_FIELD_NUMBER: _ClassVar[int]
     LINK_DOWN_FIELD_NUMBER: _ClassVar[int]
     RECALL_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_OFFER_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_PART_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_HELD_FIELD_NUMBER: _ClassVar[int]
     offer: Offer
     grant: Grant
     decline: Decline
@@ -178,7 +182,11 @@ class Envelope(_message.Message):
     reroute: Reroute
     link_down: LinkDown
     recall: Recall
-    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., boundary_gradient: _Optional[_Union[BoundaryGradient, _Mapping]] = ..., block_closed: _Optional[_Union[BlockClosed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., not_finite: _Optional[_Union[NotFinite, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., evaluate_forward: _Optional[_Union[EvaluateForward, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., task_request: _Optional[_Union[TaskRequest, _Mapping]] = ..., detached_task: _Optional[_Union[DetachedTask, _Mapping]] = ..., push_gradient: _Optional[_Union[PushGradient, _Mapping]] = ..., task_finished: _Optional[_Union[TaskFinished, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., start_training: _Optional[_Union[StartTraining, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., unassigned: _Optional[_Union[Unassigned, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., lease_return: _Optional[_Union[LeaseReturn, _Mapping]] = ..., attempts_closed: _Optional[_Union[AttemptsClosed, _Mapping]] = ..., cut_taken: _Optional[_Union[CutTaken, _Mapping]] = ..., cut_saved: _Optional[_Union[CutSaved, _Mapping]] = ..., commit_cut: _Optional[_Union[CommitCut, _Mapping]] = ..., cut_committed: _Optional[_Union[CutCommitted, _Mapping]] = ..., cut_durable: _Optional[_Union[CutDurable, _Mapping]] = ..., hold_cut: _Optional[_Union[HoldCut, _Mapping]] = ..., release_cut: _Optional[_Union[ReleaseCut, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., block_report: _Optional[_Union[BlockReport, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., echoed: _Optional[_Union[Echoed, _Mapping]] = ..., reroute: _Optional[_Union[Reroute, _Mapping]] = ..., link_down: _Optional[_Union[LinkDown, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ...) -> None: ...
+    standby_offer: StandbyOffer
+    standby_request: StandbyRequest
+    standby_part: StandbyPart
+    standby_held: StandbyHeld
+    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., boundary_gradient: _Optional[_Union[BoundaryGradient, _Mapping]] = ..., block_closed: _Optional[_Union[BlockClosed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., not_finite: _Optional[_Union[NotFinite, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., evaluate_forward: _Optional[_Union[EvaluateForward, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., task_request: _Optional[_Union[TaskRequest, _Mapping]] = ..., detached_task: _Optional[_Union[DetachedTask, _Mapping]] = ..., push_gradient: _Optional[_Union[PushGradient, _Mapping]] = ..., task_finished: _Optional[_Union[TaskFinished, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., start_training: _Optional[_Union[StartTraining, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., unassigned: _Optional[_Union[Unassigned, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., lease_return: _Optional[_Union[LeaseReturn, _Mapping]] = ..., attempts_closed: _Optional[_Union[AttemptsClosed, _Mapping]] = ..., cut_taken: _Optional[_Union[CutTaken, _Mapping]] = ..., cut_saved: _Optional[_Union[CutSaved, _Mapping]] = ..., commit_cut: _Optional[_Union[CommitCut, _Mapping]] = ..., cut_committed: _Optional[_Union[CutCommitted, _Mapping]] = ..., cut_durable: _Optional[_Union[CutDurable, _Mapping]] = ..., hold_cut: _Optional[_Union[HoldCut, _Mapping]] = ..., release_cut: _Optional[_Union[ReleaseCut, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., block_report: _Optional[_Union[BlockReport, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., echoed: _Optional[_Union[Echoed, _Mapping]] = ..., reroute: _Optional[_Union[Reroute, _Mapping]] = ..., link_down: _Optional[_Union[LinkDown, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ..., standby_offer: _Optional[_Union[StandbyOffer, _Mapping]] = ..., standby_request: _Optional[_Union[StandbyRequest, _Mapping]] = ..., standby_part: _Optional[_Union[StandbyPart, _Mapping]] = ..., standby_held: _Optional[_Union[StandbyHeld, _Mapping]] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("dtype", "shape", "strides", "num_bytes", "absent")
@@ -638,8 +646,20 @@ class Course(_message.Message):
     synchronous_until: int
     def __init__(self, version: _Optional[int] = ..., rate_factor: _Optional[float] = ..., synchronous_until: _Optional[int] = ...) -> None: ...
 
+class StandbySource(_message.Message):
+    __slots__ = ("holder", "address", "life", "files")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    address: str
+    life: int
+    files: _containers.RepeatedCompositeFieldContainer[LayerFile]
+    def __init__(self, holder: _Optional[str] = ..., address: _Optional[str] = ..., life: _Optional[int] = ..., files: _Optional[_Iterable[_Union[LayerFile, _Mapping]]] = ...) -> None: ...
+
 class Assignment(_message.Message):
-    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation", "course")
+    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation", "course", "standby")
     JOB_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -650,6 +670,7 @@ class Assignment(_message.Message):
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     COURSE_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
     job: str
     spec_json: str
     settings_json: str
@@ -660,7 +681,8 @@ class Assignment(_message.Message):
     directory: str
     generation: int
     course: Course
-    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ..., course: _Optional[_Union[Course, _Mapping]] = ...) -> None: ...
+    standby: StandbySource
+    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ..., course: _Optional[_Union[Course, _Mapping]] = ..., standby: _Optional[_Union[StandbySource, _Mapping]] = ...) -> None: ...
 
 class Reroute(_message.Message):
     __slots__ = ("job", "route", "block", "generation", "durable")
@@ -725,16 +747,18 @@ class Unassigned(_message.Message):
     def __init__(self, job: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("job", "message", "cut", "diverged")
+    __slots__ = ("job", "message", "cut", "diverged", "standby")
     JOB_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     DIVERGED_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
     job: str
     message: str
     cut: int
     diverged: int
-    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ..., diverged: _Optional[int] = ...) -> None: ...
+    standby: int
+    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ..., diverged: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("job", "count")
@@ -881,6 +905,68 @@ class CutDurable(_message.Message):
     job: str
     version: int
     def __init__(self, job: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class StandbyOffer(_message.Message):
+    __slots__ = ("job", "block", "life", "version", "files")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    block: int
+    life: int
+    version: int
+    files: _containers.RepeatedCompositeFieldContainer[LayerFile]
+    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., life: _Optional[int] = ..., version: _Optional[int] = ..., files: _Optional[_Iterable[_Union[LayerFile, _Mapping]]] = ...) -> None: ...
+
+class StandbyRequest(_message.Message):
+    __slots__ = ("job", "block", "life", "version", "layer", "offset")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    block: int
+    life: int
+    version: int
+    layer: int
+    offset: int
+    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., life: _Optional[int] = ..., version: _Optional[int] = ..., layer: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class StandbyPart(_message.Message):
+    __slots__ = ("job", "block", "life", "version", "layer", "offset", "data")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    block: int
+    life: int
+    version: int
+    layer: int
+    offset: int
+    data: Tensors
+    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., life: _Optional[int] = ..., version: _Optional[int] = ..., layer: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[_Union[Tensors, _Mapping]] = ...) -> None: ...
+
+class StandbyHeld(_message.Message):
+    __slots__ = ("job", "block", "life", "version", "files")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    block: int
+    life: int
+    version: int
+    files: _containers.RepeatedCompositeFieldContainer[LayerFile]
+    def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., life: _Optional[int] = ..., version: _Optional[int] = ..., files: _Optional[_Iterable[_Union[LayerFile, _Mapping]]] = ...) -> None: ...
 
 class HoldCut(_message.Message):
     __slots__ = ("job", "version")
