@@ -570,7 +570,8 @@ class LeaseRequest:
 class Lease:
     """Coordinator: these attempts are yours until they close, or until you are gone. Evaluation leases name the cut.
 
-    ``drops`` are leased like ``attempts``, but not loaded: they go through the route as drops.
+    ``drops`` are leased like ``attempts``, but not loaded: they go through the route as drops. What is ``urgent`` comes
+    before all that is not, wherever it is in the plan: training may wait for it.
     """
 
     job: str
@@ -579,6 +580,7 @@ class Lease:
     version: int = 0
     ranges: tuple[Microbatch, ...] = ()
     drops: tuple[DroppedAttempt, ...] = ()
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

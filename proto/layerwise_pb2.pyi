@@ -777,20 +777,22 @@ class DroppedAttempt(_message.Message):
     def __init__(self, attempt: _Optional[_Union[Attempt, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Lease(_message.Message):
-    __slots__ = ("job", "kind", "attempts", "version", "ranges", "drops")
+    __slots__ = ("job", "kind", "attempts", "version", "ranges", "drops", "urgent")
     JOB_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
     DROPS_FIELD_NUMBER: _ClassVar[int]
+    URGENT_FIELD_NUMBER: _ClassVar[int]
     job: str
     kind: LeaseKind
     attempts: _containers.RepeatedCompositeFieldContainer[Attempt]
     version: int
     ranges: _containers.RepeatedCompositeFieldContainer[Microbatch]
     drops: _containers.RepeatedCompositeFieldContainer[DroppedAttempt]
-    def __init__(self, job: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., version: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[Microbatch, _Mapping]]] = ..., drops: _Optional[_Iterable[_Union[DroppedAttempt, _Mapping]]] = ...) -> None: ...
+    urgent: bool
+    def __init__(self, job: _Optional[str] = ..., kind: _Optional[_Union[LeaseKind, str]] = ..., attempts: _Optional[_Iterable[_Union[Attempt, _Mapping]]] = ..., version: _Optional[int] = ..., ranges: _Optional[_Iterable[_Union[Microbatch, _Mapping]]] = ..., drops: _Optional[_Iterable[_Union[DroppedAttempt, _Mapping]]] = ..., urgent: _Optional[bool] = ...) -> None: ...
 
 class Recall(_message.Message):
     __slots__ = ("job",)

@@ -157,6 +157,11 @@ class Admission:
         return len(self._waiting)
 
     @property
+    def waiting(self) -> tuple[str, ...]:
+        """Who waits with an offer."""
+        return tuple(self._waiting)
+
+    @property
     def span(self) -> int:
         """From the oldest open number to the newest given; never above the window."""
         oldest = self.oldest_open
@@ -220,6 +225,11 @@ class Admission:
         aborted = [entry for entry in lost if self._abort(entry)]
         return aborted, self._settle(now)
 
+    def withdraw(self, peer: str) -> Attempt | None:
+        """``peer`` takes part no more: its offer that waits is forgotten; gives the attempt."""
+        waiting = self._waiting.pop(peer, None)
+        return None if waiting is None else waiting.attempt
+
     def abort_late(self, granted_before: float) -> list[OpenNumber]:
         """Numbers to abort because their tensors have not arrived since before that time."""
         return [entry for entry in self._open.values() if entry.granted_at < granted_before and self._abort(entry)]
@@ -279,10 +289,12 @@ class Admission:
         wanted = self._wanted()
         if not wanted or any(waiting.index in wanted for waiting in self._waiting.values()):
             return []
-        # During a stop what waits is not needed at all, unless what is wanted is lost: its worker would get it again at once.
-        reason = "order" if self.stop_version is None else "stopping"
+        # What a stop does not need is not to be leased again at once, unless what it needs is lost.
         declined: list[Decision] = [
-            Declined(peer=peer, attempt=waiting.attempt, reason=reason) for peer, waiting in self._waiting.items()
+            Declined(
+                peer=peer, attempt=waiting.attempt, reason="order" if self._is_needed(waiting.index) else "stopping"
+            )
+            for peer, waiting in self._waiting.items()
         ]
         self._waiting.clear()
         return declined
@@ -383,18 +395,25 @@ class Admission:
             return set() if lowest is None else {lowest}
         return self._partial if len(self.done) + len(self._unclosed()) >= self._limit() else set()
 
+    def _is_needed(self, index: int) -> bool:
+        """With nothing open: whether what is left until the end, or until the stop version, takes ``index``."""
+        if index in self._partial:
+            return True
+        left = self._final_limit - len(self.done) - len(self._partial)
+        if not self.ordered:
+            return left > 0
+        below = sum(1 for one in self.done.above | self._partial if one < index)
+        return index - min(index, self.done.watermark) - below < left
+
     def _lowest_wanted(self) -> int | None:
-        """The lowest index that may be admitted next in position order."""
-        partial = min(self._partial - self._by_index.keys(), default=None)
-        if self.synchronous and self._partial:
-            return partial
+        """The index that must be admitted next where microbatches come in position order: what some layers lack comes first."""
+        if self._partial:
+            return min(self._partial - self._by_index.keys(), default=None)
         if len(self.done) + len(self._unclosed()) >= self._limit():
-            return partial
+            return None
         index = self.done.watermark
         while index in self.done or index in self._by_index:
             index += 1
-        if partial is not None:
-            index = min(index, partial)
         return index if index < self._plan.num_microbatches else None
 
     def _may_be_synchronous(self, index: int) -> bool:

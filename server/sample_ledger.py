@@ -176,6 +176,10 @@ class SampleLedger:
         known = self.drops.get(self.plan.index(microbatch))
         return "" if known is None else known.reason
 
+    def is_partial(self, microbatch: Microbatch) -> bool:
+        """Some layers had it when training began, and others still lack it: nothing may go on before it is closed."""
+        return self.plan.index(microbatch) in self._first
+
     # What happens ----------------------------------------------------------------------------------------------------
 
     def stop_at(self, version: int) -> None:

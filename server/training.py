@@ -414,16 +414,21 @@ class Training:
         attempts: tuple[Attempt, ...] = self.ledger.lease(worker, self._capacity[worker], now, paused=bool(self._due))
         if not attempts:
             return []
+        urgent = tuple(one for one in attempts if self.ledger.is_partial(one.microbatch))
+        others = tuple(one for one in attempts if one not in urgent)
+        return [Send(worker, self._training_lease(some, urgent=some is urgent)) for some in (urgent, others) if some]
+
+    def _training_lease(self, attempts: tuple[Attempt, ...], *, urgent: bool) -> Lease:
         reasons = {attempt: self.ledger.reason_to_drop(attempt.microbatch) for attempt in attempts}
-        lease = Lease(
+        return Lease(
             job=self._job,
             kind=LeaseKind.TRAIN,
             attempts=tuple(attempt for attempt, reason in reasons.items() if not reason),
             drops=tuple(
                 DroppedAttempt(attempt=attempt, reason=reason) for attempt, reason in reasons.items() if reason
             ),
+            urgent=urgent,
         )
-        return [Send(worker, lease)]
 
     def _watch(self, closed: AttemptClosed) -> None:
         """Have the guard judge a loss, and remember what to keep in case that it trips."""

@@ -105,6 +105,8 @@ class Forget:
 
 
 Request = Prepare | Load | LoadEvaluation | Forget
+_Turn = tuple[bool, Attempt]
+"""Whether it may wait for what is urgent, and which it is: the lowest comes first."""
 
 
 class _State(Enum):
@@ -116,6 +118,7 @@ class _State(Enum):
 
 @dataclass(slots=True)
 class _Lease:
+    urgent: bool
     state: _State = _State.LOADING
     inputs: Tensors | None = None
     targets: Tensors | None = None
@@ -134,7 +137,7 @@ class _Job:
     stopping: bool = False
     asked_at: float = 0.0
     leases: dict[Attempt, _Lease] = field(default_factory=dict)
-    held: list[Attempt] = field(default_factory=list)
+    held: list[_Turn] = field(default_factory=list)
     """A heap of leases for later: nothing of them is loaded."""
     drops: dict[Attempt, str] = field(default_factory=dict)
     """Leases of microbatches that are given up, and why: there is nothing to load."""
@@ -185,10 +188,13 @@ class _Job:
             self.rate = self.closed / (now - self.counted_at)
             self.closed, self.counted_at = 0, now
 
+    def turns(self, *states: _State) -> list[_Turn]:
+        """Whose turn it is among the leases in these states; the first is the lowest."""
+        return [(not lease.urgent, attempt) for attempt, lease in self.leases.items() if lease.state in states]
+
     def best_ready(self) -> Attempt | None:
-        """The lowest microbatch that is loaded or offered."""
-        states = (_State.READY, _State.OFFERED)
-        return min((attempt for attempt, lease in self.leases.items() if lease.state in states), default=None)
+        """The first microbatch that is loaded or offered."""
+        return min(self.turns(_State.READY, _State.OFFERED), default=(False, None))[1]
 
     def offered(self) -> Attempt | None:
         """The attempt whose offer waits."""
@@ -319,7 +325,9 @@ class ForwardRole:
         if state is None or lease is None or lease.state is not _State.LOADING:
             return []
         lease.state, lease.inputs, lease.targets = _State.READY, inputs, targets
-        return self._offer(state)
+        effects = self._offer(state)
+        self._load_next(state)
+        return effects
 
     def on_load_failed(self, job: str, attempt: Attempt, sentence: str, now: float) -> list[Effect]:
         """The samples of ``attempt`` can't be loaded."""
@@ -404,13 +412,13 @@ class ForwardRole:
         job.drops.update((one.attempt, one.reason) for one in message.drops)
         for attempt in (*message.attempts, *(one.attempt for one in message.drops)):
             if attempt not in job.leases:
-                heapq.heappush(job.held, attempt)
+                heapq.heappush(job.held, (not message.urgent, attempt))
         self._load_next(job)
         return self._offer(job)
 
     def _on_recall(self, job: _Job) -> list[Effect]:
         """Give back what is not even being loaded: the coordinator waits for what is leased to close."""
-        held, job.held = sorted(job.held), []
+        held, job.held = [attempt for _, attempt in sorted(job.held)], []
         for attempt in held:
             job.drops.pop(attempt, None)
         return [
@@ -418,13 +426,22 @@ class ForwardRole:
         ]
 
     def _load_next(self, job: _Job) -> None:
-        """Load the lowest microbatches that are held, as far as there is room."""
-        while job.held and len(job.leases) < job.capacity:
-            attempt = heapq.heappop(job.held)
+        """Load the first microbatches that are held, as far as there is room.
+
+        A loaded one that comes later makes room: in position order it might wait for ever for one that is not even loaded.
+        """
+        while job.held:
+            if len(job.leases) >= job.capacity:
+                last = max(job.turns(_State.READY), default=job.held[0])
+                if last <= job.held[0]:
+                    return
+                del job.leases[last[1]]
+                heapq.heappush(job.held, last)
+            late, attempt = heapq.heappop(job.held)
             if attempt in job.drops:
-                job.leases[attempt] = _Lease(_State.READY, Tensors.none(), Tensors.none())
+                job.leases[attempt] = _Lease(not late, _State.READY, Tensors.none(), Tensors.none())
                 continue
-            job.leases[attempt] = _Lease()
+            job.leases[attempt] = _Lease(not late)
             self._requests.append(Load(job=job.job, attempt=attempt))
 
     def _on_grant(self, job: _Job, message: Grant) -> list[Effect]:
@@ -456,9 +473,9 @@ class ForwardRole:
         return [Send(self._coordinator, returned), *self._offer(job), *self._ask(job, now)]
 
     def _offer(self, job: _Job) -> list[Effect]:
-        """Offer the lowest microbatch; it replaces a higher one whose offer waits.
+        """Offer the first microbatch; it replaces a later one whose offer waits.
 
-        In position order the shard might wait for the lower one for ever otherwise.
+        In position order the shard might wait for the first one for ever otherwise.
         """
         if not job.connected:
             return []

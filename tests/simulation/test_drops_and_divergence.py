@@ -67,12 +67,16 @@ def test_bad_samples_are_dropped_exactly_once_whoever_dies(target: str, seed: in
     assert all("not finite" in listed[index] for index in bad.spoilt)
 
 
-@pytest.mark.parametrize("seed", [631, 3631])
-def test_what_some_layers_had_applied_before_it_became_bad_is_named_with_the_lowest_layer_that_lacks_it(
-    seed: int,
-) -> None:
-    document = run(draw(seed))
-    assert any(one["missing_from"] is not None for one in document["ledger"]["dropped"])
+def test_what_some_layers_had_applied_before_it_became_bad_is_named_with_the_lowest_layer_that_lacks_it() -> None:
+    """A loss that was finite before a shard was lost is not always so the second time: whether depends on the moment."""
+    partial = []
+    for seed in range(12):
+        bad = BadSamples(spoilt=frozenset(range(2, 60, 3)), often=0.5)
+        dies = tuple(Fault(at=at + 0.02 * seed, kind="kill", target="shard-0", seconds=0.2) for at in (0.4, 0.8, 1.2))
+        document = run(replace(steady(seed, on_bad_sample="drop", max_dropped=1.0), bad=bad, faults=dies))
+        partial += [one["missing_from"] for one in document["ledger"]["dropped"] if one["missing_from"] is not None]
+    assert partial
+    assert set(partial) <= {0, 1}, "shard-0 has the layers 0 and 1, and only those were set back"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 50.0], ids=["not finite", "risen"])
@@ -82,7 +86,8 @@ def test_a_divergence_is_rolled_back_to_a_cut_from_before_it_whoever_dies(target
     times = {"": (), "coordinator": (1.2,)}.get(target, (0.6, 1.1, 1.6))
     dies = tuple(Fault(at=at, kind="kill", target=target, seconds=0.2) for at in times)
     divergence = FakeDivergence(index=40, bad=bad)
-    document = run(replace(steady(3, on_divergence="rollback"), divergence=divergence, faults=dies))
+    # The average begins anew with each shard that is lost, so enough must be left after the last one.
+    document = run(replace(steady(3, on_divergence="rollback", steps=80), divergence=divergence, faults=dies))
     [rollback] = document["rollbacks"]
     assert rollback["version"] < 40
     if not target:

@@ -235,6 +235,30 @@ def test_offers_that_wait_for_one_that_nobody_makes_are_given_back() -> None:
     assert granted(made.offer("a", attempt(0), 3.0)) == [("a", 0, 0)]
 
 
+def test_what_a_stop_still_needs_is_not_given_back_as_if_it_did_not() -> None:
+    """Simulated seed 3226: its worker's link was broken for a second, and nobody ever brought 1 again."""
+    made = admission(window=1)
+    made.offer("a", attempt(0), 0.0)
+    made.arrived(0, attempt(0), 0.0)
+    assert made.stop(0.0)[0] == 1  # that is two microbatches: 0 and 1
+    close(made, 0)
+    made.offer("b", attempt(2), 1.0)
+    assert declined(made.unblock(2.0)) == [("b", "stopping")]
+    made = admission(window=1)
+    made.offer("a", attempt(0), 0.0)
+    made.stop(0.0)
+    close(made, 0, Outcome.ABORTED)
+    made.offer("b", attempt(1), 1.0)
+    made.offer("c", attempt(2), 1.0)
+    assert declined(made.unblock(2.0)) == [("b", "order"), ("c", "stopping")]
+
+
+def test_what_some_layers_have_comes_first_in_position_order() -> None:
+    made = admission(window=1, done=AppliedSet(watermark=1), held=AppliedSet(watermark=1, above={4}))
+    assert made.offer("a", attempt(1), 0.0) == []
+    assert granted(made.offer("b", attempt(4), 0.0)) == [("b", 4, 0)]
+
+
 def test_an_unknown_microbatch_is_refused() -> None:
     made = admission()
     with pytest.raises(ValueError, match="not a microbatch of this plan"):

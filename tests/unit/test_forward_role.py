@@ -339,6 +339,42 @@ def test_leases_beyond_what_may_be_loaded_are_held_lowest_first_and_loaded_as_ot
     assert role.take_requests() == [Load(job="job", attempt=attempt(3))]
 
 
+def test_a_loaded_microbatch_makes_room_for_one_that_comes_before_it() -> None:
+    """Simulated seed 4031: all places held what had to wait for what was leased after it."""
+    role = ready_role(window=1, prefetch=1)
+    lease(role, 5, 6)
+    loaded(role, 5)
+    loaded(role, 6)
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.TRAIN, attempts=(attempt(3), attempt(7))), 0.0)
+    assert role.take_requests() == [Load(job="job", attempt=attempt(3))]
+    assert role.num_leases == 4
+    assert loaded(role, 3) == [offer(3)]
+    assert role.take_requests() == []
+
+
+def test_a_microbatch_makes_room_once_it_is_loaded() -> None:
+    role = ready_role(window=1, prefetch=1)
+    lease(role, 5, 6)
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.TRAIN, attempts=(attempt(3),)), 0.0)
+    assert loaded(role, 5) == [offer(5)]
+    assert role.take_requests() == []
+    assert loaded(role, 6) == []
+    assert role.take_requests() == [Load(job="job", attempt=attempt(3))]
+
+
+def test_what_is_urgent_comes_before_what_is_lower() -> None:
+    role = ready_role(window=1, prefetch=1)
+    lease(role, 0, 1)
+    assert loaded(role, 0) == [offer(0)]
+    loaded(role, 1)
+    urgent = Lease(job="job", kind=LeaseKind.TRAIN, attempts=(attempt(9), attempt(8)), urgent=True)
+    role.on_message("coordinator", urgent, 0.0)
+    assert role.take_requests() == [Load(job="job", attempt=attempt(8))]
+    assert loaded(role, 8) == [offer(8)]
+    assert role.take_requests() == [Load(job="job", attempt=attempt(9))]
+    assert loaded(role, 9) == []
+
+
 def test_a_recall_brings_back_what_is_not_being_loaded() -> None:
     role = ready_role(window=1, prefetch=1)
     attempts = tuple(attempt(index) for index in (0, 1, 2, 3))
