@@ -9,7 +9,7 @@ backward  dx ◄─ layer 4 ◄─ layer 5 ◄─ layer 6 ◄─ gradient of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -382,6 +382,19 @@ class Block:
         with self._transfers.computing():
             for layer in self.layers:
                 layer.cut_at(version, self._shelve)
+
+    def copy_every(self, interval: int, taker: Callable[[LayerCopy], None]) -> None:
+        """Give ``taker`` a copy of each layer at every multiple of ``interval``. Called before the first pass.
+
+        ``taker`` runs under the layer's lock: it must only note the copy.
+        """
+
+        def take(copy: LayerCopy) -> None:
+            self._transfers.finish()
+            taker(copy)
+
+        for layer in self.layers:
+            layer.copy_every(interval, take)
 
     def _shelve(self, copy: LayerCopy) -> None:
         self._transfers.finish()  # the writer's thread reads the copy from another stream

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,13 +28,15 @@ from layerwise.head import job_head
 from layerwise.job import JobSpec, parse_job
 from layerwise.layer import LayerCopy
 from layerwise.layer_compute import LayerCompute, Precision
-from layerwise.layer_file import load_layer
+from layerwise.layer_file import load_layer, read_layer
 from layerwise.machine import Machine, this_machine
 from layerwise.messages import Assignment, BlockPlace
 from layerwise.models import build_model, load_weights
 from layerwise.policies import delay_policy
 from layerwise.profile import Profile
 from layerwise.settings import ResolvedSettings
+from layerwise.standby_bytes import LayerBytes
+from layerwise.standby_writer import StandbyWriter, Written
 from layerwise.state_hash import HASH_ALGORITHM
 
 
@@ -49,17 +52,29 @@ class BuiltBlock:
     events: EventLog
     writer: CutWriter
     applied: tuple[AppliedSet, ...]
+    standby: StandbyWriter | None
 
     def close(self) -> None:
-        """Save the cuts that wait and end the log; any thread but the writer's."""
+        """Save the cuts that wait and end the log; any thread but the writers'."""
+        if self.standby is not None:
+            self.standby.close()
         self.writer.close()
         self.events.close()
 
 
 def build_block(
-    assignment: Assignment, *, device: torch.device, cut_events: CutEvents, allowed_imports: Sequence[str] = ()
+    assignment: Assignment,
+    *,
+    device: torch.device,
+    cut_events: CutEvents,
+    allowed_imports: Sequence[str] = (),
+    standby: Mapping[int, LayerBytes] | None = None,
+    standby_written: Written | None = None,
 ) -> BuiltBlock:
     """Carry out a shard's assignment: build the model, keep the block's layers, restore the cut, begin the log.
+
+    ``standby`` has the layers that take the cut's place where the assignment says so. ``standby_written`` is told, on a thread
+    of its own, of the block's own standby copies.
 
     Raises:
         ConfigError, NotAllowedError: the job's model, data or initial weights can't be used here.
@@ -77,7 +92,7 @@ def build_block(
     names = [profile.layers[index].name for index in range(place.start, place.stop)]
     head = job_head(spec, allowed_imports) if place.stop == len(modules) else None
     del modules
-    copies = _load_cut(assignment, place) if assignment.cut else None
+    copies = _load_standby(assignment, standby) if standby is not None else _load_cut(assignment, place)
     course = assignment.course
     training = replace(training_of(spec, settings, device), rate_factor=course.rate_factor)
     raise_fence(
@@ -103,7 +118,8 @@ def build_block(
                     layer.forget_moments()
             except ValueError as error:
                 raise CorruptError(
-                    f"the cut of version {assignment.cut} does not fit the job's model: {error}"
+                    f"the {'cut' if standby is None else 'standby copy'} of version {assignment.cut} does not fit the job's "
+                    f"model: {error}"
                 ) from error
     except BaseException:
         events.close()
@@ -112,7 +128,8 @@ def build_block(
     moves.finish()
     writer = CutWriter(assignment.directory, assignment.job, before_save=events.sync)
     shelf = CutShelf(len(layers), cut_events, writer.save)
-    shelf.restore([copy.to(device) for copy in copies or ()])
+    if standby is None:
+        shelf.restore([copy.to(device) for copy in copies or ()])
     block = Block(
         layers,
         settings.plan,
@@ -123,6 +140,10 @@ def build_block(
         transfers=moves,
         precision=training.precision,
     )
+    standby_writer = None
+    if settings.standby_every and standby_written is not None:
+        standby_writer = StandbyWriter(assignment.job, len(layers), standby_written, before_write=events.sync)
+        block.copy_every(settings.standby_every, standby_writer.put)
     return BuiltBlock(
         block=block,
         spec=spec,
@@ -132,6 +153,7 @@ def build_block(
         events=events,
         writer=writer,
         applied=tuple(layer.ledger.applied.copy() for layer in layers),
+        standby=standby_writer,
     )
 
 
@@ -230,7 +252,18 @@ def _check_profile(modules: Sequence[nn.Module], profile: Profile) -> None:
         )
 
 
-def _load_cut(assignment: Assignment, place: BlockPlace) -> list[LayerCopy]:
+def _load_standby(assignment: Assignment, layers: Mapping[int, LayerBytes]) -> list[LayerCopy]:
+    # Its bytes are those that were copied, so that what is wrong with them is a bug and no reason to try another one.
+    where = Path(f"the memory of {assignment.standby.holder}")
+    return [
+        read_layer(bytes(layers[file.layer].data), assignment.cut, file, path=where / file.name)
+        for file in assignment.standby.files
+    ]
+
+
+def _load_cut(assignment: Assignment, place: BlockPlace) -> list[LayerCopy] | None:
+    if not assignment.cut:
+        return None
     try:
         manifest = load_manifest(assignment.directory, assignment.cut)
     except NotFoundError as error:

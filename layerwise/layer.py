@@ -101,6 +101,8 @@ class TrainedLayer:
         self._sum = GradientSum(len(self._aliases))
         self._waiting: dict[int, tuple[Gradients, int]] = {}
         self._cuts: dict[int, Callable[[LayerCopy], None]] = {}
+        self._copied_every = 0
+        self._copy_taker: Callable[[LayerCopy], None] | None = None
         self._stashes: dict[tuple[int, ...], _Stash] = {}
 
     # --- forward ------------------------------------------------------------------------------------------------------
@@ -256,9 +258,12 @@ class TrainedLayer:
                 rate = self._step(self._optimizer, gradients, decision)
         self._sum.clear()
         version = self.ledger.updated(rate, self.digest())
-        taker = self._cuts.pop(version, None)
-        if taker is not None:
-            taker(self._copy(self.ledger.cut()))
+        takers = [self._cuts.pop(version, None), self._copy_taker_at(version)]
+        if any(taker is not None for taker in takers):
+            copy = self._copy(self.ledger.cut())
+            for taker in takers:
+                if taker is not None:
+                    taker(copy)
 
     def _step(
         self, optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor | None], decision: UpdateDecision
@@ -308,6 +313,16 @@ class TrainedLayer:
             waiting = self._cuts.pop(version, None)
             if waiting is not None and self.ledger.version == version and self.ledger.accumulated == 0:
                 waiting(self._copy(self.ledger.cut()))
+
+    def copy_every(self, interval: int, taker: Callable[[LayerCopy], None]) -> None:
+        """Give ``taker`` a copy at every update that reaches a multiple of ``interval``, as `cut_at` does at one.
+
+        Called before the first pass.
+        """
+        self._copied_every, self._copy_taker = interval, taker
+
+    def _copy_taker_at(self, version: int) -> Callable[[LayerCopy], None] | None:
+        return self._copy_taker if self._copied_every and version % self._copied_every == 0 else None
 
     def copy(self) -> LayerCopy:
         """The layer as it is, right after an update: a cut of it that nobody hears of. Under the lock, or alone."""

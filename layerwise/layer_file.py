@@ -30,6 +30,11 @@ def save_layer(directory: str | Path, job: str, copy: LayerCopy) -> LayerFile:
     Raises:
         OSError: the disk refused; nothing with the file's name was left.
     """
+    return write_layer_file(directory, copy.state.version, copy.layer, copy.life, layer_bytes(job, copy))
+
+
+def layer_bytes(job: str, copy: LayerCopy) -> bytes:
+    """What a layer's file holds."""
     version = copy.state.version
     metadata = {
         "format": FORMAT,
@@ -50,8 +55,8 @@ def save_layer(directory: str | Path, job: str, copy: LayerCopy) -> LayerFile:
                 alone = alone.clone()
             memory.add(alone.data_ptr())
             tensors[prefix + name] = alone
-    data = safetensors.torch.save(tensors, {_METADATA: json.dumps(metadata, separators=(",", ":"))})
-    return write_layer_file(directory, version, copy.layer, copy.life, data)
+    data: bytes = safetensors.torch.save(tensors, {_METADATA: json.dumps(metadata, separators=(",", ":"))})
+    return data
 
 
 def load_layer(directory: str | Path, version: int, file: LayerFile) -> LayerCopy:
@@ -61,8 +66,15 @@ def load_layer(directory: str | Path, version: int, file: LayerFile) -> LayerCop
         CorruptCutError: the file is missing, cut short or changed, or is not what its name says.
     """
     folder = cut_folder(directory, version)
-    data = read_checked(folder, file)
-    path = folder / file.name
+    return read_layer(read_checked(folder, file), version, file, path=folder / file.name)
+
+
+def read_layer(data: bytes, version: int, file: LayerFile, *, path: Path) -> LayerCopy:
+    """The layer in the bytes of its file, wherever they came from; ``path`` names them in errors.
+
+    Raises:
+        CorruptCutError: they are not what ``file`` says.
+    """
     try:
         tensors = safetensors.torch.load(data)
         (header_bytes,) = (int.from_bytes(data[:8], "little"),)

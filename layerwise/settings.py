@@ -31,7 +31,9 @@ LEAST_STANDBY_INTERVAL = 10
 class ResolvedSettings:
     """A job's settings without any ``auto`` left. Fixed before the first lease, and used again when the job is resumed.
 
-    ``cut_intervals`` and ``standby_every`` are in updates (0: there are no standby copies). ``max_staleness`` is the promise that the audit checks; ``expected_staleness`` is the largest value with in-order
+    ``cut_intervals`` and ``standby_every`` (0: there are no standby copies) are in updates.
+
+    ``max_staleness`` is the promise that the audit checks; ``expected_staleness`` is the largest value with in-order
     arrival. Both are in updates, and 0 in synchronous mode.
     """
 

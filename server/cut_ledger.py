@@ -25,8 +25,12 @@ class CutLedger:
     Repeats change nothing. Not thread-safe.
     """
 
-    def __init__(self, num_blocks: int, *, keep: int, durable: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, num_blocks: int, *, keep: int, durable: tuple[int, ...] = (), first_whole: int = 0
+    ) -> None:
+        """Below version ``first_whole`` some block has no copy any more and will not make one: no cut there is ever whole."""
         self._num_blocks = num_blocks
+        self._first_whole = first_whole
         self._keep = keep
         self._durable = sorted(durable)
         self.pinned: frozenset[int] = frozenset()
@@ -126,4 +130,6 @@ class CutLedger:
 
     def _settled(self, version: int) -> bool:
         # A cut older than a durable one is never committed after it: it would be deleted as one of the oldest, or worse.
-        return version <= max(self._durable, default=-1) or version in self._given_up
+        return (
+            version <= max(self._durable, default=-1) or version < self._first_whole or version in self._given_up
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -21,6 +21,8 @@ from layerwise.server.frame_checks import FrameChecks
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.slots import Slots
 from layerwise.server.task_queue import TaskQueue
+from layerwise.standby_bytes import LayerBytes
+from layerwise.standby_writer import Written
 from layerwise.tasks import ForwardTask, Task, TaskResult
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 class HostedBlock:
     """Built on any thread; afterwards used from the event loop's, but for `close`.
 
-    ``report(task, outcome)`` is called on slot threads, ``cut_taken`` and ``cut_saved`` on those and the writer's.
+    ``report(task, outcome)`` is called on slot threads, ``cut_taken`` and ``cut_saved`` on those and the writers',
+    ``standby_written`` on a writer's.
     """
 
     def __init__(
@@ -41,15 +44,22 @@ class HostedBlock:
         report: Callable[[Task, TaskResult | Exception], None],
         cut_taken: Callable[[int], None],
         cut_saved: Callable[[int, tuple[LayerFile, ...], str], None],
+        standby: Mapping[int, LayerBytes] | None = None,
+        standby_written: Written | None = None,
     ) -> None:
-        """Build the block as the assignment says.
+        """Build the block as the assignment says. For ``standby`` and ``standby_written`` see `layerwise.build.build_block`.
 
         Raises:
             LayerwiseError: as `layerwise.build.build_block`.
         """
         self._assignment = assignment
         self._built: BuiltBlock = build_block(
-            assignment, device=device, cut_events=_CutEvents(cut_taken, cut_saved), allowed_imports=allowed_imports
+            assignment,
+            device=device,
+            cut_events=_CutEvents(cut_taken, cut_saved),
+            allowed_imports=allowed_imports,
+            standby=standby,
+            standby_written=standby_written,
         )
         spec, settings, plan = self._built.spec, self._built.settings, self._built.settings.plan
         self.block = self._built.block
@@ -73,6 +83,7 @@ class HostedBlock:
             task_seconds=spec.timeouts.task,
             drops_bad_samples=spec.train.on_bad_sample == "drop",
             synchronous_until=assignment.course.synchronous_until,
+            from_cut=standby is None,
         )
         self.checks = _checks(self._built)
         # Two slots could run the forward passes of two microbatches out of their order, which buffers would show.

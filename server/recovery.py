@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,14 @@ class Recovery:
         self._version = version
         return self._in_a_row
 
-    def end(self, restored: Iterable[int], cut: int, samples: int, now: float) -> list[tuple[str, dict[str, Any]]]:
-        """Training goes on with ``restored`` blocks at version ``cut``; gives lines for the job's log, with their fields.
+    def end(self, restored: Mapping[int, int], samples: int, now: float) -> list[tuple[str, dict[str, Any]]]:
+        """Training goes on with the ``restored`` blocks at their versions; gives lines for the job's log, with their fields.
 
         ``samples`` are those that some layers have and others lack now: so many are leased again. The rewind in updates is
         from the last version that the lost shard had told of, which may be a second old.
         """
         lines = []
-        for block in restored:
+        for block, cut in restored.items():
             lost = self._lost.pop(block, None)
             if lost is None:
                 continue

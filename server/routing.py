@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from layerwise.applied import AppliedSet
 from layerwise.ids import Microbatch
@@ -17,11 +17,13 @@ from layerwise.messages import (
     Message,
     Ready,
     Reroute,
+    StandbySource,
 )
 from layerwise.roles import Effect, Send
 from layerwise.server.job_record import JobRecord
 from layerwise.server.rollback import course_after
 from layerwise.server.shard_places import ShardPlaces
+from layerwise.server.standby_copies import HeldCopy
 
 
 class Routing:
@@ -36,14 +38,19 @@ class Routing:
         """0: there is no route yet."""
         self.route: tuple[BlockPlace, ...] = ()
         self.cut = 0
-        """The version that blocks are restored from in this generation."""
+        """The version of the cut that blocks are restored from in this generation; see `version_of`."""
         self._shards = shards
+        self._copies: dict[int, HeldCopy] = {}
         self._informed: set[str] = set()
         self._ready: dict[str, Ready] = {}
         self._early: list[tuple[str, Message]] = []
 
-    def begin(self, record: JobRecord, restored: Sequence[int]) -> int:
-        """A new generation, in which ``restored`` blocks begin new lives at the newest durable cut; gives the next life."""
+    def begin(self, record: JobRecord, restored: Sequence[int], copies: Mapping[int, HeldCopy] | None = None) -> int:
+        """A new generation, in which ``restored`` blocks begin new lives; gives the next life.
+
+        They begin at the newest durable cut, but for those that have standby ``copies``.
+        """
+        self._copies = dict(copies or {})
         self.cut = record.durable_cut.version if record.durable_cut is not None else 0
         self.generation = record.next_life
         for place, block in enumerate(restored):
@@ -53,6 +60,16 @@ class Routing:
         self._ready.clear()
         self._early.clear()
         return self.generation + max(len(restored), 1)
+
+    def version_of(self, block: int) -> int:
+        """The version that ``block`` is restored at, if it is, in this generation."""
+        copy = self._copies.get(block)
+        return self.cut if copy is None else copy.version
+
+    @property
+    def begun(self) -> tuple[int, ...]:
+        """The version at which each block's life began; all shards are ready."""
+        return tuple(self._ready[place.shard].version for place in self.route)
 
     def recall(self, record: JobRecord) -> None:
         """The route of an earlier coordinator, as far as its record tells; nobody is known to be there."""
@@ -71,6 +88,7 @@ class Routing:
             )
             return Send(name, reroute)
         self._informed.add(name)
+        copy = self._copies.get(block) if 0 <= block < len(self.route) and self.route[block].shard == name else None
         assignment = Assignment(
             job=record.job,
             spec_json=record.spec_json,
@@ -78,10 +96,11 @@ class Routing:
             profile_json=record.profile_json,
             route=self.route,
             block=block,
-            cut=self.cut,
+            cut=self.cut if copy is None else copy.version,
             directory=record.directory,
             generation=self.generation,
             course=course_after(record.rollbacks),
+            standby=StandbySource() if copy is None else copy.source(self._shards),
         )
         return Send(name, assignment)
 
@@ -125,8 +144,9 @@ class Routing:
         """What is wrong with what the shards are ready with, in one sentence; empty when nothing is."""
         for block, place in enumerate(self.route):
             found = self._ready[place.shard]
-            if not self._shards[block].holds and found.version != self.cut:
-                return f"shard {place.shard} restored version {found.version}, and version {self.cut} was asked for"
+            asked = self.version_of(block)
+            if not self._shards[block].holds and found.version != asked:
+                return f"shard {place.shard} restored version {found.version}, and version {asked} was asked for"
         return ""
 
     def applied_sets(self) -> list[AppliedSet]:
@@ -145,10 +165,11 @@ class Routing:
         That is about its cuts and its layers. A block that is being restored tells only of the cut that it is restored
         from; all else is about the life before.
         """
-        if self._shards.of(name).holds or name in self._ready:
+        place = self._shards.of(name)
+        if place.holds or name in self._ready:
             wanted = isinstance(message, CutTaken | CutSaved | CutCommitted | BlockReport)
         else:
-            wanted = isinstance(message, CutTaken) and message.version == self.cut
+            wanted = isinstance(message, CutTaken) and message.version == self.version_of(place.block)
         if wanted:
             self._early.append((name, message))
 

@@ -24,6 +24,7 @@ from layerwise.messages import (
     BlockPlace,
     BlockReport,
     CutCommitted,
+    CutDurable,
     CutSaved,
     CutTaken,
     Evaluated,
@@ -38,6 +39,7 @@ from layerwise.messages import (
     Probed,
     Ready,
     Role,
+    StandbyHeld,
     StartTraining,
     Stop,
     Stopping,
@@ -56,6 +58,7 @@ from layerwise.server.rollback import MOST_ROLLBACKS, course_after, roll_back
 from layerwise.server.routing import Routing
 from layerwise.server.sample_ledger import DroppedMicrobatch
 from layerwise.server.shard_places import ShardPlaces
+from layerwise.server.standby_copies import StandbyCopies, first_whole_cut, next_evaluation
 from layerwise.server.training import NOT_FINITE, Training
 from layerwise.server.worker_places import WorkerPlaces
 
@@ -91,6 +94,7 @@ class Run:
         self.leaving: set[str] = set()
         """Processes that have to leave at the next update (see `move`)."""
         self._routing = Routing(self.shards)
+        self._standby = StandbyCopies()
         self._room: dict[str, int] = {}
         self._num_decisions = 0
         self._guard: DivergenceGuard | None = None
@@ -270,6 +274,7 @@ class Run:
         if self.over:
             return []
         self._routing.forget(name)
+        self._standby.lose(name)
         if name in self.shards:
             return self._lose_shard(name, why)
         place = self.workers.empty(name)
@@ -353,6 +358,9 @@ class Run:
                 return training.offer_room(peer, message.count, now) if training is not None else []
             case LinkDown():
                 return self._on_link_down(peer, message)
+            case StandbyHeld() if peer in self.shards:
+                self._standby.hold(peer, message, self.shards)
+                return []
         if training is None or training.suspended:
             if peer not in self.shards:
                 return []
@@ -413,6 +421,11 @@ class Run:
         """A role can't go on. If that is because a cut is damaged, the cut before it is used; if training is, that may go back."""
         if message.diverged and self.spec.train.on_divergence == "rollback" and not self._cancelled:
             return self._on_diverged(peer, message)
+        if message.standby:
+            if peer not in self.shards or not self._standby.refuse(self.shards.of(peer).block, message.standby):
+                return []  # known, and another one or a cut has been told of
+            self._note("warning", f"{message.message.rstrip('.')}; going on from what else there is")
+            return self._route_anew()
         if not message.cut:
             return self.fail(message.message.rstrip("."), self._now)
         if message.cut != self._routing.cut or peer not in self.shards:
@@ -559,13 +572,16 @@ class Run:
             return []
         settings = self.prepared.settings
         restored = self.shards.lacking
+        until = next_evaluation(self.record, self.prepared)
+        copies = self._standby.choose(restored, self.shards, above=self._durable, until=until)
         if self._diverged is not None:
             self._go_back(self._diverged)
+            copies = {}
             restored = tuple(range(len(self.shards)))
             self._diverged = None
         if self._moved or settings.mode == "synchronous" or settings.window == 1:
             # What equals plain training has no layer ahead of another: all of them go back to the cut.
-            restored = tuple(range(len(self.shards)))
+            restored, copies = tuple(range(len(self.shards))), {}
         version = self.training.version if self.training is not None else -1
         if self.training is not None and self.recovery.begin(version) > MOST_RECOVERIES:
             return self.fail(
@@ -575,16 +591,21 @@ class Run:
             )
         if self.training is not None:
             self.training.suspended = True
-        next_life = self._routing.begin(self.record, restored)
+        next_life = self._routing.begin(self.record, restored, copies)
+        for block in restored:
+            self._standby.begin(block, self._routing.version_of(block))
         moving = bool(self.leaving) if self._moved else self.record.moving
         self.record = replace(self.record, next_life=next_life, moving=moving)
         self._place()
         self._room.clear()
         self._began = self._now
         self._link_down = None
-        if restored:
+        for block, copy in copies.items():
+            line = f"assigning block {block} at version {copy.version}, from its copy in the memory of {copy.holder}"
+            self._note("info", line, version=copy.version, standby=copy.holder)
+        if from_cut := [block for block in restored if block not in copies]:
             cut = self._routing.cut
-            blocks = "all blocks" if len(restored) == len(self.shards) else f"block {', '.join(map(str, restored))}"
+            blocks = "all blocks" if len(from_cut) == len(self.shards) else f"block {', '.join(map(str, from_cut))}"
             self._note("info", f"assigning {blocks} at version {cut}", version=cut)
         effects = self._routing.inform_shards(self.record)
         return effects + [self._routing.inform(one.process, one.block, self.record) for one in self.workers.records]
@@ -639,6 +660,7 @@ class Run:
         sets = self._routing.applied_sets()
         done, held = restored_sets(sets)
         cut = self._routing.cut
+        first_whole = first_whole_cut(self._routing.begun, self._durable)
         restored = self.shards.lacking
         evaluations = self.record.evaluations
         if len(restored) == len(self.shards):
@@ -654,6 +676,7 @@ class Run:
                 durable=self.record.cuts,
                 done=done,
                 held=held,
+                first_whole=first_whole,
                 evaluated=max((one["version"] for one in evaluations), default=0),
                 first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
                 drops=self._drops(),
@@ -670,7 +693,8 @@ class Run:
         redone = max(
             self.training.samples_to_redo, before.samples_closed - self.training.samples_closed if before else 0
         )
-        for line, fields in self.recovery.end(restored, cut, redone, self._now):
+        versions = {block: self._routing.version_of(block) for block in restored}
+        for line, fields in self.recovery.end(versions, redone, self._now):
             self._note("info", line, **fields)
         for block in restored:
             self.shards[block].holds = True
@@ -681,6 +705,8 @@ class Run:
         first = self.shards[0].process
         start = StartTraining(job=self.job, done_json=json.dumps(done.to_json()), held_json=json.dumps(held.to_json()))
         effects: list[Effect] = [Send(first, start)]
+        if first_whole > self._durable:
+            effects.append(Send(first, CutDurable(job=self.job, version=first_whole - 1)))
         self._moved = False
         if self._cancelled or self.record.moving:
             effects += self.training.stop_asked(self._now)

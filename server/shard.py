@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,12 @@ from layerwise.messages import (
     Message,
     Probe,
     Probed,
+    Reroute,
     Role,
+    StandbyHeld,
+    StandbyOffer,
+    StandbyPart,
+    StandbyRequest,
     Unassign,
     Unassigned,
     Welcome,
@@ -38,7 +43,10 @@ from layerwise.refusals import Refused
 from layerwise.roles import Effect, Send
 from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
+from layerwise.server.standby_role import StandbyBytes, StandbyCopy, StandbyRole
 from layerwise.service import COORDINATOR, Service, ServiceSettings
+from layerwise.settings import ResolvedSettings
+from layerwise.standby_bytes import ArrivingLayer, LayerBytes, most_bytes
 from layerwise.tasks import Task, TaskResult
 
 log = logging.getLogger(__name__)
@@ -51,6 +59,7 @@ class ShardServer:
         self._service = service
         self._device = device
         self._blocks: dict[str, HostedBlock] = {}
+        self._standby: dict[str, StandbyRole] = {}
         self._assigned: dict[str, Assignment] = {}
         """By job what this shard is to host, built or not; a block of any other assignment has no say any more."""
         self._hop: HopProbe | None = None
@@ -63,13 +72,16 @@ class ShardServer:
         """See `layerwise.service.ServiceHandler`."""
         match message:
             case Welcome():
-                return []
+                return [effect for standby in self._standby.values() for effect in standby.tell_held()]
             case Probe() if peer == COORDINATOR:
                 self._probe(message)
                 return []
             case Assignment() if peer == COORDINATOR:
-                self._build(message)
-                return []
+                return self._take_assignment(message, now)
+            case Reroute() if peer == COORDINATOR and message.job in self._standby:
+                self._standby[message.job].take_route(message.route)
+            case StandbyOffer() | StandbyRequest() | StandbyPart() | StandbyHeld() if message.job in self._standby:
+                return self._standby[message.job].on_message(peer, message, now)
             case Echo():
                 return [Send(peer, Echoed(job=message.job, round=message.round))]
             case Echoed():
@@ -90,18 +102,21 @@ class ShardServer:
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`. Without the coordinator the blocks go on; one that is being built is given up."""
         effects = [effect for block in self._blocks.values() for effect in block.role.on_lost(peer, now)]
+        effects += [effect for standby in self._standby.values() for effect in standby.on_lost(peer)]
         if self._hop is not None:
             self._hop.on_lost(peer)
             effects += self._when_measured()
         if peer != COORDINATOR:
             return effects
         for job in [job for job in self._assigned if job not in self._blocks]:
+            self._standby.pop(job, None)
             self._close(self._take_out(job), list)
         return effects
 
     def on_tick(self, now: float) -> list[Effect]:
         """See `layerwise.service.ServiceHandler`."""
         effects = [effect for block in self._blocks.values() for effect in block.on_tick(now)]
+        effects += [effect for standby in list(self._standby.values()) for effect in standby.on_tick(now)]
         if self._hop is not None:
             self._hop.on_tick(now)
             effects += self._when_measured()
@@ -132,8 +147,14 @@ class ShardServer:
             store.add_metric(where, block.block.store_bytes)
             waiting.add_metric([*where, "forward"], block.queue.forward_depth)
             waiting.add_metric([*where, "backward"], block.queue.backward_depth)
+        standby = GaugeMetricFamily(
+            "layerwise_standby_bytes", "Standby copies: those of other blocks, and the own ones on their way.", labels=labels
+        )
+        for job, copies in list(self._standby.items()):
+            standby.add_metric([job, self._service.name], copies.num_bytes)
         yield store
         yield waiting
+        yield standby
 
     async def close(self) -> None:
         """End slots and writers, close the logs."""
@@ -175,11 +196,51 @@ class ShardServer:
         self._hop = self._profile = None
         return [Send(COORDINATOR, answer)]
 
-    def _build(self, assignment: Assignment) -> None:
-        job = assignment.job
+    def _take_assignment(self, assignment: Assignment, now: float) -> list[Effect]:
+        """Build the block, once its layers are here if they come from another shard."""
+        job, source = assignment.job, assignment.standby
         if job in self._assigned:
             self._close(self._take_out(job), list)
         self._assigned[job] = assignment
+        standby = self._prepare_standby(assignment)
+        if standby is None or not source.holder:
+            self._build(assignment, None)
+            return []
+
+        def fetched(layers: Mapping[int, StandbyBytes] | str) -> list[Effect]:
+            if self._assigned.get(job) is not assignment:
+                return []
+            if isinstance(layers, str):
+                what = f"the standby copy of version {assignment.cut} can't be fetched from {source.holder}: {layers}"
+                return [Send(COORDINATOR, Failure(job=job, message=what, standby=assignment.cut))]
+            self._build(assignment, {layer: one for layer, one in layers.items() if isinstance(one, LayerBytes)})
+            return []
+
+        patience = parse_job(json.loads(assignment.spec_json), source=job).timeouts.task
+        return standby.restore(source, assignment.cut, fetched, patience=patience, now=now)
+
+    def _prepare_standby(self, assignment: Assignment) -> StandbyRole | None:
+        """The job's copies in this process, where it has any: those of other blocks outlive the own one."""
+        job, route = assignment.job, assignment.route
+        if not ResolvedSettings.from_json(assignment.settings_json).standby_every:
+            self._standby.pop(job, None)
+            return None
+        standby = self._standby.get(job)
+        if standby is not None:
+            standby.assign(assignment.block, route)
+            return standby
+        layers = Profile.from_json(assignment.profile_json).layers
+        limits = [most_bytes(layers[place.start : place.stop]) for place in route]
+        standby = StandbyRole(job=job, block=assignment.block, route=route, sink=ArrivingLayer, limits=limits)
+        self._standby[job] = standby
+        return standby
+
+    def _build(self, assignment: Assignment, standby: Mapping[int, LayerBytes] | None) -> None:
+        job, life = assignment.job, assignment.route[assignment.block].life
+
+        def written(version: int, files: tuple[LayerFile, ...], layers: dict[int, LayerBytes]) -> None:
+            copy = StandbyCopy(block=assignment.block, life=life, version=version, files=files, layers=layers)
+            self._from_thread(assignment, lambda block, now: self._standby[job].offer(copy))
 
         def work() -> HostedBlock:
             return HostedBlock(
@@ -191,6 +252,8 @@ class ShardServer:
                     assignment, lambda block, now: block.role.on_cut_taken(version, now)
                 ),
                 cut_saved=lambda version, files, error: self._from_writer(assignment, version, files, error),
+                standby=standby,
+                standby_written=written,
             )
 
         def done(block: HostedBlock) -> list[Effect]:
@@ -204,13 +267,15 @@ class ShardServer:
             if self._assigned.get(job) is not assignment:
                 return []
             # With a cut that is damaged or gone the job goes on from the one before it.
-            cut = assignment.cut if isinstance(error, CorruptError | NotFoundError) else 0
-            return [Send(COORDINATOR, Failure(job=job, message=self._explain(error), cut=cut))]
+            version = assignment.cut if isinstance(error, CorruptError | NotFoundError) else 0
+            cut, copy = (version, 0) if standby is None else (0, version)
+            return [Send(COORDINATOR, Failure(job=job, message=self._explain(error), cut=cut, standby=copy))]
 
         self._builder.run(work, done, failed)
 
     def _leave(self, job: str) -> None:
         """Take the block out of the way at once; say so when its threads have ended."""
+        self._standby.pop(job, None)
         self._close(self._take_out(job), lambda: [Send(COORDINATOR, Unassigned(job=job))])
 
     def _take_out(self, job: str) -> HostedBlock | None:

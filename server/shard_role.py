@@ -89,7 +89,7 @@ log = logging.getLogger(__name__)
 
 
 class ShardRole:
-    """Block ``block`` of ``route`` in one job. ``version`` is the one restored (0: the initial weights).
+    """Block ``block`` of ``route`` in one job. ``version`` is the one restored (0: the initial weights), ``from_cut`` or from a standby copy.
 
     ``schedule`` says where cuts are; it must be this object's own. ``layer_names`` has a name for every layer of the model.
     ``task_seconds`` limits how long granted tensors and detached passes may take.
@@ -113,6 +113,7 @@ class ShardRole:
         task_seconds: float = 60.0,
         drops_bad_samples: bool = False,
         synchronous_until: int = 0,
+        from_cut: bool = True,
         coordinator: str = COORDINATOR,
     ) -> None:
         self.job = job
@@ -137,6 +138,7 @@ class ShardRole:
         self._compute = compute
         self._schedule = schedule
         self._version = version
+        self._from_cut = from_cut
         self._coordinator = coordinator
         self._routed = False
         self._reroute: Reroute | None = None
@@ -188,7 +190,11 @@ class ShardRole:
         """The block's state is built or restored; ``applied`` has each layer's set."""
         self._schedule_cuts(self._version)
         effects = self._connect()
-        if self._version:
+        if not self._from_cut:
+            # Cuts of which there are copies only are not durable yet: this one may become so, those before it can't any more.
+            if self._version in self._schedule:
+                self._cut_at(self._version)
+        elif self._version:
             # The copy that was restored is here still, in case the version has not been evaluated.
             taken = CutTaken(job=self.job, block=self.block, version=self._version)
             effects.append(Send(self._coordinator, taken))

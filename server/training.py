@@ -64,8 +64,8 @@ class Journal(Protocol):
 class Training:
     """Decides for one run and one route, from `StartTraining` on. Not thread-safe.
 
-    No layer began below version ``restored``; the microbatches in ``done`` are on all of them, those in ``held`` on at
-    least one. Attempts are numbered from ``first_attempt``; ``drops`` are given up already, those in ``missing_from`` are on
+    No layer began below version ``restored``, and no cut below ``first_whole`` can become durable any more. The microbatches in
+    ``done`` are on all of them, those in ``held`` on at least one. Attempts are numbered from ``first_attempt``; ``drops`` are given up already, those in ``missing_from`` are on
     some layers (see `SampleLedger`). Version ``evaluated`` and those below need no evaluation.
     ``failure`` holds the sentence once the run can't go on, ``divergence`` what ``guard`` has found; ``finished`` says that nothing is left to do.
     """
@@ -80,6 +80,7 @@ class Training:
         durable: tuple[CutRecord, ...],
         done: AppliedSet,
         held: AppliedSet,
+        first_whole: int,
         evaluated: int,
         first_attempt: int,
         drops: Iterable[DroppedMicrobatch],
@@ -101,7 +102,10 @@ class Training:
             missing_from=missing_from,
         )
         self.cuts = CutLedger(
-            len(shards), keep=prepared.spec.checkpoint.keep, durable=tuple(cut.version for cut in durable)
+            len(shards),
+            keep=prepared.spec.checkpoint.keep,
+            durable=tuple(cut.version for cut in durable),
+            first_whole=first_whole,
         )
         self.loss = TrainingLoss(self.plan)
         self.final = self.plan.num_updates

@@ -6,7 +6,7 @@ from layerwise.server.recovery import Recovery
 def test_a_recovery_says_how_far_layers_went_back_and_how_long_it_took() -> None:
     recovery = Recovery()
     recovery.lose(1, "shard-1", 7, 100.0)
-    [(line, fields)] = recovery.end([1], 4, 24, 103.5)
+    [(line, fields)] = recovery.end({1: 4}, 24, 103.5)
     assert line == "block 1 goes back 3 updates, from version 7 to 4; 24 samples are leased again"
     assert fields == {"block": 1, "shard": "shard-1", "cut": 4, "rewind": 3, "samples": 24, "seconds": 3.5}
     assert recovery.made == [{"time": 100.0, **fields}]
@@ -16,7 +16,7 @@ def test_one_update_is_one_update_and_a_block_never_goes_forward() -> None:
     recovery = Recovery()
     recovery.lose(0, "a", 5, 0.0)
     recovery.lose(1, "b", 3, 0.0)
-    lines = [line for line, _ in recovery.end([0, 1], 4, 8, 1.0)]
+    lines = [line for line, _ in recovery.end({0: 4, 1: 4}, 8, 1.0)]
     assert lines == [
         "block 0 goes back 1 update, from version 5 to 4; 8 samples are leased again",
         "block 1 goes back 0 updates, from version 4 to 4; 8 samples are leased again",
@@ -27,7 +27,7 @@ def test_a_block_lost_twice_before_training_goes_on_is_one_recovery_from_the_fir
     recovery = Recovery()
     recovery.lose(2, "a", 9, 10.0)
     recovery.lose(2, "b", 4, 12.0)
-    recovery.end([2], 4, 40, 15.0)
+    recovery.end({2: 4}, 40, 15.0)
     assert recovery.made == [
         {"time": 10.0, "block": 2, "shard": "a", "cut": 4, "rewind": 5, "samples": 40, "seconds": 5.0}
     ]
@@ -36,15 +36,15 @@ def test_a_block_lost_twice_before_training_goes_on_is_one_recovery_from_the_fir
 def test_blocks_that_were_restored_without_being_lost_are_no_recovery() -> None:
     recovery = Recovery()
     recovery.lose(1, "b", 6, 0.0)
-    assert len(recovery.end([0, 1, 2], 4, 8, 1.0)) == 1
+    assert len(recovery.end({0: 4, 1: 4, 2: 4}, 8, 1.0)) == 1
     assert [one["block"] for one in recovery.made] == [1]
 
 
 def test_a_shard_that_came_back_with_its_layers_is_no_recovery_and_is_not_remembered_as_lost() -> None:
     recovery = Recovery()
     recovery.lose(1, "b", 6, 0.0)
-    assert recovery.end([], 4, 0, 1.0) == []
-    assert recovery.end([1], 4, 0, 2.0) == []
+    assert recovery.end({}, 0, 1.0) == []
+    assert recovery.end({1: 4}, 0, 2.0) == []
     assert recovery.made == []
 
 
