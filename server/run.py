@@ -222,6 +222,10 @@ class Run:
         recalls = self.training.stop_asked(self._now)
         return [] if self.training.suspended else [*recalls, Send(self.shards[0].process, Stop(job=self.job))]
 
+    def tell_workers(self) -> list[Effect]:
+        """Let every shard know whose work it may take."""
+        return [] if self.over else self._routing.tell_workers(self.job, self.workers.records)
+
     def take_dismissed(self) -> list[str]:
         """Who was told to leave since the last call."""
         dismissed, self._dismissed = self._dismissed, []
