@@ -43,14 +43,15 @@ class CutLedger:
 
     def newest_until(self, version: int) -> int | None:
         """The newest durable version up to ``version`` that is not about to be deleted."""
-        return max((one for one in self._durable if one <= version and self._stays(one)), default=None)
+        return max((one for one in self._durable if one <= version and self.stays(one)), default=None)
 
     def pin(self, version: int) -> None:
         """Keep the newest durable cut up to ``version``, and the oldest above it, which is to take its place one day."""
         newer = min((one for one in self._durable if one > version), default=None)
         self.pinned = frozenset(one for one in (self.newest_until(version), newer) if one is not None)
 
-    def _stays(self, version: int) -> bool:
+    def stays(self, version: int) -> bool:
+        """Whether a durable cut is not about to be deleted by a commit whose answer is awaited."""
         return self._keeping is None or version in self._keeping
 
     def is_durable(self, version: int) -> bool:
@@ -111,7 +112,7 @@ class CutLedger:
     def commit(self, version: int) -> bool:
         """The manifest of ``version`` is on disk; True when that is news."""
         # What was pinned since the commit was asked for may be deleted already.
-        kept = [one for one in self._kept_with(version) if self._stays(one)]
+        kept = [one for one in self._kept_with(version) if self.stays(one)]
         if self._committing == version:
             self._committing = self._keeping = None
         if self._settled(version):
