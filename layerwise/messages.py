@@ -509,6 +509,17 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """Coordinator to a shard that is ready: only these work for its block, from now on.
+
+    They are the backward workers of the block and, for the first one, the forward workers of the job.
+    """
+
+    job: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinkDown:
     """Shard: my link to ``peer``, a neighbour on the route of ``generation``, is gone, so nothing passes between us."""
 
@@ -799,7 +810,8 @@ class BlockReport:
 Message = (
     Offer | Grant | Decline | Closed | Forward | BoundaryGradient | BlockClosed | Abort | NotFinite | StopAt | EvaluateForward | Evaluated
     | TaskRequest | DetachedTask | PushGradient | TaskFinished
-    | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | LinkDown | StartTraining | Unassign | Unassigned | Failure
+    | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | Workers | LinkDown | StartTraining | Unassign | Unassigned
+    | Failure
     | LeaseRequest | Lease | Recall | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
     | StandbyOffer | StandbyRequest | StandbyPart | StandbyHeld
     | Stop | Stopping | BlockReport

@@ -398,7 +398,8 @@ class Checkpoint(Section):
         description="newer states of each block are kept in the memory of another shard, for a block whose shard is lost",
     )
     standby_every: AutoCount = Field(
-        default="auto", description="updates between these states; auto: a tenth of the updates between cuts, at least 10"
+        default="auto",
+        description="updates between these states; auto: a tenth of the updates between cuts, at least 10",
     )
 
 

@@ -66,7 +66,9 @@ class StandbyWriter:
                 self._before_write()
             except OSError as error:
                 if self._complains:
-                    log.warning("no standby copies of job %s as long as its event log can't be saved: %s", self._job, error)
+                    log.warning(
+                        "no standby copies of job %s as long as its event log can't be saved: %s", self._job, error
+                    )
                 self._complains = False
                 continue
             self._complains = True

@@ -46,6 +46,8 @@ class BlockContext:
         self.coordinator = coordinator
         self.drops_bad_samples = drops_bad_samples
         self.failure: Failure | None = None
+        self.workers: frozenset[str] | None = None
+        """Who works for the block; ``None``: the coordinator has not told yet, and nothing is admitted before it does."""
         self.num_refused = 0
         self._refusals = Refusals()
         self.take_route(route, generation)
@@ -74,6 +76,10 @@ class BlockContext:
     def is_downstream(self, peer: str) -> bool:
         """Whether ``peer`` holds the block after."""
         return self.downstream is not None and self.downstream.shard == peer
+
+    def is_worker(self, peer: str) -> bool:
+        """Whether ``peer`` may take part in the block's work."""
+        return self.workers is None or peer in self.workers
 
     def describe(self) -> str:
         """The block's layers and shard, for sentences."""

@@ -313,6 +313,7 @@ class CoordinatorRole:
                     continue
                 self.members.assign([process.name], run.job, run.spec.timeouts.heartbeat)
                 effects += run.join(process, vacancy.role, vacancy.block, now)
+                effects += run.tell_workers()
                 self._take_events(run)
                 if run.over:
                     break
@@ -380,7 +381,7 @@ class CoordinatorRole:
         if not vacancies and not run.record.moving:
             self.members.unreserve(run.job)
         if not run.over:
-            return self._fill_vacancies(now) if vacancies else []
+            return run.tell_workers() + (self._fill_vacancies(now) if vacancies else [])
         if run.job not in self.runs:
             return []
         del self.runs[run.job]

@@ -25,9 +25,7 @@ class CutLedger:
     Repeats change nothing. Not thread-safe.
     """
 
-    def __init__(
-        self, num_blocks: int, *, keep: int, durable: tuple[int, ...] = (), first_whole: int = 0
-    ) -> None:
+    def __init__(self, num_blocks: int, *, keep: int, durable: tuple[int, ...] = (), first_whole: int = 0) -> None:
         """Below version ``first_whole`` some block has no copy any more and will not make one: no cut there is ever whole."""
         self._num_blocks = num_blocks
         self._first_whole = first_whole
@@ -47,14 +45,15 @@ class CutLedger:
 
     def newest_until(self, version: int) -> int | None:
         """The newest durable version up to ``version`` that is not about to be deleted."""
-        return max((one for one in self._durable if one <= version and self._stays(one)), default=None)
+        return max((one for one in self._durable if one <= version and self.stays(one)), default=None)
 
     def pin(self, version: int) -> None:
         """Keep the newest durable cut up to ``version``, and the oldest above it, which is to take its place one day."""
         newer = min((one for one in self._durable if one > version), default=None)
         self.pinned = frozenset(one for one in (self.newest_until(version), newer) if one is not None)
 
-    def _stays(self, version: int) -> bool:
+    def stays(self, version: int) -> bool:
+        """Whether a durable cut is not about to be deleted by a commit whose answer is awaited."""
         return self._keeping is None or version in self._keeping
 
     def is_durable(self, version: int) -> bool:
@@ -115,7 +114,7 @@ class CutLedger:
     def commit(self, version: int) -> bool:
         """The manifest of ``version`` is on disk; True when that is news."""
         # What was pinned since the commit was asked for may be deleted already.
-        kept = [one for one in self._kept_with(version) if self._stays(one)]
+        kept = [one for one in self._kept_with(version) if self.stays(one)]
         if self._committing == version:
             self._committing = self._keeping = None
         if self._settled(version):
@@ -130,6 +129,4 @@ class CutLedger:
 
     def _settled(self, version: int) -> bool:
         # A cut older than a durable one is never committed after it: it would be deleted as one of the oldest, or worse.
-        return (
-            version <= max(self._durable, default=-1) or version < self._first_whole or version in self._given_up
-        )
+        return version <= max(self._durable, default=-1) or version < self._first_whole or version in self._given_up

@@ -63,6 +63,8 @@ class DetachedTasks:
 
     def on_request(self, peer: str, request: TaskRequest, now: float) -> list[Effect]:
         """``peer`` has nothing to do. A repeat that crossed the task on its way changes nothing."""
+        if not self._context.is_worker(peer):
+            return self._context.refuse(peer, request, "the coordinator has not named it among the block's workers")
         if any(given.peer == peer and given.finished is None for given in self._given.values()):
             return []
         self._idle[peer] = request.have
@@ -123,6 +125,11 @@ class DetachedTasks:
             given.peer = None
             effects += self._settle(given, now)
         return effects
+
+    def on_workers(self, now: float) -> list[Effect]:
+        """Who works for the block has changed: what others have is for the next one."""
+        others = {given.peer for given in self._given.values() if given.peer is not None} | self._idle.keys()
+        return [effect for peer in others if not self._context.is_worker(peer) for effect in self.on_lost(peer, now)]
 
     def on_tick(self, now: float) -> list[Effect]:
         """Take back what a worker, paused perhaps, has had for too long."""

@@ -66,6 +66,8 @@ class FirstShard:
         self._stop_wanted = False
         self._durable = version
         self._num_unfit = 0
+        self._strangers: dict[str, Attempt] = {}
+        """Offers of those that the coordinator has not named (yet), at most one a link."""
         self.admission = self._new_admission()
 
     def describe(self) -> str:
@@ -86,6 +88,7 @@ class FirstShard:
         self._durable = max(self._durable, durable)
         self.admission = self._new_admission()
         self._stop_wanted = False
+        self._strangers.clear()
         return effects
 
     def _new_admission(self) -> Admission:
@@ -124,7 +127,26 @@ class FirstShard:
                 self._life,
             )
             return [Send(peer, Decline(job=self._job, attempt=offer.attempt, reason="life", life=offer.life))]
+        if not self._context.is_worker(peer):
+            self._strangers[peer] = offer.attempt
+            return self._context.refuse(peer, offer, "the coordinator has not named it among the job's workers")
         return self._carry_out(self.admission.offer(peer, offer.attempt, now), now)
+
+    def on_workers(self, now: float) -> list[Effect]:
+        """Who works for the job has changed: nobody else is granted anything, nor waited for."""
+        effects: list[Effect] = []
+        is_worker = self._context.is_worker
+        for entry in self.admission.open_numbers():
+            if entry.peer is not None and not is_worker(entry.peer) and not entry.arrived:
+                given_up = self.admission.give_up(entry.number, entry.attempt, entry.peer)
+                reason = f"forward worker {entry.peer} left before it had sent the samples"
+                effects += self._abort(given_up, reason, now) if given_up is not None else []
+        for peer in self.admission.waiting:
+            if not is_worker(peer) and (attempt := self.admission.withdraw(peer)) is not None:
+                self._strangers[peer] = attempt
+        for peer in [one for one in self._strangers if is_worker(one)]:
+            effects += self._carry_out(self.admission.offer(peer, self._strangers.pop(peer), now), now)
+        return effects
 
     def on_tensors(self, peer: str, number: int, attempt: Attempt, now: float) -> list[Effect] | None:
         """A microbatch arrived whole; ``None`` when it is not wanted, or not from ``peer``."""
@@ -168,6 +190,7 @@ class FirstShard:
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """A forward worker is gone: what it had not sent whole is aborted."""
+        self._strangers.pop(peer, None)
         aborted, decisions = self.admission.lose(peer, now)
         effects: list[Effect] = []
         for entry in aborted:

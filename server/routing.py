@@ -17,10 +17,12 @@ from layerwise.messages import (
     Message,
     Ready,
     Reroute,
+    Role,
     StandbySource,
+    Workers,
 )
 from layerwise.roles import Effect, Send
-from layerwise.server.job_record import JobRecord
+from layerwise.server.job_record import JobRecord, PlacementRecord
 from layerwise.server.rollback import course_after
 from layerwise.server.shard_places import ShardPlaces
 from layerwise.server.standby_copies import HeldCopy
@@ -43,6 +45,8 @@ class Routing:
         self._copies: dict[int, HeldCopy] = {}
         self._informed: set[str] = set()
         self._ready: dict[str, Ready] = {}
+        self._told: dict[str, tuple[str, ...]] = {}
+        """By shard the workers of its block that it knows of."""
         self._early: list[tuple[str, Message]] = []
 
     def begin(self, record: JobRecord, restored: Sequence[int], copies: Mapping[int, HeldCopy] | None = None) -> int:
@@ -88,6 +92,7 @@ class Routing:
             )
             return Send(name, reroute)
         self._informed.add(name)
+        self._told.pop(name, None)
         copy = self._copies.get(block) if 0 <= block < len(self.route) and self.route[block].shard == name else None
         assignment = Assignment(
             job=record.job,
@@ -108,6 +113,18 @@ class Routing:
         """Tell all of them."""
         return [self.inform(place.shard, block, record) for block, place in enumerate(self.route)]
 
+    def tell_workers(self, job: str, workers: Sequence[PlacementRecord]) -> list[Effect]:
+        """Tell the shards that are ready who works for their blocks, where they do not know it yet."""
+        effects: list[Effect] = []
+        for block, place in enumerate(self.route):
+            names = tuple(
+                one.process for one in workers if one.block == block or (block == 0 and one.role is Role.FORWARD)
+            )
+            if place.shard in self._ready and self._told.get(place.shard) != names:
+                self._told[place.shard] = names
+                effects.append(Send(place.shard, Workers(job=job, names=names)))
+        return effects
+
     def knows(self, name: str) -> None:
         """A process is back with what it had been told before."""
         self._informed.add(name)
@@ -115,6 +132,7 @@ class Routing:
     def forget(self, name: str) -> None:
         """A process is gone."""
         self._informed.discard(name)
+        self._told.pop(name, None)
         self._ready.pop(name, None)
 
     # Getting ready ---------------------------------------------------------------------------------------------------

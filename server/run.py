@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from layerwise.errors import LayerwiseError
@@ -157,6 +157,8 @@ class Run:
             return "getting ready to go on"
         if self.record.moving:
             return "stopping, to go on with other processes"
+        if missing := self.workers.missing():
+            return f"waiting: {missing}"
         until = course_after(self.record.rollbacks).synchronous_until
         synchronous = f", synchronously until version {until}" if self.training.version < until else ""
         return self.training.phase + synchronous
@@ -225,6 +227,10 @@ class Run:
             return []
         recalls = self.training.stop_asked(self._now)
         return [] if self.training.suspended else [*recalls, Send(self.shards[0].process, Stop(job=self.job))]
+
+    def tell_workers(self) -> list[Effect]:
+        """Let every shard know whose work it may take."""
+        return [] if self.over else self._routing.tell_workers(self.job, self.workers.records)
 
     def take_dismissed(self) -> list[str]:
         """Who was told to leave since the last call."""
@@ -430,7 +436,7 @@ class Run:
             return self.fail(message.message.rstrip("."), self._now)
         if message.cut != self._routing.cut or peer not in self.shards:
             return []  # the others that found it damaged have been told of another one already
-        older = self._forget_cuts(above=message.cut - 1)
+        older = self._keep_cuts(lambda version: version < message.cut)
         said = f"{message.message.rstrip('.')}"
         if not older:
             return self.fail(f"{said}, and there is no cut before it", self._now)
@@ -495,7 +501,7 @@ class Run:
             why=found.why,
             now=self._now,
         )
-        cuts = self._forget_cuts(above=version)
+        cuts = self._keep_cuts(lambda one: one <= version)
         # What diverged made losses not finite; that was not the samples' fault, unless it was there before.
         kept = {(one["epoch"], one["start"]) for cut in cuts for one in cut.ledger.get("dropped", ())}
         drops = tuple(
@@ -512,9 +518,9 @@ class Run:
             **rollback.to_json(),
         )
 
-    def _forget_cuts(self, *, above: int) -> tuple[CutRecord, ...]:
-        """Cuts of higher versions are of no use; gives those that are."""
-        cuts = tuple(cut for cut in self.record.cuts if cut.version <= above)
+    def _keep_cuts(self, wanted: Callable[[int], bool]) -> tuple[CutRecord, ...]:
+        """Forget the durable cuts of other versions; gives those that are left."""
+        cuts = tuple(cut for cut in self.record.cuts if wanted(cut.version))
         self.record = replace(self.record, cuts=cuts)
         if self.training is not None:
             self.training.durable = {cut.version: cut for cut in cuts}
@@ -570,6 +576,9 @@ class Run:
         assert self.prepared is not None
         if self.shards.empty:
             return []
+        if self.training is not None:
+            # The answer to a commit under way may never come, and what that deletes is gone all the same.
+            self._keep_cuts(self.training.cuts.stays)
         settings = self.prepared.settings
         restored = self.shards.lacking
         until = next_evaluation(self.record, self.prepared)

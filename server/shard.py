@@ -148,7 +148,9 @@ class ShardServer:
             waiting.add_metric([*where, "forward"], block.queue.forward_depth)
             waiting.add_metric([*where, "backward"], block.queue.backward_depth)
         standby = GaugeMetricFamily(
-            "layerwise_standby_bytes", "Standby copies: those of other blocks, and the own ones on their way.", labels=labels
+            "layerwise_standby_bytes",
+            "Standby copies: those of other blocks, and the own ones on their way.",
+            labels=labels,
         )
         for job, copies in list(self._standby.items()):
             standby.add_metric([job, self._service.name], copies.num_bytes)

@@ -56,6 +56,7 @@ from layerwise.messages import (
     TaskFinished,
     TaskRequest,
     Tensors,
+    Workers,
 )
 from layerwise.plan import TrainingPlan
 from layerwise.roles import Connect, Disconnect, Effect, Send
@@ -207,7 +208,7 @@ class ShardRole:
             return self._on_reroute(message, now) if peer == self._coordinator else []
         if self.failed:
             return []
-        if self._reroute is not None and not isinstance(message, CutDurable | HoldCut | ReleaseCut):
+        if self._reroute is not None and not isinstance(message, CutDurable | HoldCut | ReleaseCut | Workers):
             # Whatever it is, it belongs to what is being given up.
             return []
         context = self._context
@@ -362,6 +363,8 @@ class ShardRole:
                 return []
             case TaskFinished():
                 return self._detached.on_finished(peer, message, now)
+            case Workers() if peer == self._coordinator:
+                return self._on_workers(message, now)
             case HoldCut() if peer == self._coordinator:
                 self._compute.hold_cut(message.version)
                 return []
@@ -383,6 +386,11 @@ class ShardRole:
                 case Stop() if peer == self._coordinator:
                     return self.first.on_stop(now)
         return self._context.refuse(peer, message, "it is not for this block, or not from this peer")
+
+    def _on_workers(self, message: Workers, now: float) -> list[Effect]:
+        self._context.workers = frozenset(message.names)
+        effects = self.first.on_workers(now) if self.first is not None else []
+        return effects + self._detached.on_workers(now)
 
     # A new route ------------------------------------------------------------------------------------------------------
 

@@ -205,9 +205,7 @@ class StandbyRole:
         # The newest, and the one that is being fetched: what is neither would only take room.
         self._own = {version: one for version, one in self._own.items() if version == self._asked_for}
         self._own[copy.version] = copy
-        offer = StandbyOffer(
-            job=self._job, block=self._block, life=copy.life, version=copy.version, files=copy.files
-        )
+        offer = StandbyOffer(job=self._job, block=self._block, life=copy.life, version=copy.version, files=copy.files)
         return [Connect(holder.shard, holder.address), Send(holder.shard, offer)]
 
     def restore(
@@ -220,9 +218,7 @@ class StandbyRole:
         now: float,
     ) -> list[Effect]:
         """Fetch the copy with which the own block is to begin; whoever has it must answer each request within ``patience`` seconds."""
-        pull = _Pull(
-            peer=source.holder, block=self._block, life=source.life, version=version, files=source.files
-        )
+        pull = _Pull(peer=source.holder, block=self._block, life=source.life, version=version, files=source.files)
         self._restore = _Restore(pull=pull, done=done, patience=patience, heard_at=now)
         return [Connect(source.holder, source.address), *self._ask(pull)]
 
@@ -268,7 +264,9 @@ class StandbyRole:
     def _on_offer(self, peer: str, offer: StandbyOffer) -> list[Effect]:
         why = self._why_not(peer, offer)
         if why:
-            log.warning("a copy of block %d at version %d is not fetched from %s: %s", offer.block, offer.version, peer, why)
+            log.warning(
+                "a copy of block %d at version %d is not fetched from %s: %s", offer.block, offer.version, peer, why
+            )
             return []
         if any((one.life, one.version) == (offer.life, offer.version) for one in self._held.get(offer.block, ())):
             return []
@@ -344,15 +342,15 @@ class StandbyRole:
         try:
             whole = self._take(pull, part)
         except (ValueError, CorruptError) as error:
-            log.warning("the copy of block %d at version %d from %s is given up: %s", pull.block, pull.version, peer, error)
+            log.warning(
+                "the copy of block %d at version %d from %s is given up: %s", pull.block, pull.version, peer, error
+            )
             del self._pulls[part.block]
             return self._fetch_next(part.block)
         if not whole:
             return self._ask(pull)
         del self._pulls[part.block]
-        copy = StandbyCopy(
-            block=pull.block, life=pull.life, version=pull.version, files=pull.files, layers=pull.layers
-        )
+        copy = StandbyCopy(block=pull.block, life=pull.life, version=pull.version, files=pull.files, layers=pull.layers)
         copies = self._held.setdefault(pull.block, deque(maxlen=KEPT_COPIES))
         copies.append(copy)
         held = self._held_message(copy)
@@ -389,9 +387,7 @@ class StandbyRole:
         return restore.done(why)
 
     def _held_message(self, copy: StandbyCopy) -> StandbyHeld:
-        return StandbyHeld(
-            job=self._job, block=copy.block, life=copy.life, version=copy.version, files=copy.files
-        )
+        return StandbyHeld(job=self._job, block=copy.block, life=copy.life, version=copy.version, files=copy.files)
 
 
 def _answers(peer: str, part: StandbyPart, pull: _Pull) -> bool:

@@ -54,6 +54,7 @@ from layerwise.messages import (
     Tensors,
     Unassign,
     Unassigned,
+    Workers,
 )
 from layerwise.proto import layerwise_pb2 as pb2
 from layerwise.proto.calls import CALLS
@@ -168,6 +169,7 @@ def nonsense(name: str) -> list[Message]:
         ReleaseCut(job=name, version=1 << 40),
         Unassign(job=name),
         Unassigned(job=name),
+        Workers(job=name, names=("talker",)),
         Failure(job=name, message="the job can't go on"),
         LeaseRequest(job=name, count=1 << 60),
         AttemptsClosed(job=name, closed=(), active_seconds=float("nan")),

@@ -176,7 +176,7 @@ def draw(seed: int) -> Scenario:
     for _ in range(moves.choice((1, 1, 2, 3)) if spare else 0):
         at = 0.1 + moves.uniform(0, 1.2 * length)
         target = moves.choice((*names, *names, *workers))
-        drains.append(Drain(at=at, until=at + moves.choice((0.01, 1.0, 30.0)), target=target))
+        drains.append(Drain(at=at, until=at + moves.choice((0.01, 1.0, 12.0)), target=target))
     stops = (0.1 + rng.uniform(0, length),) if rng.random() < 0.25 else ()
     calm = rng.random() < 0.3
     weather = Weather(

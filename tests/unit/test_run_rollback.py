@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from layerwise.messages import Assignment, Failure, LeaseKind, Role
+from layerwise.messages import Assignment, CommitCut, Failure, LeaseKind, Message, Role
 from tests.unit.played_cluster import PlayedCluster, spec
 
 NOT_FINITE = "the loss of microbatch 0:32-40 is not finite: layer 2 is the first; lower the learning rate"
@@ -139,3 +139,23 @@ def test_drops_for_losses_that_are_not_finite_are_forgiven_and_torn_files_are_no
     diverge(played, job)
     assert played.role.record(job).drops == (torn,)
     assert json.loads(played.role.record(job).spec_json)["train"]["on_divergence"] == "rollback"
+
+
+def test_a_cut_that_a_commit_under_way_deletes_is_not_gone_back_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated seed 6728: the commit was answered to nobody, and a later rollback chose what it had deleted."""
+    played, play, asked = cluster(), PlayedCluster._play, list[CommitCut]()
+
+    def answer(self: PlayedCluster, name: str, message: Message) -> None:
+        if isinstance(message, CommitCut) and message.version > 4:
+            asked.append(message)
+        else:
+            play(self, name, message)
+
+    monkeypatch.setattr(PlayedCluster, "_play", answer)
+    played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN and len(played.leases) >= 32
+    job = played.submit(spec(checkpoint={"every": 2, "keep": 2}))
+    assert [cut["version"] for cut in played.role.job(job)["cuts"]] == [2, 4]
+    assert [(commit.version, commit.keep) for commit in asked] == [(6, (4, 6))]
+    played.kill("shard-1")
+    played.add(Role.SHARD, "shard-1")
+    assert [cut["version"] for cut in played.role.job(job)["cuts"]] == [4]
