@@ -65,8 +65,8 @@ class Training:
     """Decides for one run and one route, from `StartTraining` on. Not thread-safe.
 
     No layer began below version ``restored``, and no cut below ``first_whole`` can become durable any more. The microbatches in
-    ``done`` are on all of them, those in ``held`` on at least one. Attempts are numbered from ``first_attempt``; ``drops`` are given up already, those in ``missing_from`` are on
-    some layers (see `SampleLedger`). Version ``evaluated`` and those below need no evaluation.
+    ``done`` are on all of them, those in ``held`` on at least one. Attempts are numbered from ``first_attempt``; ``drops`` are given
+    up already, those in ``missing_from`` are on some layers (see `SampleLedger`). Version ``evaluated`` and those below need no evaluation.
     ``failure`` holds the sentence once the run can't go on, ``divergence`` what ``guard`` has found; ``finished`` says that nothing is left to do.
     """
 

@@ -120,8 +120,14 @@ class CountingBlock:
         on_cut: Callable[[int, dict[int, LayerCopy]], None],
         in_order: bool = False,
         learning_rate: float = 0.1,
+        from_cut: bool = True,
+        copied_every: int = 0,
+        on_copy: Callable[[int, dict[int, LayerCopy]], None] = lambda version, copies: None,
     ) -> None:
-        """``in_order``: forward passes must come in position order on every layer."""
+        """``in_order``: forward passes must come in position order on every layer.
+
+        ``from_cut``: what is ``restored`` is on disk. ``on_copy`` is called when every layer is copied at a multiple of ``copied_every``.
+        """
         self._start, self._stop = start, stop
         self._num_layers = num_layers
         self._life = life
@@ -141,7 +147,10 @@ class CountingBlock:
         self._kept: dict[Attempt, _Kept] = {}
         self._due: set[int] = set()
         self._copies: dict[int, dict[int, LayerCopy]] = {}
-        for copy in restored.values():
+        self._copied_every = copied_every
+        self._on_copy = on_copy
+        self._standby: dict[int, dict[int, LayerCopy]] = {}
+        for copy in restored.values() if from_cut else ():
             self._copies.setdefault(copy.state.version, {})[copy.state.layer] = copy
         self._holds: set[int] = set(self._copies)
         self._saved: set[int] = set(self._copies)
@@ -351,13 +360,27 @@ class CountingBlock:
             rate = None if intake.closes.empty else self._learning_rate
             version = layer.ledger.updated(rate, f"{hash(tuple(sorted(layer.parameter.items()))):x}")
             layer.ledger.staleness.check()
-            if version in self._due:
-                self._copy(number, version)
+            stands_by = self._copied_every > 0 and version % self._copied_every == 0
+            if version in self._due or stands_by:
+                copy = LayerCopy(state=layer.ledger.cut(), parameter=Counter(layer.parameter))
+                if version in self._due:
+                    self._shelve(number, version, copy)
+                if stands_by:
+                    self._stand_by(number, version, copy)
 
     def _copy(self, number: int, version: int) -> None:
         layer = self._layers[number]
+        self._shelve(number, version, LayerCopy(state=layer.ledger.cut(), parameter=Counter(layer.parameter)))
+
+    def _stand_by(self, number: int, version: int, copy: LayerCopy) -> None:
+        copies = self._standby.setdefault(version, {})
+        copies[number] = copy
+        if len(copies) == len(self._layers):
+            self._on_copy(version, self._standby.pop(version))
+
+    def _shelve(self, number: int, version: int, copy: LayerCopy) -> None:
         copies = self._copies.setdefault(version, {})
-        copies[number] = LayerCopy(state=layer.ledger.cut(), parameter=Counter(layer.parameter))
+        copies[number] = copy
         self.max_copies = max(self.max_copies, len(self._copies))
         if len(copies) == len(self._layers):
             self._due.discard(version)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -27,13 +27,20 @@ from layerwise.messages import (
     Probe,
     Probed,
     PushGradient,
+    Reroute,
+    StandbyHeld,
+    StandbyOffer,
+    StandbyPart,
+    StandbyRequest,
     TaskFinished,
+    Tensors,
     Unassign,
     Unassigned,
 )
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
+from layerwise.server.standby_role import StandbyCopy, StandbyRole
 from layerwise.server.task_queue import TaskQueue
 from layerwise.settings import ResolvedSettings
 from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult
@@ -65,6 +72,38 @@ class Work:
         return self.assignment.route[self.assignment.block]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerToken:
+    """A layer of a standby copy."""
+
+    copy: LayerCopy
+
+    def part(self, offset: int) -> Tensors:
+        if offset != 0:
+            raise ValueError(f"a token has no offset {offset}")
+        return Tensors((self.copy,))
+
+
+@dataclass(slots=True)
+class ArrivingToken:
+    """A layer of a standby copy that is being fetched."""
+
+    file: LayerFile
+    copy: LayerCopy | None = None
+
+    @property
+    def num_received(self) -> int:
+        return 0 if self.copy is None else 1
+
+    def add(self, part: Tensors) -> None:
+        (self.copy,) = part.items
+
+    def finish(self) -> LayerToken:
+        assert self.copy is not None
+        assert self.copy.state.digest == self.file.digest
+        return LayerToken(self.copy)
+
+
 @dataclass(slots=True, eq=False)
 class SimulatedShard(Process):
     """A shard process: probes, restores from the simulated disk, runs slots, saves cuts."""
@@ -81,6 +120,7 @@ class SimulatedShard(Process):
     history: list[Work] = field(default_factory=list)
     _committed_at: float = 0.0
     _works: dict[str, Work] = field(default_factory=dict)
+    _standby: dict[str, StandbyRole] = field(default_factory=dict)
     _wanted: dict[str, Assignment] = field(default_factory=dict)
 
     def on_message(self, peer: str, message: Message) -> list[Effect]:
@@ -95,9 +135,14 @@ class SimulatedShard(Process):
                 work = self._works.pop(message.job, None)
                 if work is not None:
                     self._leave(work)
-                self.after(self.world.random.uniform(0.001, 0.05), lambda: self._build(message))
-                return []
+                return self._take_assignment(message)
+            case Reroute() if message.job in self._standby:
+                self._standby[message.job].take_route(message.route)
+            case StandbyOffer() | StandbyRequest() | StandbyPart() | StandbyHeld():
+                standby = self._standby.get(message.job)
+                return standby.on_message(peer, message, now) if standby is not None else []
             case Unassign():
+                self._standby.pop(message.job, None)
                 self._wanted.pop(message.job, None)
                 work = self._works.pop(message.job, None)
                 if work is not None:
@@ -118,19 +163,24 @@ class SimulatedShard(Process):
     def hosting(self) -> tuple[Hosting, ...]:
         return tuple(work.role.hosting for work in self._works.values())
 
+    def on_welcome(self) -> list[Effect]:
+        return [effect for standby in self._standby.values() for effect in standby.tell_held()]
+
     def on_lost(self, peer: str) -> list[Effect]:
-        return [
+        effects = [
             effect
             for work in self._works.values()
             for effect in self._and_fill(work, work.role.on_lost(peer, self.world.now))
         ]
+        return effects + [effect for standby in self._standby.values() for effect in standby.on_lost(peer)]
 
     def on_tick(self) -> list[Effect]:
-        return [
+        effects = [
             effect
             for work in self._works.values()
             for effect in self._and_fill(work, work.role.on_tick(self.world.now))
         ]
+        return effects + [effect for standby in self._standby.values() for effect in standby.on_tick(self.world.now)]
 
     def on_killed(self) -> None:
         for work in self._works.values():
@@ -156,7 +206,40 @@ class SimulatedShard(Process):
     def describe(self) -> str:
         return "; ".join(f"{job}: {work.role.describe()}" for job, work in self._works.items()) or "no job"
 
-    def _build(self, message: Assignment) -> None:
+    def _take_assignment(self, message: Assignment) -> list[Effect]:
+        """As a shard's process does: build at once, or fetch the layers from another shard first."""
+        delay = self.world.random.uniform(0.001, 0.05)
+        settings, source = ResolvedSettings.from_json(message.settings_json), message.standby
+        if not settings.standby_every:
+            self.after(delay, lambda: self._build(message))
+            return []
+        standby = self._standby.get(message.job)
+        if standby is None:
+            standby = self._standby[message.job] = StandbyRole(
+                job=message.job,
+                block=message.block,
+                route=message.route,
+                sink=ArrivingToken,
+                limits=[place.stop - place.start for place in message.route],
+            )
+        standby.assign(message.block, message.route)
+        if not source.holder:
+            self.after(delay, lambda: self._build(message))
+            return []
+
+        def fetched(layers: Mapping[int, Any] | str) -> list[Effect]:
+            if self._wanted.get(message.job) is not message:
+                return []
+            if isinstance(layers, str):
+                return [Send("coordinator", Failure(job=message.job, message=layers, standby=message.cut))]
+            copies = {layer: one.copy for layer, one in layers.items()}
+            assert all(copy.state.version == message.cut for copy in copies.values())
+            self.after(delay, lambda: self._build(message, copies))
+            return []
+
+        return standby.restore(source, message.cut, fetched, patience=4.0, now=self.world.now)
+
+    def _build(self, message: Assignment, copies: dict[int, LayerCopy] | None = None) -> None:
         if self._wanted.get(message.job) is not message:
             return
         settings = ResolvedSettings.from_json(message.settings_json)
@@ -167,7 +250,7 @@ class SimulatedShard(Process):
         log = FlushedLog()
         layers = range(place.start, place.stop)
         try:
-            restored = self.disk.load(message.directory, message.cut, layers) if message.cut else {}
+            restored = copies or (self.disk.load(message.directory, message.cut, layers) if message.cut else {})
         except CorruptError as error:
             self.send("coordinator", Failure(job=message.job, message=str(error), cut=message.cut))
             return
@@ -201,6 +284,11 @@ class SimulatedShard(Process):
             in_order=self.slots == 1 and (header.position_order or settings.window == 1) and not message.cut,
             on_cut=lambda version, copies: self.after(0.0005, lambda: self._on_cut(work, version, copies)),
             learning_rate=0.1 * message.course.rate_factor,
+            from_cut=copies is None,
+            copied_every=settings.standby_every,
+            on_copy=lambda version, made: self.after(
+                self.world.random.uniform(0.0005, 0.01), lambda: self._offer(work, version, made)
+            ),
         )
         block.not_finite = self.not_finite
         if self.divergence is not None:
@@ -223,6 +311,7 @@ class SimulatedShard(Process):
             task_seconds=spec.timeouts.task,
             drops_bad_samples=spec.train.on_bad_sample == "drop",
             synchronous_until=message.course.synchronous_until,
+            from_cut=copies is None,
         )
         work = Work(message, plan, log, header, block, queue, role)
         self._works[message.job] = work
@@ -292,6 +381,21 @@ class SimulatedShard(Process):
             self._act(work, lambda: work.role.on_cut_saved(version, () if error else files, error, self.world.now))
 
         self.after(self.disk.seconds(), saved)
+
+    def _offer(self, work: Work, version: int, copies: dict[int, LayerCopy]) -> None:
+        life = work.place.life
+        files = tuple(
+            LayerFile(layer=layer, life=life, name=f"{layer}", num_bytes=1, digest=copy.state.digest)
+            for layer, copy in sorted(copies.items())
+        )
+        made = StandbyCopy(
+            block=work.assignment.block,
+            life=life,
+            version=version,
+            files=files,
+            layers={layer: LayerToken(copy) for layer, copy in copies.items()},
+        )
+        self._act(work, lambda: self._standby[work.assignment.job].offer(made))
 
     def _commit(self, message: CommitCut) -> None:
         work = self._works.get(message.job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.simulation.world import Weather
@@ -106,6 +106,12 @@ class Scenario:
 
 def draw(seed: int) -> Scenario:
     """The scenario of ``seed``."""
+    standby = random.Random(f"standby {seed}")
+    scenario = _draw(seed)
+    return with_standby(scenario, standby.choice((1, 2, 3, 5))) if standby.random() < 0.3 else scenario
+
+
+def _draw(seed: int) -> Scenario:
     rng = random.Random(f"scenario {seed}")
     # One seed in four is about what a crash leaves behind: layers that overtook each other, cut at every update or two.
     crash = seed % 4 == 3
@@ -241,6 +247,14 @@ def draw(seed: int) -> Scenario:
         spare_shards=spare,
         divergence=divergence,
     )
+
+
+def with_standby(scenario: Scenario, every: int) -> Scenario:
+    """The same, with standby copies every so many updates, if the job can have any."""
+    if scenario.shards < 2:
+        return scenario
+    checkpoint = scenario.spec["checkpoint"] | {"standby": True, "standby_every": every}
+    return replace(scenario, spec=scenario.spec | {"checkpoint": checkpoint})
 
 
 def _bad_samples(seed: int, num_microbatches: int) -> BadSamples:

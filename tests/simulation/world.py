@@ -155,6 +155,10 @@ class Process:
         """The jobs that it goes on with."""
         return ()
 
+    def on_welcome(self) -> list[Effect]:
+        """The coordinator knows the process now."""
+        return []
+
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         raise NotImplementedError
 
@@ -266,6 +270,7 @@ class Process:
     def _receive(self, peer: str, message: Message) -> None:
         if type(message).__name__ == "Welcome":
             self._next_heartbeat = self.world.now
+            self.perform(self.on_welcome())
             return
         self.perform(self.on_message(peer, message))
 
