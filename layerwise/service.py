@@ -120,9 +120,8 @@ class Service:
             on_error=self.fail,
             dialed_only=(COORDINATOR,),
         )
-        watch = DeathWatch(lambda error: self.loop.call_soon_threadsafe(self.fail, error))
         try:
-            with watch:
+            with DeathWatch(self._fail_from_thread):
                 await self._serve()
         finally:
             await self._handler.close()
@@ -180,6 +179,9 @@ class Service:
         if self._error is None:
             self._error = error
         self._lifetime.end(f"{type(error).__name__}: {error}")
+
+    def _fail_from_thread(self, error: Exception) -> None:
+        self.loop.call_soon_threadsafe(self.fail, error)
 
     def _collect(self) -> Iterable[object]:
         return [*self._handler.collect(), *self.transport.refusals.collect()]

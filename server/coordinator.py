@@ -220,6 +220,9 @@ class Coordinator:
     def _on_message(self, peer: str, message: Message) -> None:
         assert self._transport is not None
         refusals = self._transport.refusals
+        if isinstance(message, Hello) and self._role.members.get(peer) is not None:
+            refusals.add(Refused.HELLO, f"{peer} has presented itself on this link before; nothing is changed by it")
+            return
         if isinstance(message, Hello) and (fault := hello_fault(peer, message)):
             refusals.add(Refused.HELLO, f"{peer} is not let in: {fault}")
             self._perform([*self._role.on_lost(peer, self._now()), Disconnect(peer)])

@@ -269,13 +269,13 @@ class CoordinatorRole:
     # Inside: processes -----------------------------------------------------------------------------------------------
 
     def _on_hello(self, peer: str, hello: Hello, now: float) -> list[Effect]:
-        effects: list[Effect] = []
         if self.members.get(peer) is not None:
-            effects = self._lose(peer, "it was started again", now)
+            # One that was started again has a new link, and was lost with the one before. This is the same process.
+            return []
         if hello.name != peer or hello.role not in (Role.SHARD, Role.FORWARD, Role.BACKWARD):
-            return [*effects, Disconnect(peer)]
+            return [Disconnect(peer)]
         self.members.join(hello, now)
-        effects.append(Send(peer, Welcome(heartbeat_seconds=self._heartbeat_seconds)))
+        effects: list[Effect] = [Send(peer, Welcome(heartbeat_seconds=self._heartbeat_seconds))]
         for hosting in hello.hosting:
             effects += self._take_back(peer, hosting, now)
         return effects + self._fill_vacancies(now) + self._schedule(now)

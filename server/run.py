@@ -48,26 +48,25 @@ from layerwise.messages import (
 from layerwise.profile import Profile
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_manifest import manifest_json
-from layerwise.server.divergence_guard import Divergence, DivergenceGuard
+from layerwise.server.divergence_guard import Divergence
+from layerwise.server.divergence_policy import DivergencePolicy
 from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState
 from layerwise.server.membership import Process
 from layerwise.server.placement import Places, Vacancy
 from layerwise.server.preparation import Prepared, partial_drops, prepare, prepared_before, restored_sets
 from layerwise.server.recovery import Recovery
-from layerwise.server.rollback import MOST_ROLLBACKS, course_after, roll_back
+from layerwise.server.rollback import course_after
 from layerwise.server.routing import Routing
 from layerwise.server.sample_ledger import DroppedMicrobatch
 from layerwise.server.shard_places import ShardPlaces
-from layerwise.server.standby_copies import StandbyCopies, first_whole_cut, next_evaluation
-from layerwise.server.training import NOT_FINITE, Training
+from layerwise.server.standby_copies import HeldCopy, StandbyCopies, first_whole_cut, next_evaluation
+from layerwise.server.training import Training
 from layerwise.server.worker_places import WorkerPlaces
 
 ATTEMPTS_OF_GENERATION = 1000
 """Attempts are numbered from the generation times this, so that no attempt's name is ever used twice in a job."""
 LINK_SECONDS = 1.0
 """How long after a broken link between two shards it is waited for one of them to be found lost."""
-LEAST_NOT_FINITE = 8
-"""Dropped microbatches in a row whose losses are not finite, before training is at fault and not the samples; at least."""
 MOST_RECOVERIES = 6
 """New routes without any update in between, after which the run is given up."""
 
@@ -97,9 +96,7 @@ class Run:
         self._standby = StandbyCopies()
         self._room: dict[str, int] = {}
         self._num_decisions = 0
-        self._guard: DivergenceGuard | None = None
-        self._diverged: Divergence | None = None
-        """Why all layers go back with the next route."""
+        self._divergence = DivergencePolicy(spec)
         self._began = now
         self._probing = ""
         self._link_down: tuple[str, float] | None = None
@@ -144,7 +141,7 @@ class Run:
     @property
     def loss_at_start(self) -> float | None:
         """What the training loss was in the job's first updates."""
-        return None if self._guard is None else self._guard.first
+        return None if self._divergence.guard is None else self._divergence.guard.first
 
     @property
     def phase(self) -> str:
@@ -425,7 +422,7 @@ class Run:
 
     def _on_failure(self, peer: str, message: Failure) -> list[Effect]:
         """A role can't go on. If that is because a cut is damaged, the cut before it is used; if training is, that may go back."""
-        if message.diverged and self.spec.train.on_divergence == "rollback" and not self._cancelled:
+        if message.diverged and self._divergence.rolls_back and not self._cancelled:
             return self._on_diverged(peer, message)
         if message.standby:
             if peer not in self.shards or not self._standby.refuse(self.shards.of(peer).block, message.standby):
@@ -449,10 +446,8 @@ class Run:
         """A block of this or an earlier life met a loss that is not finite."""
         if peer not in self.shards or self.shards.of(peer).life != message.diverged:
             return []
-        version = self._reached
-        good = self._oldest_cut if self._guard is None else self._guard.good_version(version)
         why = message.message.partition("; ")[0]
-        return self._diverge(Divergence(version=version, good_version=good, why=why))
+        return self._diverge(self._divergence.judge(self.record, self._reached, why))
 
     @property
     def _reached(self) -> int:
@@ -462,61 +457,22 @@ class Run:
             versions += [self.training.version, *(layer.version for layer in self.training.layers())]
         return max(versions, default=0)
 
-    @property
-    def _oldest_cut(self) -> int:
-        """A cut from before any rise is kept, so the oldest one is the likeliest to be good if nothing else is known."""
-        return self.record.cuts[0].version if self.record.cuts else 0
-
     def _diverge(self, found: Divergence) -> list[Effect]:
         """Training does not do what it should: stop, or go back as soon as every shard is there."""
-        if self.spec.train.on_divergence != "rollback":
-            remedy = "lower the learning rate or async.window, or have train.on_divergence: rollback"
-            return self.fail(f"training diverges: {found.why}; {remedy}", self._now)
-        if len(self.record.rollbacks) >= MOST_ROLLBACKS:
-            factor = self.record.rollbacks[-1]["rate_factor"]
-            return self.fail(
-                f"training diverges again, synchronously and with {factor:g} of its learning rate: {found.why}; "
-                f"lower the learning rate",
-                self._now,
-            )
+        if refusal := self._divergence.refusal(self.record, found):
+            return self.fail(refusal, self._now)
         if self.training is not None:
             self.training.suspended = True
-        self._diverged = self._diverged or found
+        self._divergence.found = self._divergence.found or found
         return self._route_anew()
 
-    def _go_back(self, found: Divergence) -> None:
-        """Write down to which cut all layers go back, and how training goes on from there."""
+    def _go_back(self) -> None:
         assert self.prepared is not None
-        if self.training is not None:
-            version = self.training.cuts.newest_until(found.good_version) or 0
-        else:
-            version = max((one.version for one in self.record.cuts if one.version <= found.good_version), default=0)
-        reached = max(self._reached, version)
-        plan = self.prepared.settings.plan
-        rollback = roll_back(
-            self.record.rollbacks,
-            version=version,
-            reached=reached,
-            num_updates=plan.num_updates,
-            why=found.why,
-            now=self._now,
-        )
-        cuts = self._keep_cuts(lambda one: one <= version)
-        # What diverged made losses not finite; that was not the samples' fault, unless it was there before.
-        kept = {(one["epoch"], one["start"]) for cut in cuts for one in cut.ledger.get("dropped", ())}
-        drops = tuple(
-            one
-            for one in self.record.drops
-            if not one["reason"].startswith(NOT_FINITE) or (one["epoch"], one["start"]) in kept
-        )
-        self.record = replace(self.record, drops=drops, rollbacks=(*self.record.rollbacks, rollback.to_json()))
-        self._note(
-            "warning",
-            f"training diverges: {found.why}; all layers go back from version {reached} to {version}, forget their moments, "
-            f"and train at {rollback.rate_factor:g} of the learning rate, synchronously until version "
-            f"{rollback.synchronous_until}",
-            **rollback.to_json(),
-        )
+        num_updates = self.prepared.settings.plan.num_updates
+        record, line, fields = self._divergence.go_back(self.record, self._reached, num_updates, self._now)
+        self.record = record
+        self._keep_cuts(lambda version: True)
+        self._note("warning", line, **fields)
 
     def _keep_cuts(self, wanted: Callable[[int], bool]) -> tuple[CutRecord, ...]:
         """Forget the durable cuts of other versions; gives those that are left."""
@@ -581,13 +537,10 @@ class Run:
             self._keep_cuts(self.training.cuts.stays)
         settings = self.prepared.settings
         restored = self.shards.lacking
-        until = next_evaluation(self.record, self.prepared)
-        copies = self._standby.choose(restored, self.shards, above=self._durable, until=until)
-        if self._diverged is not None:
-            self._go_back(self._diverged)
-            copies = {}
-            restored = tuple(range(len(self.shards)))
-            self._diverged = None
+        copies = self._copies_for(restored)
+        if self._divergence.found is not None:
+            self._go_back()
+            restored, copies = tuple(range(len(self.shards))), {}
         if self._moved or settings.mode == "synchronous" or settings.window == 1:
             # What equals plain training has no layer ahead of another: all of them go back to the cut.
             restored, copies = tuple(range(len(self.shards))), {}
@@ -618,6 +571,12 @@ class Run:
             self._note("info", f"assigning {blocks} at version {cut}", version=cut)
         effects = self._routing.inform_shards(self.record)
         return effects + [self._routing.inform(one.process, one.block, self.record) for one in self.workers.records]
+
+    def _copies_for(self, blocks: Iterable[int]) -> dict[int, HeldCopy]:
+        """The standby copies with which less of these blocks is lost than with the newest durable cut."""
+        assert self.prepared is not None
+        until = next_evaluation(self.record, self.prepared)
+        return self._standby.choose(blocks, self.shards, above=self._durable, until=until)
 
     def _change_places(self, lost_cut: str = "") -> list[Effect]:
         """Training rests: let go who has to leave. All layers begin anew, for those of today end here.
@@ -672,9 +631,10 @@ class Run:
         first_whole = first_whole_cut(self._routing.begun, self._durable)
         restored = self.shards.lacking
         evaluations = self.record.evaluations
-        if len(restored) == len(self.shards):
+        everything = len(restored) == len(self.shards)
+        if everything:
             evaluations = tuple(one for one in evaluations if one["version"] <= cut)
-        self._begin_guard(restored)
+        self._divergence.begin(self.prepared, self.record, cut=cut, some=bool(restored), all_layers=everything)
         before, self.training = (
             self.training,
             Training(
@@ -690,7 +650,7 @@ class Run:
                 first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
                 drops=self._drops(),
                 missing_from=partial_drops(sets, done),
-                guard=self._guard,
+                guard=self._divergence.guard,
                 journal=self._note,
                 manifest=self._manifest,
                 now=self._now,
@@ -732,28 +692,6 @@ class Run:
         for microbatch, reason in self._routing.drops().items():
             noted.setdefault(microbatch, DroppedMicrobatch(microbatch=microbatch, reason=reason))
         return list(noted.values())
-
-    def _begin_guard(self, restored: tuple[int, ...]) -> None:
-        """Watch the loss, if the job wants that; anew where layers were set back."""
-        assert self.prepared is not None
-        settings, train = self.prepared.settings, self.spec.train
-        everything = len(restored) == len(self.shards)
-        if train.on_divergence == "ignore":
-            return
-        if self._guard is None:
-            self._guard = DivergenceGuard(
-                settings.plan.num_updates,
-                warmup=int(train.schedule.warmup * settings.plan.num_updates),
-                eager=train.on_divergence == "rollback",
-                can_stall=settings.mode == "asynchronous" and settings.window > 1,
-                most_not_finite=max(2 * settings.accumulation, LEAST_NOT_FINITE),
-                first=self.record.document.get("loss_at_start"),
-                good_version=self._routing.cut if everything else self._oldest_cut,
-            )
-        elif restored:
-            self._guard.restart(self._routing.cut if everything else None)
-        if self.record.rollbacks and self._guard.first is not None:
-            self._guard.be_wary(course_after(self.record.rollbacks).synchronous_until)
 
     def _why_not_ready(self, limit: float) -> str:
         if not self._routing.generation:

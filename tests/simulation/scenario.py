@@ -257,6 +257,31 @@ def with_standby(scenario: Scenario, every: int) -> Scenario:
     return replace(scenario, spec=scenario.spec | {"checkpoint": checkpoint})
 
 
+def lose_shards(seed: int) -> Scenario:
+    """The scenario of ``seed`` with standby copies, rare cuts and two to four shards that are killed: what copies are for."""
+    rng = random.Random(f"standby copies {seed}")
+    scenario = _draw(seed)
+    while scenario.shards < 2:
+        seed += 100_000
+        scenario = _draw(seed)
+    spec = scenario.spec
+    steps = 2 * spec["train"]["steps"]
+    spec = spec | {
+        "mode": "asynchronous",
+        "train": spec["train"] | {"steps": steps},
+        "async": spec["async"] | {"window": max(spec["async"]["window"], 2)},
+        "checkpoint": spec["checkpoint"] | {"every": rng.choice((None, max(steps // 2, 1), max(steps // 4, 1)))},
+    }
+    at = 0.2
+    kills = []
+    for _ in range(rng.randint(2, 4)):
+        at += rng.expovariate(3)
+        target = f"shard-{rng.randrange(scenario.shards)}"
+        kills.append(Fault(at=at, kind="kill", target=target, seconds=rng.choice((0.01, 0.1, 0.5))))
+    faults = tuple(sorted((*scenario.faults, *kills), key=lambda fault: fault.at))
+    return with_standby(replace(scenario, spec=spec, faults=faults), rng.choice((1, 2, 3)))
+
+
 def _bad_samples(seed: int, num_microbatches: int) -> BadSamples:
     rng = random.Random(f"bad samples {seed}")
     indices = range(num_microbatches)

@@ -171,6 +171,8 @@ class PlayedCluster:
         return ()
 
     def _hello(self, role: Role, name: str, **more: Any) -> None:
+        # Its new link ends the one before.
+        self.perform(self.role.on_lost(name, self.now))
         self.roles[name] = role
         known: dict[str, Any] = {"device": "cpu", "imports": (), "hosting": (), **more}
         hello = Hello(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,6 +161,21 @@ def test_a_worker_that_is_started_again_under_its_name_is_another_incarnation() 
     assert played.state(job) == "done"
     assert played.leases[0][1].attempt == ATTEMPTS_OF_GENERATION + 2
     assert [node["incarnation"] for node in played.role.nodes(played.now) if node["name"] == "forward-0"] == [2]
+
+
+@pytest.mark.parametrize("name", ["shard-0", "forward-0"])
+@pytest.mark.parametrize("hosts", [True, False])
+def test_a_process_that_presents_itself_twice_on_one_link_keeps_its_place(name: str, hosts: bool) -> None:
+    played = cluster()
+    played.hold = hold_training
+    job = played.submit()
+    before, nodes = played.role.job(job), played.role.nodes(played.now)
+    process = played.role.members.get(name)
+    assert process is not None
+    for _ in range(3):
+        again = replace(process.hello, hosting=played.hosting(name) if hosts else ())
+        assert played.role.on_message(name, again, played.now) == []
+    assert (played.role.job(job), played.role.nodes(played.now)) == (before, nodes)
 
 
 def test_a_worker_whose_link_broke_comes_back_into_its_place_without_being_assigned_anew() -> None:
