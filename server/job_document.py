@@ -156,6 +156,7 @@ def _blocks(run: Run) -> list[dict[str, Any]]:
                 "backward_queue": report.backward_queue if report is not None else 0,
                 "compute_seconds": report.compute_seconds if report is not None else 0.0,
                 "log_bytes": report.log_bytes if report is not None else 0,
+                "standby_version": run.standby_version(block),
             }
         )
     return blocks

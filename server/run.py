@@ -164,6 +164,10 @@ class Run:
         """The device of a block's shard."""
         return self.shards[block].device
 
+    def standby_version(self, block: int) -> int:
+        """The newest version of a block that another shard has in its memory (0: none)."""
+        return self._standby.newest(block)
+
     def vacancies(self) -> list[Vacancy]:
         """Places that nobody fills."""
         if self.over:

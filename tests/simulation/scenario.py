@@ -265,17 +265,17 @@ def lose_shards(seed: int) -> Scenario:
         seed += 100_000
         scenario = _draw(seed)
     spec = scenario.spec
-    steps = 2 * spec["train"]["steps"]
+    steps = 3 * spec["train"]["steps"]
     spec = spec | {
         "mode": "asynchronous",
         "train": spec["train"] | {"steps": steps},
         "async": spec["async"] | {"window": max(spec["async"]["window"], 2)},
         "checkpoint": spec["checkpoint"] | {"every": rng.choice((None, max(steps // 2, 1), max(steps // 4, 1)))},
     }
-    at = 0.2
+    at = 0.3
     kills = []
     for _ in range(rng.randint(2, 4)):
-        at += rng.expovariate(3)
+        at += 0.3 + rng.expovariate(1.2)
         target = f"shard-{rng.randrange(scenario.shards)}"
         kills.append(Fault(at=at, kind="kill", target=target, seconds=rng.choice((0.01, 0.1, 0.5))))
     faults = tuple(sorted((*scenario.faults, *kills), key=lambda fault: fault.at))
