@@ -28,7 +28,8 @@ from layerwise.rate_book import LearningRate, RateBook
 class SampleLedgerSummary:
     """The coordinator's sample ledger at the end of a job.
 
-    Samples are counted once for each epoch, whatever the attempts.
+    Samples are counted once for each epoch, whatever the attempts. ``dropped`` may end before all ``num_dropped``
+    microbatches (-1: it has them all).
     """
 
     job: str
@@ -37,6 +38,7 @@ class SampleLedgerSummary:
     samples_applied: int
     samples_dropped: int
     dropped: tuple[DroppedMicrobatch, ...] = ()
+    num_dropped: int = -1
 
 
 _DETAILS = {
@@ -308,6 +310,12 @@ def _check_ledger(
             f"{samples - missing} and {missing}",
         )
     listed = {one.microbatch: one for one in ledger.dropped}
+    num_dropped = len(listed) if ledger.num_dropped < 0 else ledger.num_dropped
+    if num_dropped > len(listed):
+        # The document lists the first of them only.
+        tombstones = {one.microbatch: one for one in dropped[: len(listed)]}
+        if num_dropped != len(dropped):
+            findings.fail("ledger", f"the ledger counts {num_dropped} dropped microbatches, the logs {len(dropped)}")
     for microbatch in sorted(tombstones.keys() ^ listed.keys()):
         where = "the ledger and not in the logs" if microbatch in listed else "the logs and not in the ledger"
         findings.fail("ledger", f"{microbatch} is dropped in {where}")

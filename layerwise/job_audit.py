@@ -105,6 +105,7 @@ def _ledger(document: Mapping[str, Any]) -> SampleLedgerSummary | None:
                 )
                 for one in ledger.get("dropped", ())
             ),
+            num_dropped=ledger.get("num_dropped", -1),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"the ledger in the document of job {document.get('job')} can't be read: {error}") from error

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.eager import EagerOptimizer
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen for a steep slope at zero (Keller Jordan's Muon)."""
 EPSILON = 1e-7
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(EagerOptimizer):
     """Orthogonalised momentum whose fresh gradient has a weight of its own.
 
     For a matrix with gradient ``g`` and its running average ``m = momentum m + (1 - momentum) g``, the step goes along

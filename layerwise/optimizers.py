@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.eager import EagerAdamW, EagerSgd
 from layerwise.muon import Muon
 from layerwise.sections import AdamW, OptimizerSettings, Sgd
 from layerwise.sections import Muon as MuonSettings
@@ -51,7 +52,7 @@ def build_optimizer(
     named = list(named_parameters)
     optimizer: torch.optim.Optimizer
     if isinstance(settings, Sgd):
-        optimizer = torch.optim.SGD(
+        optimizer = EagerSgd(
             named,
             lr=settings.lr,
             momentum=settings.momentum,
@@ -61,7 +62,7 @@ def build_optimizer(
             fused=False,
         )
     elif isinstance(settings, AdamW):
-        optimizer = torch.optim.AdamW(
+        optimizer = EagerAdamW(
             named,
             lr=settings.lr,
             betas=settings.betas,

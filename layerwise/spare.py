@@ -52,7 +52,6 @@ class Task:
 def warm_up() -> None:
     """Import what every shard and worker imports, sooner or later."""
     import torch
-    import torch._dynamo  # every optimizer's first step imports it
 
     import layerwise.cli.services
     import layerwise.data

@@ -15,6 +15,9 @@ from layerwise.server.run import Run
 from layerwise.server.staleness_view import staleness_document, summarize
 from layerwise.server.training import Training
 
+MOST_DROPPED = 1000
+"""Dropped microbatches that a document lists, so that it stays small enough to be sent; the newest cut's manifest has all."""
+
 
 def job_document(
     record: JobRecord, run: Run | None, *, queue_position: int | None = None, waiting_for: str = ""
@@ -50,7 +53,7 @@ def _empty(record: JobRecord) -> dict[str, Any]:
         "train_loss": None,
         "loss_at_start": None,
         "staleness": {**summarize({}), "layers": []},
-        "ledger": {"samples_leased": 0, "samples_applied": 0, "samples_dropped": 0, "dropped": []},
+        "ledger": {"samples_leased": 0, "samples_applied": 0, "samples_dropped": 0, "num_dropped": 0, "dropped": []},
         "window": None,
         "accumulation": None,
         "backward_weights": None,
@@ -127,7 +130,7 @@ def _from_training(training: Training, names: tuple[str, ...], *, over: bool) ->
         "samples_per_second": training.run_samples / seconds if seconds else None,
         "train_loss": training.loss.recent if over else training.loss.running,
         "staleness": staleness_document(layers, names),
-        "ledger": training.ledger_summary(),
+        "ledger": training.ledger_summary(MOST_DROPPED),
         "learning_rate": layers[0].learning_rate if layers else None,
     }
 

@@ -315,13 +315,15 @@ class Training:
         durable = Send(self._shards[0], CutDurable(job=self._job, version=message.version))
         return [durable, *self._commit_next()]
 
-    def ledger_summary(self) -> dict[str, Any]:
-        """The ``ledger`` part of the job document."""
+    def ledger_summary(self, most: int | None = None) -> dict[str, Any]:
+        """What is closed so far, for manifests and documents; lists at most ``most`` of the dropped microbatches."""
+        dropped = self.ledger.dropped
         return {
             "samples_leased": self.ledger.samples_leased,
             "samples_applied": self.ledger.samples_applied,
             "samples_dropped": self.ledger.samples_dropped,
-            "dropped": [one.to_json() for one in self.ledger.dropped],
+            "num_dropped": len(dropped),
+            "dropped": [one.to_json() for one in dropped[:most]],
         }
 
     # Reports, evaluation, stop ---------------------------------------------------------------------------------------

@@ -115,15 +115,12 @@ class BackwardRole:
         """A message arrived from the coordinator or from the shard that the worker works for."""
         match message:
             case Assignment() if peer == self._coordinator:
-                if message.job in self._jobs:
-                    self._requests.append(Leave(job=message.job))
+                effects = self._leave(message.job)
                 self._jobs[message.job] = _Job(assignment=message)
                 self._requests.append(Build(assignment=message))
-                return []
+                return effects
             case Unassign() if peer == self._coordinator:
-                if self._jobs.pop(message.job, None) is not None:
-                    self._requests.append(Leave(job=message.job))
-                return [Send(self._coordinator, Unassigned(job=message.job))]
+                return [*self._leave(message.job), Send(self._coordinator, Unassigned(job=message.job))]
             case Reroute() if peer == self._coordinator:
                 return self._on_reroute(message, now)
             case DetachedTask():
@@ -190,9 +187,21 @@ class BackwardRole:
         works = (f"{job.assignment.job}: {job.task.attempt if job.task else 'idle'}" for job in self._jobs.values())
         return "; ".join(works) or "no job"
 
+    def _leave(self, job: str) -> list[Effect]:
+        """Forget a job, and let go of its shard: with the link ends what the shard thinks that this worker has."""
+        state = self._jobs.pop(job, None)
+        if state is None:
+            return []
+        self._requests.append(Leave(job=job))
+        shard = state.place.shard
+        return [] if any(one.place.shard == shard for one in self._jobs.values()) else [Disconnect(shard)]
+
     def _on_reroute(self, message: Reroute, now: float) -> list[Effect]:
         state = self._jobs.get(message.job)
         if state is None or message.generation <= state.assignment.generation:
+            return []
+        if len(message.route) != len(state.assignment.route):
+            log.warning("a route over %d blocks refused: there are %d", len(message.route), len(state.assignment.route))
             return []
         before = state.place
         state.assignment = replace(state.assignment, route=message.route, generation=message.generation)

@@ -122,6 +122,8 @@ class _Lease:
     state: _State = _State.LOADING
     inputs: Tensors | None = None
     targets: Tensors | None = None
+    granted: Grant | None = None
+    """Came while the samples were loading: they follow as soon as they are there."""
 
 
 @dataclass(slots=True)
@@ -325,7 +327,7 @@ class ForwardRole:
         if state is None or lease is None or lease.state is not _State.LOADING:
             return []
         lease.state, lease.inputs, lease.targets = _State.READY, inputs, targets
-        effects = self._offer(state)
+        effects = self._offer(state) if lease.granted is None else self._on_grant(state, lease.granted)
         self._load_next(state)
         return effects
 
@@ -373,15 +375,26 @@ class ForwardRole:
     # Inside ----------------------------------------------------------------------------------------------------------
 
     def _on_assignment(self, message: Assignment) -> list[Effect]:
-        if message.job in self._jobs:
-            self._requests.append(Forget(job=message.job))
+        effects = self._leave(message.job)
         self._jobs[message.job] = _Job(assignment=message)
         self._requests.append(Prepare(assignment=message))
-        return []
+        return effects
+
+    def _leave(self, job: str) -> list[Effect]:
+        """Forget a job, and let go of its first shard: with the link ends what was offered on it."""
+        state = self._jobs.pop(job, None)
+        if state is None:
+            return []
+        self._requests.append(Forget(job=job))
+        first = state.first_shard
+        return [] if any(one.first_shard == first for one in self._jobs.values()) else [Disconnect(first)]
 
     def _on_reroute(self, message: Reroute, now: float) -> list[Effect]:
         job = self._jobs.get(message.job)
         if job is None or message.generation <= job.assignment.generation:
+            return []
+        if len(message.route) != len(job.assignment.route):
+            log.warning("a route over %d blocks refused: there are %d", len(message.route), len(job.assignment.route))
             return []
         before = job.assignment.route[0]
         job.begin_anew(message)
@@ -395,9 +408,7 @@ class ForwardRole:
         return Send(self._coordinator, Ready(job=job.job, block=-1, generation=job.assignment.generation))
 
     def _on_unassign(self, message: Unassign) -> list[Effect]:
-        if self._jobs.pop(message.job, None) is not None:
-            self._requests.append(Forget(job=message.job))
-        return [Send(self._coordinator, Unassigned(job=message.job))]
+        return [*self._leave(message.job), Send(self._coordinator, Unassigned(job=message.job))]
 
     def _on_lease(self, job: _Job, message: Lease, now: float) -> list[Effect]:
         if message.kind is LeaseKind.EVALUATE:
@@ -437,18 +448,29 @@ class ForwardRole:
                     return
                 del job.leases[last[1]]
                 heapq.heappush(job.held, last)
-            late, attempt = heapq.heappop(job.held)
-            if attempt in job.drops:
-                job.leases[attempt] = _Lease(not late, _State.READY, Tensors.none(), Tensors.none())
-                continue
-            job.leases[attempt] = _Lease(not late)
-            self._requests.append(Load(job=job.job, attempt=attempt))
+            self._load(job, heapq.heappop(job.held))
+
+    def _load(self, job: _Job, turn: _Turn) -> None:
+        late, attempt = turn
+        if attempt in job.drops:
+            job.leases[attempt] = _Lease(not late, _State.READY, Tensors.none(), Tensors.none())
+            return
+        job.leases[attempt] = _Lease(not late)
+        self._requests.append(Load(job=job.job, attempt=attempt))
 
     def _on_grant(self, job: _Job, message: Grant) -> list[Effect]:
+        held = next((turn for turn in job.held if turn[1] == message.attempt), None)
+        if held is not None:  # its offer was replaced, then it made room, and all the while this was on its way
+            job.held.remove(held)
+            heapq.heapify(job.held)
+            self._load(job, held)
         lease = job.leases.get(message.attempt)
+        if lease is not None and lease.state is _State.LOADING:
+            lease.granted = message
+            return []
         if lease is None or lease.inputs is None or lease.targets is None:
             # Left to the shard's time limit: it aborts what does not arrive.
-            log.warning("grant of %s refused: it is not loaded here", message.attempt)
+            log.warning("grant of %s refused: it is not leased here, or was sent already", message.attempt)
             return []
         forward = Forward(
             job=job.job,

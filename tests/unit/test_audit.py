@@ -68,6 +68,28 @@ def test_a_life_after_a_rollback_may_halve_its_learning_rates() -> None:
     assert report.check("rollbacks").applicable
 
 
+def many_dropped() -> World:
+    world = World(3)
+    world.live(0, updates=PLAN.num_updates + 1, drop=frozenset({3, 9, 20}))
+    return world
+
+
+@pytest.mark.parametrize("listed", range(4))
+def test_a_ledger_may_list_only_the_first_of_what_was_dropped(listed: int) -> None:
+    world = many_dropped()
+    ledger = replace(world.ledger, dropped=world.ledger.dropped[:listed], num_dropped=3)
+    assert failed(audit(world.blocks, ledger=ledger)) == []
+
+
+@pytest.mark.parametrize(("first", "num_dropped"), [(1, 3), (0, 4), (1, -1)])
+def test_what_a_ledger_lists_and_counts_as_dropped_must_be_what_the_logs_have_first(
+    first: int, num_dropped: int
+) -> None:
+    world = many_dropped()
+    ledger = replace(world.ledger, dropped=world.ledger.dropped[first : first + 2], num_dropped=num_dropped)
+    assert failed(audit(world.blocks, ledger=ledger)) == ["ledger"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
     Assignment,
@@ -139,9 +141,28 @@ def test_an_unassigned_worker_leaves_the_job() -> None:
     role, first = built_role(), task(0)
     role.on_message("shard-1", first, 0.0)
     role.take_requests()
-    assert role.on_message("coordinator", Unassign(job="job"), 0.0) == [Send("coordinator", Unassigned(job="job"))]
+    left = [Disconnect("shard-1"), Send("coordinator", Unassigned(job="job"))]
+    assert role.on_message("coordinator", Unassign(job="job"), 0.0) == left
     assert role.take_requests() == [Leave(job="job")]
     assert role.on_gradient("job", gradient(first), 0.0) == []
+    assert role.on_message("coordinator", Unassign(job="job"), 0.0) == left[1:]
+
+
+def test_a_worker_that_is_assigned_anew_takes_no_task_of_the_link_before() -> None:
+    role = built_role()
+    role.on_message("shard-1", task(0), 0.0)
+    role.take_requests()
+    # The shard still thinks that the worker has the states that it brought, and may have sent the next task.
+    assert role.on_message("coordinator", ASSIGNMENT, 1.0) == [Disconnect("shard-1")]
+    assert role.take_requests() == [Leave(job="job"), Build(assignment=ASSIGNMENT)]
+    assert role.on_built("job", 2.0) == [Connect("shard-1", "here:1"), ready(1), request()]
+
+
+def test_the_link_to_a_shard_that_another_job_needs_stays() -> None:
+    role = built_role()
+    role.on_message("coordinator", replace(ASSIGNMENT, job="other"), 0.0)
+    assert role.on_message("coordinator", Unassign(job="job"), 1.0) == [Send("coordinator", Unassigned(job="job"))]
+    assert role.on_message("coordinator", Unassign(job="other"), 1.0)[0] == Disconnect("shard-1")
 
 
 # A new route ----------------------------------------------------------------------------------------------------------
@@ -204,6 +225,7 @@ def test_only_newer_routes_of_the_coordinator_count() -> None:
     role = built_role()
     assert role.on_message("shard-1", reroute(), 1.0) == []
     assert role.on_message("coordinator", reroute(generation=1), 1.0) == []
+    assert role.on_message("coordinator", replace(reroute(), route=()), 1.0) == []
     other = Reroute(job="other", route=ROUTE, block=1, generation=9, durable=0)
     assert role.on_message("coordinator", other, 1.0) == []
 

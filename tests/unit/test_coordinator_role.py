@@ -55,7 +55,13 @@ def test_a_job_runs_to_its_last_durable_evaluated_cut_and_frees_its_processes() 
     job = played.submit()
     document = played.role.job(job)
     assert (job, document["state"], document["steps"]) == ("toy-1", "done", 10)
-    assert document["ledger"] == {"samples_leased": 80, "samples_applied": 80, "samples_dropped": 0, "dropped": []}
+    assert document["ledger"] == {
+        "samples_leased": 80,
+        "samples_applied": 80,
+        "samples_dropped": 0,
+        "num_dropped": 0,
+        "dropped": [],
+    }
     assert document["validation"] == {"version": 10, "loss": 0.25, "accuracy": 0.5}
     assert [cut["version"] for cut in document["cuts"]] == [8, 10]
     assert {node["state"] for node in played.role.nodes(played.now)} == {"free"}
@@ -413,6 +419,25 @@ def test_dropped_microbatches_are_listed_and_the_run_still_ends() -> None:
     assert played.state(job) == "done"
     assert (ledger["samples_leased"], ledger["samples_applied"], ledger["samples_dropped"]) == (80, 78, 2)
     assert [(one["epoch"], one["start"]) for one in ledger["dropped"]] == [(0, 0)]
+
+
+def test_a_document_stays_small_however_many_microbatches_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise.server.job_document.MOST_DROPPED", 3)
+    played = cluster()
+    played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN
+    job = played.submit(spec(train={"on_bad_sample": "drop", "max_dropped": 1.0}))
+    while played.held:
+        held, played.held = played.held, []
+        for _, lease in held:
+            for attempt in lease.attempts:
+                played.close(job, attempt, Outcome.DROPPED)
+        played.run()
+    document = played.role.job(job)
+    ledger = document["ledger"]
+    assert (document["state"], ledger["samples_dropped"], ledger["num_dropped"]) == ("done", 80, 40)
+    assert [(one["epoch"], one["start"]) for one in ledger["dropped"]] == [(0, 0), (0, 2), (0, 4)]
+    manifest = json.loads([one for _, one in sent(played, CommitCut)][-1].manifest_json)
+    assert len(manifest["ledger"]["dropped"]) == 40
 
 
 # The queue ------------------------------------------------------------------------------------------------------------

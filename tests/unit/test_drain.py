@@ -63,7 +63,13 @@ def check_done(played: PlayedCluster, job: str) -> None:
     """All 80 samples are applied once, and nothing was leased twice under one name."""
     document = played.role.job(job)
     assert document["state"] == "done", document["message"]
-    assert document["ledger"] == {"samples_leased": 80, "samples_applied": 80, "samples_dropped": 0, "dropped": []}
+    assert document["ledger"] == {
+        "samples_leased": 80,
+        "samples_applied": 80,
+        "samples_dropped": 0,
+        "num_dropped": 0,
+        "dropped": [],
+    }
     assert document["recoveries"] == []
     attempts = [attempt for _, attempt in played.leases]
     assert len(set(attempts)) == len(attempts)

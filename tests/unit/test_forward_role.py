@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
     Assignment,
@@ -206,10 +208,20 @@ def test_a_newer_evaluation_replaces_what_is_left_of_the_one_before() -> None:
 def test_an_unassigned_worker_forgets_the_job() -> None:
     role = ready_role()
     lease(role, 0)
-    assert role.on_message("coordinator", Unassign(job="job"), 0.0) == [Send("coordinator", Unassigned(job="job"))]
+    left = [Disconnect("shard-0"), Send("coordinator", Unassigned(job="job"))]
+    assert role.on_message("coordinator", Unassign(job="job"), 0.0) == left
     assert role.take_requests() == [Forget(job="job")]
     assert loaded(role, 0) == []
     assert role.num_leases == 0
+
+
+def test_a_worker_that_is_assigned_anew_leaves_what_it_has_offered_with_the_link() -> None:
+    role = ready_role()
+    lease(role, 0)
+    loaded(role, 0)
+    assert role.on_message("coordinator", ASSIGNMENT, 1.0) == [Disconnect("shard-0")]
+    assert role.take_requests() == [Forget(job="job"), Prepare(assignment=ASSIGNMENT)]
+    assert role.on_prepared("job", 1, 2.0)[0] == Connect("shard-0", "here:0")
 
 
 # A new route ----------------------------------------------------------------------------------------------------------
@@ -305,6 +317,8 @@ def test_only_newer_routes_of_the_coordinator_count() -> None:
     lease(role, 0)
     assert role.on_message("shard-0", reroute(), 1.0) == []
     assert role.on_message("coordinator", reroute(generation=1), 1.0) == []
+    nowhere = Reroute(job="job", route=(), block=-1, generation=9, durable=0)
+    assert role.on_message("coordinator", nowhere, 1.0) == []
     assert (
         role.on_message("coordinator", Reroute(job="other", route=ROUTE, block=-1, generation=9, durable=0), 1.0) == []
     )
@@ -360,6 +374,32 @@ def test_a_microbatch_makes_room_once_it_is_loaded() -> None:
     assert role.take_requests() == []
     assert loaded(role, 6) == []
     assert role.take_requests() == [Load(job="job", attempt=attempt(3))]
+
+
+@pytest.mark.parametrize("reload", ["once granted", "before the grant"])
+def test_what_made_room_while_its_grant_was_on_its_way_is_loaded_again_and_sent(reload: str) -> None:
+    role = ready_role(window=1, prefetch=1)
+    lease(role, 5, 6)
+    assert loaded(role, 5) == [offer(5)]
+    loaded(role, 6)
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.TRAIN, attempts=(attempt(3), attempt(4))), 0.0)
+    assert role.take_requests() == [Load(job="job", attempt=attempt(3))]
+    assert loaded(role, 3) == [offer(3)]
+    assert role.take_requests() == [Load(job="job", attempt=attempt(4))]  # 5 makes room
+    loaded(role, 4)
+    if reload == "before the grant":
+        decline(role, 3, "unneeded")
+        decline(role, 4, "unneeded")
+        assert grant(role, 5) == []
+        assert role.take_requests() == [Load(job="job", attempt=attempt(index)) for index in (5, 6)]
+    else:
+        assert grant(role, 5) == []
+        assert role.take_requests() == [Load(job="job", attempt=attempt(5))]
+    sent, *_ = loaded(role, 5)
+    assert isinstance(sent, Send)
+    assert isinstance(sent.message, Forward)
+    assert (sent.message.attempt, sent.message.inputs) == (attempt(5), DATA)
+    assert grant(role, 5) == []  # nothing is sent twice
 
 
 def test_what_is_urgent_comes_before_what_is_lower() -> None:

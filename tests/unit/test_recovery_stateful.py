@@ -165,7 +165,7 @@ class RecoveryMachine(RuleBasedStateMachine):
             played.report(*played.blocks)
         document = played.role.job(self.job)
         assert document["state"] == "done", document["message"]
-        ledger = {"samples_leased": 80, "samples_applied": 80, "samples_dropped": 0, "dropped": []}
+        ledger = {"samples_leased": 80, "samples_applied": 80, "samples_dropped": 0, "num_dropped": 0, "dropped": []}
         assert document["ledger"] == ledger
         assert document["cuts"][-1]["version"] == 10
         assert {node["state"] for node in played.role.nodes(played.now)} == {"free"}

@@ -74,7 +74,13 @@ def check_done(played: PlayedCluster, job: str) -> None:
     """All 80 samples are applied, nothing was leased twice under one name, and everybody is free."""
     document = played.role.job(job)
     assert document["state"] == "done", document["message"]
-    assert document["ledger"] == {"samples_leased": 80, "samples_applied": 80, "samples_dropped": 0, "dropped": []}
+    assert document["ledger"] == {
+        "samples_leased": 80,
+        "samples_applied": 80,
+        "samples_dropped": 0,
+        "num_dropped": 0,
+        "dropped": [],
+    }
     attempts = [attempt for _, attempt in played.leases]
     assert len(set(attempts)) == len(attempts)
     assert {node["state"] for node in played.role.nodes(played.now)} == {"free"}
