@@ -13,7 +13,7 @@ import torch
 
 from layerwise.background import Background, sentence
 from layerwise.device import resolve_device
-from layerwise.errors import CorruptError, NotFoundError
+from layerwise.errors import CorruptError, MalformedMessageError, NotFoundError
 from layerwise.job import parse_job
 from layerwise.messages import (
     Assignment,
@@ -224,14 +224,18 @@ class ShardServer:
     def _prepare_standby(self, assignment: Assignment) -> StandbyRole | None:
         """The job's copies in this process, where it has any: those of other blocks outlive the own one."""
         job, route = assignment.job, assignment.route
-        if not ResolvedSettings.from_json(assignment.settings_json).standby_every:
+        try:
+            every = ResolvedSettings.from_json(assignment.settings_json).standby_every
+            layers = Profile.from_json(assignment.profile_json).layers if every else ()
+        except MalformedMessageError:
+            every = 0  # building the block ends with the same error, and the coordinator is told of it
+        if not every:
             self._standby.pop(job, None)
             return None
         standby = self._standby.get(job)
         if standby is not None:
             standby.assign(assignment.block, route)
             return standby
-        layers = Profile.from_json(assignment.profile_json).layers
         limits = [most_bytes(layers[place.start : place.stop]) for place in route]
         standby = StandbyRole(job=job, block=assignment.block, route=route, sink=ArrivingLayer, limits=limits)
         self._standby[job] = standby
