@@ -408,6 +408,7 @@ class CoordinatorRole:
                 or known.moving != run.record.moving
             ):
                 self._store.put(run.record)
+                or known.evaluations != run.record.evaluations
 
     def _take_over(self, record: JobRecord, now: float) -> None:
         """Go on with a job of the coordinator before; one that had not begun to train waits in the queue again."""

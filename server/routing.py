@@ -11,7 +11,6 @@ from layerwise.messages import (
     Assignment,
     BlockPlace,
     BlockReport,
-    CutCommitted,
     CutSaved,
     CutTaken,
     Message,
@@ -164,7 +163,7 @@ class Routing:
         from; all else is about the life before.
         """
         if self._shards.of(name).holds or name in self._ready:
-            wanted = isinstance(message, CutTaken | CutSaved | CutCommitted | BlockReport)
+            wanted = isinstance(message, CutTaken | CutSaved | BlockReport)
         else:
             wanted = isinstance(message, CutTaken) and message.version == self.cut
         if wanted:
