@@ -33,6 +33,7 @@ from layerwise.messages import Assignment, BlockPlace
 from layerwise.models import build_model, load_weights
 from layerwise.policies import delay_policy
 from layerwise.profile import Profile
+from layerwise.rollbacks import write_rollbacks
 from layerwise.settings import ResolvedSettings
 from layerwise.state_hash import HASH_ALGORITHM
 
@@ -80,6 +81,9 @@ def build_block(
     copies = _load_cut(assignment, place) if assignment.cut else None
     course = assignment.course
     training = replace(training_of(spec, settings, device), rate_factor=course.rate_factor)
+    if assignment.block == 0 and assignment.rollbacks_json:
+        # Before the fence, for what is rolled back counts no more once that is up.
+        write_rollbacks(assignment.directory, json.loads(assignment.rollbacks_json))
     raise_fence(
         assignment.directory, Fence(life=place.life, start=place.start, stop=place.stop, version=assignment.cut)
     )

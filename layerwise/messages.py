@@ -440,6 +440,7 @@ class Assignment:
     ``block`` is the index into ``route`` for a shard (for a backward worker: the block it works for), -1 for a forward worker.
     ``cut`` is the version to restore (0: the initial weights). ``directory`` is where cuts and event logs go.
     ``generation`` counts the routes of the job: every admission number and every attempt of this one is above those of the routes before.
+    ``rollbacks_json``: what was rolled back so far (a list, empty: nothing), for the job's directory to remember.
     """
 
     job: str
@@ -452,6 +453,7 @@ class Assignment:
     directory: str
     generation: int
     course: Course = Course()
+    rollbacks_json: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

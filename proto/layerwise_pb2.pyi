@@ -641,7 +641,7 @@ class Course(_message.Message):
     def __init__(self, version: _Optional[int] = ..., rate_factor: _Optional[float] = ..., synchronous_until: _Optional[int] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation", "course")
+    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation", "course", "rollbacks_json")
     JOB_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -652,6 +652,7 @@ class Assignment(_message.Message):
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     COURSE_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACKS_JSON_FIELD_NUMBER: _ClassVar[int]
     job: str
     spec_json: str
     settings_json: str
@@ -662,7 +663,8 @@ class Assignment(_message.Message):
     directory: str
     generation: int
     course: Course
-    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ..., course: _Optional[_Union[Course, _Mapping]] = ...) -> None: ...
+    rollbacks_json: str
+    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ..., course: _Optional[_Union[Course, _Mapping]] = ..., rollbacks_json: _Optional[str] = ...) -> None: ...
 
 class Reroute(_message.Message):
     __slots__ = ("job", "route", "block", "generation", "durable")

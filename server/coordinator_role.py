@@ -405,10 +405,10 @@ class CoordinatorRole:
                 or known.placement != run.record.placement
                 or known.drops != run.record.drops
                 or known.rollbacks != run.record.rollbacks
+                or known.evaluations != run.record.evaluations
                 or known.moving != run.record.moving
             ):
                 self._store.put(run.record)
-                or known.evaluations != run.record.evaluations
 
     def _take_over(self, record: JobRecord, now: float) -> None:
         """Go on with a job of the coordinator before; one that had not begun to train waits in the queue again."""

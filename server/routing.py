@@ -86,6 +86,7 @@ class Routing:
             directory=record.directory,
             generation=self.generation,
             course=course_after(record.rollbacks),
+            rollbacks_json=json.dumps([dict(one) for one in record.rollbacks]) if record.rollbacks else "",
         )
         return Send(name, assignment)
 
