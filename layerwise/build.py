@@ -34,6 +34,7 @@ from layerwise.messages import Assignment, BlockPlace
 from layerwise.models import build_model, load_weights
 from layerwise.policies import delay_policy
 from layerwise.profile import Profile
+from layerwise.rollbacks import write_rollbacks
 from layerwise.settings import ResolvedSettings
 from layerwise.standby_bytes import LayerBytes
 from layerwise.standby_writer import StandbyWriter, Written
@@ -95,6 +96,9 @@ def build_block(
     copies = _load_standby(assignment, standby) if standby is not None else _load_cut(assignment, place)
     course = assignment.course
     training = replace(training_of(spec, settings, device), rate_factor=course.rate_factor)
+    if assignment.block == 0 and assignment.rollbacks_json:
+        # Before the fence, for what is rolled back counts no more once that is up.
+        write_rollbacks(assignment.directory, json.loads(assignment.rollbacks_json))
     raise_fence(
         assignment.directory, Fence(life=place.life, start=place.start, stop=place.stop, version=assignment.cut)
     )

@@ -454,6 +454,7 @@ class Assignment:
     ``cut`` is the version to restore (0: the initial weights), from a cut unless ``standby`` says where else. ``directory`` is where cuts and
     event logs go.
     ``generation`` counts the routes of the job: every admission number and every attempt of this one is above those of the routes before.
+    ``rollbacks_json``: what was rolled back so far (a list, empty: nothing), for the job's directory to remember.
     """
 
     job: str
@@ -466,6 +467,7 @@ class Assignment:
     directory: str
     generation: int
     course: Course = Course()
+    rollbacks_json: str = ""
     standby: StandbySource = StandbySource()
 
 

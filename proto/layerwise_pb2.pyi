@@ -661,7 +661,7 @@ class StandbySource(_message.Message):
     def __init__(self, holder: _Optional[str] = ..., address: _Optional[str] = ..., life: _Optional[int] = ..., files: _Optional[_Iterable[_Union[LayerFile, _Mapping]]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation", "course", "standby")
+    __slots__ = ("job", "spec_json", "settings_json", "profile_json", "route", "block", "cut", "directory", "generation", "course", "rollbacks_json", "standby")
     JOB_FIELD_NUMBER: _ClassVar[int]
     SPEC_JSON_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -672,6 +672,7 @@ class Assignment(_message.Message):
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     COURSE_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACKS_JSON_FIELD_NUMBER: _ClassVar[int]
     STANDBY_FIELD_NUMBER: _ClassVar[int]
     job: str
     spec_json: str
@@ -683,8 +684,9 @@ class Assignment(_message.Message):
     directory: str
     generation: int
     course: Course
+    rollbacks_json: str
     standby: StandbySource
-    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ..., course: _Optional[_Union[Course, _Mapping]] = ..., standby: _Optional[_Union[StandbySource, _Mapping]] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., spec_json: _Optional[str] = ..., settings_json: _Optional[str] = ..., profile_json: _Optional[str] = ..., route: _Optional[_Iterable[_Union[BlockPlace, _Mapping]]] = ..., block: _Optional[int] = ..., cut: _Optional[int] = ..., directory: _Optional[str] = ..., generation: _Optional[int] = ..., course: _Optional[_Union[Course, _Mapping]] = ..., rollbacks_json: _Optional[str] = ..., standby: _Optional[_Union[StandbySource, _Mapping]] = ...) -> None: ...
 
 class Reroute(_message.Message):
     __slots__ = ("job", "route", "block", "generation", "durable")

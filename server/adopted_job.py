@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from layerwise.cuts import durable_cuts, load_manifest, newest_sound_cut
 from layerwise.errors import CorruptCutError, CorruptError, NotFoundError
 from layerwise.fences import fences_in
+from layerwise.rollbacks import rollbacks_in
 from layerwise.server.job_record import CutRecord, JobRecord, JobState
 
 _LIFE = re.compile(r"life-(\d+)")
@@ -26,7 +29,8 @@ def read_job(directory: str | Path) -> JobRecord:
         CorruptError: no cut is sound, or the newest sound one's manifest does not say enough.
     """
     folder = Path(directory).absolute()
-    version, warnings = _newest(folder)
+    rollbacks = rollbacks_in(folder)
+    version, warnings = _newest(folder, rollbacks)
     if version is None:
         raise NotFoundError(
             f"there is no durable cut in {folder}, so there is nothing to go on from; submit the job instead"
@@ -52,7 +56,7 @@ def read_job(directory: str | Path) -> JobRecord:
             cuts=_cuts(folder, version, ()),
             evaluations=tuple(manifest["evaluations"]),
             drops=tuple(manifest["ledger"].get("dropped", ())),
-            rollbacks=tuple(manifest.get("rollbacks", ())),
+            rollbacks=_longest(manifest.get("rollbacks", ()), rollbacks),
         )
     except (KeyError, TypeError) as error:
         raise CorruptError(f"the manifest of cut {version} in {folder} lacks {error}; it can't be resumed") from error
@@ -71,7 +75,8 @@ def with_cuts_on_disk(record: JobRecord) -> JobRecord:
     folder = Path(record.directory)
     if not (folder / "cuts").is_dir():
         return record
-    version, warnings = _newest(folder)
+    rollbacks = rollbacks_in(folder)
+    version, warnings = _newest(folder, rollbacks)
     if version is None and record.cuts:
         recorded = ", ".join(str(cut.version) for cut in record.cuts)
         raise NotFoundError(
@@ -82,6 +87,7 @@ def with_cuts_on_disk(record: JobRecord) -> JobRecord:
         record,
         cuts=_cuts(folder, version, record.cuts) if version is not None else (),
         next_life=max(record.next_life, _newest_life(folder) + 1),
+        rollbacks=_longest(record.rollbacks, rollbacks),
         warnings=(*record.warnings, *(one for one in warnings if one not in record.warnings)),
     )
 
@@ -97,12 +103,28 @@ def unused_directory(directory: str | Path) -> str:
     return str(candidate)
 
 
-def _newest(folder: Path) -> tuple[int | None, tuple[str, ...]]:
-    """The newest sound cut, and a sentence about each damaged one that is newer."""
-    version, damaged = newest_sound_cut(folder)
+def _newest(folder: Path, rollbacks: Sequence[Mapping[str, Any]]) -> tuple[int | None, tuple[str, ...]]:
+    """The newest sound cut of what was not rolled back, and a sentence about each damaged one that is newer."""
+    damaged: list[CorruptCutError] = []
+    version, found = newest_sound_cut(folder)
+    damaged += found
+    while version is not None and _rolled_back(folder, version, rollbacks):
+        version, found = newest_sound_cut(folder, below=version)
+        damaged += found
     if version is None and damaged:
         raise CorruptError(f"no cut in {folder} is sound: {damaged[0]}")
     return version, tuple(f"cut {one.version} is damaged, cut {version} is used instead: {one}" for one in damaged)
+
+
+def _rolled_back(folder: Path, version: int, rollbacks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the cut is of what a later rollback took back. No life may have begun since, so that no fence says it."""
+    known = len(load_manifest(folder, version).get("rollbacks", ()))
+    return any(one["version"] < version for one in rollbacks[known:])
+
+
+def _longest(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Of two accounts of the rollbacks the one that goes on further."""
+    return tuple(one if len(one) >= len(other) else other)
 
 
 def _cuts(folder: Path, newest: int, known: tuple[CutRecord, ...]) -> tuple[CutRecord, ...]:

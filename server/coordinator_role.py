@@ -405,6 +405,7 @@ class CoordinatorRole:
                 or known.placement != run.record.placement
                 or known.drops != run.record.drops
                 or known.rollbacks != run.record.rollbacks
+                or known.evaluations != run.record.evaluations
                 or known.moving != run.record.moving
             ):
                 self._store.put(run.record)

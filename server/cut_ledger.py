@@ -65,6 +65,11 @@ class CutLedger:
         return self._given_up.get(version)
 
     @property
+    def committing(self) -> int | None:
+        """The cut whose commit was asked for and is not answered yet."""
+        return self._committing
+
+    @property
     def saving(self) -> bool:
         """Some cut is taken by a block and neither durable nor given up."""
         return any(not self._settled(version) for version in self._cuts)
@@ -112,13 +117,12 @@ class CutLedger:
         return None
 
     def commit(self, version: int) -> bool:
-        """The manifest of ``version`` is on disk; True when that is news."""
+        """The manifest of ``version`` is on disk; True when that is news, False when this ledger did not ask for it."""
+        if version != self._committing:
+            return False
         # What was pinned since the commit was asked for may be deleted already.
         kept = [one for one in self._kept_with(version) if self.stays(one)]
-        if self._committing == version:
-            self._committing = self._keeping = None
-        if self._settled(version):
-            return False
+        self._committing = self._keeping = None
         self._durable = kept
         self._cuts = {other: cut for other, cut in self._cuts.items() if other > version}
         return True

@@ -11,7 +11,6 @@ from layerwise.messages import (
     Assignment,
     BlockPlace,
     BlockReport,
-    CutCommitted,
     CutSaved,
     CutTaken,
     Message,
@@ -105,6 +104,7 @@ class Routing:
             directory=record.directory,
             generation=self.generation,
             course=course_after(record.rollbacks),
+            rollbacks_json=json.dumps([dict(one) for one in record.rollbacks]) if record.rollbacks else "",
             standby=StandbySource() if copy is None else copy.source(self._shards),
         )
         return Send(name, assignment)
@@ -185,7 +185,7 @@ class Routing:
         """
         place = self._shards.of(name)
         if place.holds or name in self._ready:
-            wanted = isinstance(message, CutTaken | CutSaved | CutCommitted | BlockReport)
+            wanted = isinstance(message, CutTaken | CutSaved | BlockReport)
         else:
             wanted = isinstance(message, CutTaken) and message.version == self.version_of(place.block)
         if wanted:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -68,7 +69,7 @@ ATTEMPTS_OF_GENERATION = 1000
 LINK_SECONDS = 1.0
 """How long after a broken link between two shards it is waited for one of them to be found lost."""
 MOST_RECOVERIES = 6
-"""New routes without any update in between, after which the run is given up."""
+"""New routes without any update in between, or losses of a block's shard before training began, after which the run is given up."""
 
 
 class Run:
@@ -100,6 +101,7 @@ class Run:
         self._began = now
         self._probing = ""
         self._link_down: tuple[str, float] | None = None
+        self._lost_early: Counter[int] = Counter()
         self._starved_since: float | None = None
         self._cancelled = record.state is JobState.STOPPING
         self._moved = False
@@ -498,7 +500,15 @@ class Run:
             self.recovery.lose(place.block, name, max(reached, default=self.training.restored), self._now)
             self.training.suspended = True
         self._link_down = None
-        return []
+        return self._give_up_early(place.block, name, why) if self.training is None else []
+
+    def _give_up_early(self, block: int, name: str, why: str) -> list[Effect]:
+        """Whatever it is that ends shards of ``block`` before training begins, it need not end with the next one."""
+        self._lost_early[block] += 1
+        if (lost := self._lost_early[block]) <= MOST_RECOVERIES:
+            return []
+        times = f"block {block} lost its shard {lost} times before training began"
+        return self.fail(f"{times}, the last time {name} ({why})", self._now)
 
     def _on_link_down(self, peer: str, message: LinkDown) -> list[Effect]:
         if message.generation == self._routing.generation and self._link_down is None and not self.recovering:
@@ -710,7 +720,8 @@ class Run:
         training = self.training
         if training is None or self.over:
             return []
-        cuts = tuple(training.durable[version] for version in sorted(training.durable))
+        # What a commit under way deletes is forgotten before it is gone: its answer may find another coordinator.
+        cuts = tuple(training.durable[version] for version in sorted(training.durable) if training.cuts.stays(version))
         if cuts != self.record.cuts:
             self.record = replace(self.record, cuts=cuts)
         if training.ledger.num_decisions != self._num_decisions:

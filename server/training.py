@@ -146,6 +146,7 @@ class Training:
         self._paused_seconds = 0.0
         self._pause_to_count = 0.0
         self._cut_bytes: dict[int, int] = {}
+        self._short = now
         self._stop_asked: float | None = None
         self._warned = False
 
@@ -298,12 +299,14 @@ class Training:
 
     def commit_cut(self, message: CutCommitted, now: float) -> list[Effect]:
         """The manifest of a cut is on disk, or can't be."""
+        if message.version != self.cuts.committing:
+            # An answer to the training before: it may be of a life that was replaced since. What stays is committed again.
+            return []
         self._progress(now)
         if message.error:
             reason = f"{self._shards[0]} could not write its manifest: {message.error}"
             return self._give_up_cut(message.version, reason, now) + self._commit_next()
-        if not self.cuts.commit(message.version):
-            return self._commit_next()
+        self.cuts.commit(message.version)
         self.durable[message.version] = CutRecord(
             version=message.version,
             time=now,
@@ -372,8 +375,8 @@ class Training:
         if len(self._capacity) > 1 and not self.stopping and self.ledger.expire(now - self._timeouts.lease):
             effects = self._advance(now)
         if any(report.shortage for report in self.reports.values()):
-            self.progressed = now  # it waits for room on a disk, and says so
-        silent = now - self.progressed
+            self._short = now  # it waits for room on a disk, and says so
+        silent = now - max(self.progressed, self._short)
         if silent > self._timeouts.lease and not self._warned:
             self._warned = True
             self._journal("warning", f"nothing has moved for {silent:.0f} s ({self.phase})")

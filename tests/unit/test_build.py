@@ -24,6 +24,7 @@ from layerwise.job import JobSpec, parse_job
 from layerwise.messages import Assignment, BlockPlace, Course, LayerFile, PushGradient, TaskFinished, Tensors
 from layerwise.probe import probe
 from layerwise.profile import Profile
+from layerwise.rollbacks import rollbacks_in
 from layerwise.server.hosted_block import HostedBlock
 from layerwise.settings import ResolvedSettings, resolve
 from layerwise.tasks import ApplyTask, BackwardTask, ForwardTask, run_to_end
@@ -66,6 +67,7 @@ class Run:
     ) -> None:
         self.spec, self.directory = spec, directory
         self.course = course if course is not None else Course()
+        self.rollbacks_json = ""
         self.profile: Profile = probe(spec, device=CPU)
         self.settings: ResolvedSettings = resolve(spec, self.profile.num_train_samples, num_blocks)
         half = len(self.profile.layers) // 2
@@ -90,6 +92,7 @@ class Run:
             directory=str(self.directory),
             generation=1,
             course=self.course,
+            rollbacks_json=self.rollbacks_json,
         )
 
     @contextmanager
@@ -230,7 +233,17 @@ def test_after_a_rollback_rates_are_halved_and_moments_forgotten_at_the_cut_gone
     first.commit(cut)
     course = Course(version=3, rate_factor=0.5, synchronous_until=5)
     second = Run(spec, tmp_path / "run", life=2, cut=cut, course=course)
+    rollback = {
+        "time": 0.0,
+        "version": 3,
+        "reached": 4,
+        "why": "it diverged",
+        "rate_factor": 0.5,
+        "synchronous_until": 5,
+    }
+    second.rollbacks_json = json.dumps([rollback])
     with second.blocks() as built:
+        assert rollbacks_in(second.directory) == (rollback,)
         assert [bool(layer.moments()) for one in built for layer in one.block.layers] == [cut != 3] * 3
         second.train(built, plan.gradients_before(cut), plan.gradients_before(cut + 1))
         halved = [layer.ledger.learning_rate for one in built for layer in one.block.layers]

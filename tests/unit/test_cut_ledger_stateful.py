@@ -79,9 +79,9 @@ class CutLedgerMachine(RuleBasedStateMachine):
     def commit(self, version: int, own: bool) -> None:
         if own and self.committing is not None:
             version = self.committing
-        if self.committing == version:
+        news = self.committing == version
+        if news:
             self.committing = None
-        news = not self.settled(version)
         assert self.ledger.commit(version) is news
         if news:
             self.durable = sorted({*self.durable, version})[-self.keep :]

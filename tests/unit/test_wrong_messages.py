@@ -7,6 +7,7 @@ An exception in a role ends its process. A stranger changes nothing at all; a me
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -71,8 +72,12 @@ tensors = (
 )
 
 
+@functools.cache
 def values(hint: Any, name: str) -> st.SearchStrategy[Any]:
-    """Values of a field's type; those that name something name it rightly as often as not."""
+    """Values of a field's type; those that name something name it rightly as often as not.
+
+    The same object for the same field: making a strategy takes longer than drawing from it.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Microbatch:
         return microbatches
