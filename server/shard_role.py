@@ -79,6 +79,7 @@ from layerwise.tasks import (
     EvaluateTask,
     ForwardResult,
     ForwardTask,
+    InputGradient,
     Task,
     TaskResult,
 )
@@ -260,7 +261,11 @@ class ShardRole:
         return effects
 
     def on_task_done(self, task: Task, result: TaskResult, now: float) -> list[Effect]:
-        """A slot has run ``task``; its effects on the layers are visible to every reader."""
+        """A slot has run ``task``; its effects on the layers are visible to every reader. An `InputGradient` comes before that."""
+        if isinstance(result, InputGradient):
+            if self.failed or self._reroute is not None or not isinstance(task, BackwardTask):
+                return []
+            return self._passes.hand_down(task.number, result.gradients)
         self.queue.finish()
         if self.failed:
             return []

@@ -14,7 +14,7 @@ from layerwise.applied import AppliedSet
 from layerwise.errors import NotFoundError, NotOwnerError, WrongLifeError
 from layerwise.events import Event, MemoryEventLog, WeightMode
 from layerwise.ids import Attempt
-from layerwise.layer_ledger import Intake, LayerLedger, LedgerState
+from layerwise.layer_ledger import LayerLedger, LedgerState, UpdateDecision
 from layerwise.messages import (
     DetachedTask,
     LayerReport,
@@ -34,6 +34,7 @@ from layerwise.tasks import (
     EvaluateTask,
     ForwardResult,
     ForwardTask,
+    InputGradient,
     Steps,
 )
 
@@ -119,9 +120,10 @@ class CountingBlock:
         restored: dict[int, LayerCopy],
         on_cut: Callable[[int, dict[int, LayerCopy]], None],
         in_order: bool = False,
+        updates_last: bool = False,
         learning_rate: float = 0.1,
     ) -> None:
-        """``in_order``: forward passes must come in position order on every layer."""
+        """``in_order``: forward passes must come in position order on every layer. ``updates_last``: see `Block`."""
         self._start, self._stop = start, stop
         self._num_layers = num_layers
         self._life = life
@@ -129,6 +131,7 @@ class CountingBlock:
         self._frozen_below = frozen_below
         self._on_cut = on_cut
         self._in_order = in_order
+        self._updates_last = updates_last
         self._learning_rate = learning_rate
         self._newest = dict.fromkeys(range(start, stop), -1)
         self._layers: dict[int, _Layer] = {}
@@ -212,14 +215,26 @@ class CountingBlock:
         self._expect_boundary(kept.index, task.gradients)
         lacking = self.lacking(kept.index)
         lowest = self._start if kept.input_gradient else min(lacking, default=self._stop)
+        updates: list[tuple[int, UpdateDecision]] = []
         for number in range(self._stop - 1, lowest - 1, -1):
             layer = self._layers[number]
             read = layer.ledger.version
             yield
             if number in lacking:
-                self._take(number, task.attempt, read, WeightMode.LATEST)
+                closes = self._gather(number, task.attempt, read, WeightMode.LATEST)
+                if closes is not None and self._updates_last:
+                    updates.append((number, closes))
+                elif closes is not None:
+                    self._update(number, closes)
         del self._kept[task.attempt]
-        return BackwardResult(gradients=self._input_gradient(kept))
+        boundary = self._input_gradient(kept)
+        if updates and boundary is not None:
+            yield InputGradient(gradients=boundary)
+            boundary = None
+        for number, closes in updates:
+            self._update(number, closes)
+            yield
+        return BackwardResult(gradients=boundary)
 
     def detach(self, task: BackwardTask, job: str, life: int, have: tuple[LayerRevision, ...]) -> DetachedTask:
         kept = self._kept[task.attempt]
@@ -270,8 +285,11 @@ class CountingBlock:
         assert reason, f"{attempt} is dropped and nobody says why"
         index = self._plan.index(attempt.microbatch)
         for number in self.lacking(index):
-            intake = self._layers[number].ledger.drop(attempt, reason)
-            self._sum(number, intake)
+            layer = self._layers[number]
+            intake = layer.ledger.drop(attempt, reason)
+            layer.gathered += [layer.held.pop(index) for index in intake.ready]
+            if intake.closes is not None:
+                self._update(number, intake.closes)
         self._kept.pop(attempt, None)
         missing = [number for number, layer in self._layers.items() if index in layer.ledger.applied.dropped]
         return DropResult(missing_from=min(missing, default=None), partial=len(missing) < len(self._layers))
@@ -335,24 +353,28 @@ class CountingBlock:
         )
 
     def _take(self, number: int, attempt: Attempt, read: int, mode: WeightMode) -> None:
+        closes = self._gather(number, attempt, read, mode)
+        if closes is not None:
+            self._update(number, closes)
+
+    def _gather(self, number: int, attempt: Attempt, read: int, mode: WeightMode) -> UpdateDecision | None:
         layer = self._layers[number]
         index = self._plan.index(attempt.microbatch)
         intake = layer.ledger.take(attempt, read=read, mode=mode)
         if intake.taken:
             layer.held[index] = index
-        self._sum(number, intake)
-
-    def _sum(self, number: int, intake: Intake) -> None:
-        layer = self._layers[number]
         layer.gathered += [layer.held.pop(index) for index in intake.ready]
-        if intake.closes is not None:
-            layer.parameter.update(layer.gathered)
-            layer.gathered.clear()
-            rate = None if intake.closes.empty else self._learning_rate
-            version = layer.ledger.updated(rate, f"{hash(tuple(sorted(layer.parameter.items()))):x}")
-            layer.ledger.staleness.check()
-            if version in self._due:
-                self._copy(number, version)
+        return intake.closes
+
+    def _update(self, number: int, closes: UpdateDecision) -> None:
+        layer = self._layers[number]
+        layer.parameter.update(layer.gathered)
+        layer.gathered.clear()
+        rate = None if closes.empty else self._learning_rate
+        version = layer.ledger.updated(rate, f"{hash(tuple(sorted(layer.parameter.items()))):x}")
+        layer.ledger.staleness.check()
+        if version in self._due:
+            self._copy(number, version)
 
     def _copy(self, number: int, version: int) -> None:
         layer = self._layers[number]

@@ -50,7 +50,16 @@ from layerwise.server.admission import GENERATION_BITS
 from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.task_queue import TaskQueue
-from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, run_to_end
+from layerwise.tasks import (
+    ApplyTask,
+    BackwardResult,
+    BackwardTask,
+    DropTask,
+    EvaluateTask,
+    ForwardTask,
+    InputGradient,
+    run_to_end,
+)
 from tests.simulation.counting_block import CountingBlock, FlushedLog, activation, gradient, target
 
 PLAN = TrainingPlan(num_samples=8, batch=2, accumulation=2, num_updates=6)
@@ -612,6 +621,33 @@ def test_what_a_slot_computes_is_waited_for_before_the_block_is_ready_and_then_f
     assert kinds(effects) == ["Ready"]
     assert not bench.role.failed
     assert (bench.role.num_open, bench.compute.store_bytes) == (0, 0)
+
+
+def last_block_computes_backward() -> tuple[Bench, BackwardTask]:
+    bench = Bench(2)
+    bench.forward("shard-1", 0, 0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    bench.role.on_task_done(task, run_to_end(bench.compute.forward(task)), 0.0)
+    following = bench.queue.try_pop()
+    assert isinstance(following, BackwardTask)
+    return bench, following
+
+
+def test_an_input_gradient_goes_on_before_the_updates_and_the_report_behind_them() -> None:
+    bench, task = last_block_computes_backward()
+    early = bench.role.on_task_done(task, InputGradient(gradients=Tensors((1,))), 0.0)
+    assert kinds(early) == ["BoundaryGradient"]
+    assert (bench.queue.num_running, bench.role.num_open) == (1, 1), "the slot is at work still"
+    assert kinds(bench.role.on_task_done(task, BackwardResult(gradients=None), 0.0)) == ["BlockClosed"]
+    assert (bench.queue.num_running, bench.role.num_open) == (0, 0)
+
+
+def test_an_input_gradient_of_what_is_given_up_goes_nowhere() -> None:
+    bench, task = last_block_computes_backward()
+    bench.hears("coordinator", reroute(block=2))
+    assert bench.role.on_task_done(task, InputGradient(gradients=Tensors((1,))), 0.0) == []
+    assert kinds(bench.role.on_task_done(task, BackwardResult(gradients=None), 0.0)) == ["Ready"]
 
 
 def test_a_gradient_that_a_slot_was_taking_in_is_among_what_the_block_says_it_has() -> None:
