@@ -45,7 +45,7 @@ def walk_backward(
             own = found.parameters
         sink(forward, own, found.reads)
         forward.outputs = None
-        yield
+        yield None
     return flowing
 
 
@@ -74,7 +74,7 @@ def forward_again(
         values = one.outputs
         flows = [item is not None and item.requires_grad for item in values.items]
         gradient = gradient or bool(one.parameters)
-        yield
+        yield None
     return values
 
 

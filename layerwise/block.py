@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -38,6 +39,7 @@ from layerwise.tasks import (
     EvaluateTask,
     ForwardResult,
     ForwardTask,
+    InputGradient,
     Steps,
 )
 
@@ -51,6 +53,9 @@ class Block:
 
     ``mode`` is how backward passes get their weights. ``head`` is there in the last block only. ``trainable_below``:
     some layer of an earlier block has trainable parameters, so an input gradient is of use.
+
+    ``updates_last``: a backward pass hands its input gradient on before it makes the updates that fall due, so that the
+    block before computes meanwhile. The layers stay locked until they are made, so one thread must run all passes.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Block:
         self.layers = tuple(layers)
         self.shelf = shelf
         self.mode = mode
+        self.updates_last = False
         self._plan = plan
         self._head = head
         self._trainable_below = trainable_below
@@ -169,7 +175,7 @@ class Block:
                         one.outputs = None
                 if keep and not again:
                     kept.passes.append(one)
-            yield
+            yield None
         return values
 
     def _finish_forward(self, kept: KeptPass, outputs: Tensors) -> ForwardResult:
@@ -223,13 +229,21 @@ class Block:
                     except StopIteration as end:
                         flowing: tuple[torch.Tensor | None, ...] = end.value
                         break
-                yield
+                yield None
+            result = BackwardResult(gradients=None)
+            if kept.input_gradient:
+                with self._transfers.computing():
+                    boundary = self._transfers.unload(Tensors(flowing, kept.inputs.single))
+                if kept.updates:
+                    yield InputGradient(gradients=boundary)
+                else:
+                    result = BackwardResult(gradients=boundary)
         finally:
+            with self._transfers.computing(), ExitStack() as updates:
+                for one in reversed(kept.updates):
+                    updates.push(one)
             self._unstash(kept)
-        if not kept.input_gradient:
-            return BackwardResult(gradients=None)
-        with self._transfers.computing():
-            return BackwardResult(gradients=self._transfers.unload(Tensors(flowing, kept.inputs.single)))
+        return result
 
     def _take(self, kept: KeptPass, forward: LayerPass, found: Gradients, reads: tuple[int, ...]) -> None:
         """A layer's gradient exists: take it in. A layer that has the microbatch already only notes what was read."""
@@ -239,7 +253,8 @@ class Block:
         taken = False
         if forward.ticket:
             base = forward.read if mode is WeightMode.STASHED else read  # without parameters nothing was stashed
-            taken = layer.take(attempt, found, read=base, mode=mode, owners=tuple(owners))
+            later = kept.updates if self.updates_last and kept.input_gradient else None
+            taken = layer.take(attempt, found, read=base, mode=mode, owners=tuple(owners), later=later)
         if not taken:
             if mode is WeightMode.STASHED and forward.stashed is None:
                 mode = WeightMode.LATEST
@@ -264,13 +279,13 @@ class Block:
                 except StopIteration as end:
                     outputs = end.value
                     continue
-            yield
+            yield None
         reads = tuple(one.reads for one in kept.passes)
         self.layers[0].begin_walk(kept.attempt, kept.number, detached=False, reads=reads)
         if self._head is not None:
             with self._transfers.computing():
                 kept.loss, kept.head = run_head(self._head, outputs, kept.targets, self._precision, graph=True)
-        yield
+        yield None
 
     def _output_gradients(self, kept: KeptPass, gradients: Tensors | None) -> Sequence[torch.Tensor | None]:
         if kept.loss is not None and kept.head is not None:

@@ -40,7 +40,7 @@ def evaluate_copies(
         ]
         with transfers.computing():
             values = layer.compute.evaluate(values, samples, parameters, tuple(copy.buffers.values()))
-        yield
+        yield None
     with transfers.computing(), torch.no_grad():
         if head is None:
             return EvaluateResult(outputs=transfers.unload(values))

@@ -47,3 +47,11 @@ class Attempt:
 
     def __str__(self) -> str:
         return f"{self.microbatch}#{self.attempt}"
+
+
+ATTEMPTS_OF_GENERATION = 1000
+
+
+def first_attempt(generation: int) -> int:
+    """What the attempts are numbered from under the route of ``generation``, so that no attempt's name is used twice in a job."""
+    return generation * ATTEMPTS_OF_GENERATION + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ class KeptPass:
 
     ``passes`` are the layers' own, lowest first, from the lowest that a gradient must reach; empty where the backward
     pass begins with the forward pass again. ``buffers`` has every layer's buffers as read. In the last block ``loss``
-    hangs on ``head``, the detached outputs of its last layer.
+    hangs on ``head``, the detached outputs of its last layer. ``updates`` are to be made when the backward pass is over.
     """
 
     attempt: Attempt
@@ -31,6 +32,7 @@ class KeptPass:
     passes: list[LayerPass] = field(default_factory=list)
     buffers: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     stashed: list[LayerPass] = field(default_factory=list)
+    updates: list[ExitStack] = field(default_factory=list)
     head: Tensors | None = None
     loss: torch.Tensor | None = None
     num_bytes: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -195,17 +196,28 @@ class TrainedLayer:
     # --- gradients ----------------------------------------------------------------------------------------------------
 
     def take(
-        self, attempt: Attempt, gradients: Gradients, *, read: int, mode: WeightMode, owners: tuple[int, ...] = ()
+        self,
+        attempt: Attempt,
+        gradients: Gradients,
+        *,
+        read: int,
+        mode: WeightMode,
+        owners: tuple[int, ...] = (),
+        later: list[ExitStack] | None = None,
     ) -> bool:
         """Take one gradient in; the one that completes an update makes it, visible to readers before this returns.
 
         ``gradients`` are in the order of ``compute.owned`` with the parameters' shapes. ``read`` and ``owners`` are
         the `LayerCompute.reads` of the backward pass. False (and no change) for a repeat.
 
+        With ``later`` the update is made when what is appended to it is closed, which must happen in any case: until
+        then the layer stays locked. Who keeps several layers locked so has to be their only user.
+
         Raises:
             RejectedError: the attempt's ticket is not open any more.
         """
-        with self.compute.lock.exclusive():
+        with ExitStack() as lock:
+            lock.enter_context(self.compute.lock.exclusive())
             intake = self.ledger.take(attempt, read=read, mode=mode, owners=owners)
             if intake.taken:
                 laid_out = [
@@ -214,7 +226,12 @@ class TrainedLayer:
                 ]
                 microbatch = attempt.microbatch
                 self._waiting[self._plan.index(microbatch)] = laid_out, microbatch.num_samples
-                self._proceed(intake)
+                self._gather(intake)
+                if intake.closes is not None and later is not None:
+                    lock.callback(self._update, intake.closes)
+                    later.append(lock.pop_all())
+                elif intake.closes is not None:
+                    self._update(intake.closes)
             return intake.taken
 
     def hand_down(
@@ -234,7 +251,9 @@ class TrainedLayer:
         with self.compute.lock.exclusive():
             intake = self.ledger.drop(attempt, reason)
             if intake.taken:
-                self._proceed(intake)
+                self._gather(intake)
+                if intake.closes is not None:
+                    self._update(intake.closes)
             return intake.taken
 
     def abort(self, attempt: Attempt) -> bool:
@@ -244,11 +263,9 @@ class TrainedLayer:
         with self.compute.lock.exclusive():
             return self.ledger.abort(attempt)
 
-    def _proceed(self, intake: Intake) -> None:
+    def _gather(self, intake: Intake) -> None:
         for index in intake.ready:
             self._sum.add(*self._waiting.pop(index))
-        if intake.closes is not None:
-            self._update(intake.closes)
 
     def _update(self, decision: UpdateDecision) -> None:
         rate = None

@@ -16,7 +16,6 @@ from layerwise.ids import Attempt
 from layerwise.messages import DetachedTask, LayerReport, LayerRevision, Metric, PushGradient, Tensors
 
 Result = TypeVar("Result")
-Steps = Generator[None, None, Result]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +58,16 @@ class BackwardResult:
     """``gradients``: with respect to the block's input, for the block before (``None`` when nobody needs it)."""
 
     gradients: Tensors | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputGradient:
+    """What a backward pass has for the block before while it still has updates to make; `BackwardResult` follows.
+
+    Every layer of the block has written down that it takes its gradient in.
+    """
+
+    gradients: Tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +118,11 @@ class EvaluateResult:
     metrics: tuple[Metric, ...] = ()
 
 
+Steps = Generator[InputGradient | None, None, Result]
+"""Yields between layers; what it yields is to be reported at once, before it goes on."""
+
 Task = ForwardTask | BackwardTask | ApplyTask | DropTask | EvaluateTask
-TaskResult = ForwardResult | BackwardResult | DropResult | EvaluateResult | None
+TaskResult = ForwardResult | BackwardResult | InputGradient | DropResult | EvaluateResult | None
 
 
 class BlockCompute(Protocol):

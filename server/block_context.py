@@ -58,6 +58,8 @@ class BlockContext:
         self.place = route[self.block]
         self.upstream = route[self.block - 1] if self.block > 0 else None
         self.downstream = route[self.block + 1] if self.block + 1 < len(route) else None
+        self.routed = False
+        """Something has gone over the links of this route, and is lost with one of them."""
 
     @property
     def failed(self) -> bool:

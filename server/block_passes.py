@@ -45,7 +45,7 @@ class _Pass:
     """One open attempt between its arrival at this block and the block's report.
 
     ``needed_from`` is the lowest layer up to the end of this block that lacks the microbatch; ``keep``: some layer does; ``input_gradient``:
-    one before this block does.
+    one before this block does, and waits for it.
     """
 
     attempt: Attempt
@@ -172,22 +172,22 @@ class BlockPasses:
             return self._drop(one, message.dropped)
         return self._push(BackwardTask(attempt=one.attempt, number=one.number, gradients=message.gradients), now)
 
+    def hand_down(self, number: int, gradients: Tensors) -> list[Effect]:
+        """The gradients of the block's input are known, its own updates are still to be made: the block before needs no more."""
+        context, one = self._context, self._passes[number]
+        if not one.input_gradient:
+            return []
+        assert context.upstream is not None
+        one.input_gradient = False
+        boundary = BoundaryGradient(
+            job=context.job, attempt=one.attempt, number=number, life=context.upstream.life, gradients=gradients
+        )
+        return [Send(context.upstream.shard, boundary)]
+
     def finish(self, number: int, gradients: Tensors | None, now: float) -> list[Effect]:
         """Every layer of the block has the microbatch, visibly to all readers; ``gradients`` are those of the block's input."""
-        context = self._context
-        one = self._passes[number]
-        effects: list[Effect] = []
-        if one.input_gradient:
-            assert context.upstream is not None
-            boundary = BoundaryGradient(
-                job=context.job,
-                attempt=one.attempt,
-                number=number,
-                life=context.upstream.life,
-                gradients=NO_GRADIENT if gradients is None else gradients,
-            )
-            effects.append(Send(context.upstream.shard, boundary))
-        return effects + self._report(one, now)
+        effects = self.hand_down(number, NO_GRADIENT if gradients is None else gradients)
+        return effects + self._report(self._passes[number], now)
 
     # Drops -----------------------------------------------------------------------------------------------------------
 

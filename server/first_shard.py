@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from layerwise.applied import AppliedSet
-from layerwise.ids import Attempt
+from layerwise.ids import Attempt, first_attempt
 from layerwise.messages import (
     Abort,
     AttemptClosed,
@@ -127,6 +127,9 @@ class FirstShard:
                 self._life,
             )
             return [Send(peer, Decline(job=self._job, attempt=offer.attempt, reason="life", life=offer.life))]
+        if offer.attempt.attempt < first_attempt(self._context.generation):
+            # Granted it would hold a place until the time limit: its worker forgets it, if it has not yet, with the new route.
+            return self._context.refuse(peer, offer, "it was leased under an older route")
         if not self._context.is_worker(peer):
             self._strangers[peer] = offer.attempt
             return self._context.refuse(peer, offer, "the coordinator has not named it among the job's workers")
@@ -231,6 +234,7 @@ class FirstShard:
         self._context.compute.abort(entry.attempt)
         effects: list[Effect] = []
         if (after := self._context.downstream) is not None:
+            self._context.routed = True
             abort = Abort(job=self._job, attempt=entry.attempt, number=entry.number, life=after.life)
             effects.append(Send(after.shard, abort))
         decisions = self.admission.report(entry.number, entry.attempt, 0, Outcome.ABORTED, now, reason=reason)

@@ -89,6 +89,7 @@ class HostedBlock:
         # Two slots could run the forward passes of two microbatches out of their order, which buffers would show.
         one_by_one = spec.cluster.slots == "auto" or settings.mode == "synchronous"
         num_slots = 1 if one_by_one else int(spec.cluster.slots)
+        self.block.updates_last = num_slots == 1
         self._is_last = assignment.block == len(assignment.route) - 1 and spec.cluster.attached
         self._slots = Slots(
             self.block,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from layerwise.errors import LayerwiseError
+from layerwise.ids import first_attempt
 from layerwise.job import JobSpec
 from layerwise.messages import (
     AttemptsClosed,
@@ -64,8 +65,6 @@ from layerwise.server.standby_copies import HeldCopy, StandbyCopies, first_whole
 from layerwise.server.training import Training
 from layerwise.server.worker_places import WorkerPlaces
 
-ATTEMPTS_OF_GENERATION = 1000
-"""Attempts are numbered from the generation times this, so that no attempt's name is ever used twice in a job."""
 LINK_SECONDS = 1.0
 """How long after a broken link between two shards it is waited for one of them to be found lost."""
 MOST_RECOVERIES = 6
@@ -302,7 +301,7 @@ class Run:
             return []
         durable = self.record.durable_cut
         if self.training is not None:
-            sentence += f" at version {self.training.version}"
+            sentence += f" (at version {self.training.version})"
         if durable is not None:
             remedy = f"go on from it with `layerwise resume {self.job}`"
             sentence += f"; the newest durable cut is version {durable.version}: {remedy}"
@@ -661,7 +660,7 @@ class Run:
                 held=held,
                 first_whole=first_whole,
                 evaluated=max((one["version"] for one in evaluations), default=0),
-                first_attempt=self._routing.generation * ATTEMPTS_OF_GENERATION + 1,
+                first_attempt=first_attempt(self._routing.generation),
                 drops=self._drops(),
                 missing_from=partial_drops(sets, done),
                 guard=self._divergence.guard,

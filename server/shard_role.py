@@ -79,6 +79,7 @@ from layerwise.tasks import (
     EvaluateTask,
     ForwardResult,
     ForwardTask,
+    InputGradient,
     Task,
     TaskResult,
 )
@@ -141,7 +142,6 @@ class ShardRole:
         self._version = version
         self._from_cut = from_cut
         self._coordinator = coordinator
-        self._routed = False
         self._reroute: Reroute | None = None
         self._cuts: dict[int, CutSaved | None] = {}
         self._reported_at = -math.inf
@@ -218,7 +218,7 @@ class ShardRole:
         number = getattr(message, "number", None)
         if number is not None and number >> GENERATION_BITS != context.generation:
             return context.refuse(peer, message, f"number {number} is not of generation {context.generation}")
-        self._routed = self._routed or isinstance(message, Forward | EvaluateForward | StopAt | Stop | Abort)
+        context.routed = context.routed or isinstance(message, Forward | EvaluateForward | StopAt | Stop | Abort)
         try:
             return self._dispatch(peer, message, now)
         except (ValueError, BusyError, RejectedError) as error:
@@ -247,7 +247,7 @@ class ShardRole:
             return []
         context = self._context
         if context.is_upstream(peer) or context.is_downstream(peer):
-            if self._routed:
+            if context.routed:
                 return [Send(self._coordinator, LinkDown(job=self.job, peer=peer, generation=context.generation))]
             # Nothing has gone over it in this generation: it was the link to an earlier incarnation of that shard.
             return self._connect() if context.is_downstream(peer) else []
@@ -266,7 +266,11 @@ class ShardRole:
         return effects
 
     def on_task_done(self, task: Task, result: TaskResult, now: float) -> list[Effect]:
-        """A slot has run ``task``; its effects on the layers are visible to every reader."""
+        """A slot has run ``task``; its effects on the layers are visible to every reader. An `InputGradient` comes before that."""
+        if isinstance(result, InputGradient):
+            if self.failed or self._reroute is not None or not isinstance(task, BackwardTask):
+                return []
+            return self._passes.hand_down(task.number, result.gradients)
         self.queue.finish()
         if self.failed:
             return []
@@ -311,7 +315,7 @@ class ShardRole:
                 what = f"drop of {task.attempt.microbatch}"
             case _:
                 what = f"{'forward' if isinstance(task, ForwardTask) else 'backward'} pass of {task.attempt.microbatch}"
-        return self._context.fail(f"{what} failed in {self._context.describe()}: {str(error) or type(error).__name__}")
+        return self._context.fail(f"{what} failed in {self._context.describe()}: {sentence(error)}")
 
     def on_cut_taken(self, version: int, now: float) -> list[Effect]:
         """Every layer of the block is copied at ``version``."""
@@ -414,7 +418,6 @@ class ShardRole:
         if message is None or self.queue.num_running:
             return []
         self._reroute = None
-        self._routed = False
         context = self._context
         before = context.downstream
         context.take_route(message.route, message.generation)

@@ -16,7 +16,6 @@ from layerwise.tasks import (
     Steps,
     Task,
     TaskResult,
-    run_to_end,
 )
 from layerwise.threads import VitalThread
 
@@ -27,7 +26,8 @@ class Slots:
     ``backward_follows``: the role answers a forward pass with its backward pass (in the last block), so `TaskQueue.hold_forward` is
     called before the report; who is reported to calls `TaskQueue.release_forward`.
 
-    ``report(task, result or exception)`` is called on the slot's thread and must not block. A slot never sends and never waits for a peer.
+    ``report(task, result or exception)`` is called on the slot's thread and must not block; an `InputGradient` is reported before the pass is
+    over. A slot never sends and never waits for a peer.
     """
 
     def __init__(
@@ -76,13 +76,24 @@ class Slots:
             began = time.perf_counter()
             outcome: TaskResult | Exception
             try:
-                outcome = run_to_end(self._steps(task))
+                outcome = self._run(task)
             except Exception as error:  # handed to the role, which decides
                 outcome = error
             self._busy_seconds[index] += time.perf_counter() - began
             if self._backward_follows and isinstance(task, ForwardTask):
                 self._queue.hold_forward()
             self._report(task, outcome)
+
+    def _run(self, task: Task) -> TaskResult:
+        steps = self._steps(task)
+        while True:
+            try:
+                early = next(steps)
+            except StopIteration as end:
+                result: TaskResult = end.value
+                return result
+            if early is not None:
+                self._report(task, early)
 
     def _steps(self, task: Task) -> Steps[TaskResult]:
         match task:

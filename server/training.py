@@ -199,7 +199,7 @@ class Training:
         """The last cut is durable, evaluated if it is to be, and reported by all."""
         return (
             self.ledger.complete
-            and (self.final == self.restored or self.cuts.is_durable(self.final))
+            and (self.final == self.restored or self.final in self.durable)
             and not self._due
             and self.round is None
             and (self.final == self.restored or self._all_reported())

@@ -14,7 +14,7 @@ from layerwise.applied import AppliedSet
 from layerwise.errors import NotFoundError, NotOwnerError, WrongLifeError
 from layerwise.events import Event, MemoryEventLog, WeightMode
 from layerwise.ids import Attempt
-from layerwise.layer_ledger import Intake, LayerLedger, LedgerState
+from layerwise.layer_ledger import LayerLedger, LedgerState, UpdateDecision
 from layerwise.messages import (
     DetachedTask,
     LayerReport,
@@ -34,6 +34,7 @@ from layerwise.tasks import (
     EvaluateTask,
     ForwardResult,
     ForwardTask,
+    InputGradient,
     Steps,
 )
 
@@ -119,12 +120,13 @@ class CountingBlock:
         restored: dict[int, LayerCopy],
         on_cut: Callable[[int, dict[int, LayerCopy]], None],
         in_order: bool = False,
+        updates_last: bool = False,
         learning_rate: float = 0.1,
         from_cut: bool = True,
         copied_every: int = 0,
         on_copy: Callable[[int, dict[int, LayerCopy]], None] = lambda version, copies: None,
     ) -> None:
-        """``in_order``: forward passes must come in position order on every layer.
+        """``in_order``: forward passes must come in position order on every layer. ``updates_last``: see `Block`.
 
         ``from_cut``: what is ``restored`` is on disk. ``on_copy`` is called when every layer is copied at a multiple of ``copied_every``.
         """
@@ -135,6 +137,7 @@ class CountingBlock:
         self._frozen_below = frozen_below
         self._on_cut = on_cut
         self._in_order = in_order
+        self._updates_last = updates_last
         self._learning_rate = learning_rate
         self._newest = dict.fromkeys(range(start, stop), -1)
         self._layers: dict[int, _Layer] = {}
@@ -221,14 +224,26 @@ class CountingBlock:
         self._expect_boundary(kept.index, task.gradients)
         lacking = self.lacking(kept.index)
         lowest = self._start if kept.input_gradient else min(lacking, default=self._stop)
+        updates: list[tuple[int, UpdateDecision]] = []
         for number in range(self._stop - 1, lowest - 1, -1):
             layer = self._layers[number]
             read = layer.ledger.version
             yield
             if number in lacking:
-                self._take(number, task.attempt, read, WeightMode.LATEST)
+                closes = self._gather(number, task.attempt, read, WeightMode.LATEST)
+                if closes is not None and self._updates_last:
+                    updates.append((number, closes))
+                elif closes is not None:
+                    self._update(number, closes)
         del self._kept[task.attempt]
-        return BackwardResult(gradients=self._input_gradient(kept))
+        boundary = self._input_gradient(kept)
+        if updates and boundary is not None:
+            yield InputGradient(gradients=boundary)
+            boundary = None
+        for number, closes in updates:
+            self._update(number, closes)
+            yield
+        return BackwardResult(gradients=boundary)
 
     def detach(self, task: BackwardTask, job: str, life: int, have: tuple[LayerRevision, ...]) -> DetachedTask:
         kept = self._kept[task.attempt]
@@ -279,8 +294,11 @@ class CountingBlock:
         assert reason, f"{attempt} is dropped and nobody says why"
         index = self._plan.index(attempt.microbatch)
         for number in self.lacking(index):
-            intake = self._layers[number].ledger.drop(attempt, reason)
-            self._sum(number, intake)
+            layer = self._layers[number]
+            intake = layer.ledger.drop(attempt, reason)
+            layer.gathered += [layer.held.pop(index) for index in intake.ready]
+            if intake.closes is not None:
+                self._update(number, intake.closes)
         self._kept.pop(attempt, None)
         missing = [number for number, layer in self._layers.items() if index in layer.ledger.applied.dropped]
         return DropResult(missing_from=min(missing, default=None), partial=len(missing) < len(self._layers))
@@ -344,29 +362,33 @@ class CountingBlock:
         )
 
     def _take(self, number: int, attempt: Attempt, read: int, mode: WeightMode) -> None:
+        closes = self._gather(number, attempt, read, mode)
+        if closes is not None:
+            self._update(number, closes)
+
+    def _gather(self, number: int, attempt: Attempt, read: int, mode: WeightMode) -> UpdateDecision | None:
         layer = self._layers[number]
         index = self._plan.index(attempt.microbatch)
         intake = layer.ledger.take(attempt, read=read, mode=mode)
         if intake.taken:
             layer.held[index] = index
-        self._sum(number, intake)
-
-    def _sum(self, number: int, intake: Intake) -> None:
-        layer = self._layers[number]
         layer.gathered += [layer.held.pop(index) for index in intake.ready]
-        if intake.closes is not None:
-            layer.parameter.update(layer.gathered)
-            layer.gathered.clear()
-            rate = None if intake.closes.empty else self._learning_rate
-            version = layer.ledger.updated(rate, f"{hash(tuple(sorted(layer.parameter.items()))):x}")
-            layer.ledger.staleness.check()
-            stands_by = self._copied_every > 0 and version % self._copied_every == 0
-            if version in self._due or stands_by:
-                copy = LayerCopy(state=layer.ledger.cut(), parameter=Counter(layer.parameter))
-                if version in self._due:
-                    self._shelve(number, version, copy)
-                if stands_by:
-                    self._stand_by(number, version, copy)
+        return intake.closes
+
+    def _update(self, number: int, closes: UpdateDecision) -> None:
+        layer = self._layers[number]
+        layer.parameter.update(layer.gathered)
+        layer.gathered.clear()
+        rate = None if closes.empty else self._learning_rate
+        version = layer.ledger.updated(rate, f"{hash(tuple(sorted(layer.parameter.items()))):x}")
+        layer.ledger.staleness.check()
+        stands_by = self._copied_every > 0 and version % self._copied_every == 0
+        if version in self._due or stands_by:
+            copy = LayerCopy(state=layer.ledger.cut(), parameter=Counter(layer.parameter))
+            if version in self._due:
+                self._shelve(number, version, copy)
+            if stands_by:
+                self._stand_by(number, version, copy)
 
     def _copy(self, number: int, version: int) -> None:
         layer = self._layers[number]

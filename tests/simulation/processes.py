@@ -282,6 +282,7 @@ class SimulatedShard(Process):
             frozen_below=self.frozen_below,
             restored=restored,
             in_order=self.slots == 1 and (header.position_order or settings.window == 1) and not message.cut,
+            updates_last=self.slots == 1,
             on_cut=lambda version, copies: self.after(0.0005, lambda: self._on_cut(work, version, copies)),
             learning_rate=0.1 * message.course.rate_factor,
             from_cut=copies is None,
@@ -347,7 +348,9 @@ class SimulatedShard(Process):
             return
         now = self.world.now
         try:
-            next(steps)
+            early = next(steps)
+            if early is not None:
+                self.after(0.0002, lambda: self._act(work, lambda: work.role.on_task_done(task, early, self.world.now)))
         except StopIteration as end:
             result = end.value
             work.busy -= 1

@@ -27,7 +27,7 @@ from layerwise.messages import Assignment, BlockPlace, LayerFile, PushGradient, 
 from layerwise.probe import probe
 from layerwise.profile import Profile
 from layerwise.settings import ResolvedSettings, resolve
-from layerwise.tasks import ApplyTask, BackwardResult, BackwardTask, ForwardTask, Steps
+from layerwise.tasks import ApplyTask, BackwardResult, BackwardTask, ForwardTask, InputGradient, Steps
 
 CPU = torch.device("cpu")
 NO_GRADIENT = Tensors((None,))
@@ -135,6 +135,7 @@ class RecordedRun:
             self.blocks[position] = build_block(
                 assignment, device=CPU, cut_events=self.saved[position], allowed_imports=ALLOWED
             )
+            self.built(position).block.updates_last = not self.interleaved
             self.workers.pop(position, None)
             for version in (*range(0, self.plan.num_updates, *self.settings.cut_intervals[:1]), self.plan.num_updates):
                 if version > cut:
@@ -270,8 +271,9 @@ class RecordedRun:
             if isinstance(found, TaskFinished):
                 block.release(task.attempt)
                 return found.gradients
-        result: BackwardResult = yield from self._run(block.backward(task))
-        return result.gradients
+        early: list[InputGradient] = []
+        result: BackwardResult = yield from self._run(block.backward(task), early)
+        return early[0].gradients if early else result.gradients
 
     def _give(self, position: int, task: BackwardTask) -> Generator[None, None, TaskFinished | None]:
         """A worker computes the task; ``None``: it was lost on the way."""
@@ -291,11 +293,13 @@ class RecordedRun:
             yield
         raise AssertionError("a worker's task has an end")
 
-    def _run(self, steps: Steps[Any]) -> Generator[None, None, Any]:
+    def _run(self, steps: Steps[Any], early: list[InputGradient] | None = None) -> Generator[None, None, Any]:
         """To the end; between its steps others may come, where several slots are played."""
         while True:
             try:
-                next(steps)
+                step = next(steps)
+                if step is not None and early is not None:
+                    early.append(step)
             except StopIteration as end:
                 return end.value
             if self.interleaved:

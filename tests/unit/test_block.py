@@ -68,6 +68,77 @@ def test_every_weight_mode_equals_the_plain_loop_at_window_one(mode: WeightMode)
     assert all(layer.num_stashes == 0 for block in pipeline.blocks for layer in block.layers)
 
 
+def backward_in_turn(pipeline: Pipeline, index: int) -> bool:
+    """The backward pass of two blocks; whether the lower one computed while the upper one still had updates to make."""
+    lower, upper = pipeline.blocks
+    attempt, versions = pipeline.attempt(index), [layer.ledger.version for layer in upper.layers]
+    steps = upper.backward(BackwardTask(attempt=attempt, number=index, gradients=None))
+    early = False
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            gradients = end.value.gradients
+            break
+        if step is not None:
+            assert not early, "it is handed on once"
+            early = True
+            assert [layer.ledger.version for layer in upper.layers] == versions
+            taken = [one.event.layer for one in pipeline.events.records if isinstance(one.event, AccumulateEvent)]
+            assert taken[-3:] == [4, 3, 2], "every layer has written down what the block before computes with"
+            run_to_end(lower.backward(BackwardTask(attempt=attempt, number=index, gradients=step.gradients)))
+    assert early == (gradients is None)
+    if not early:
+        run_to_end(lower.backward(BackwardTask(attempt=attempt, number=index, gradients=gradients)))
+    return early
+
+
+@pytest.mark.parametrize("mode", list(WeightMode))
+def test_the_input_gradient_is_handed_on_before_the_updates_are_made(mode: WeightMode) -> None:
+    modules = normalised_model()
+    pipeline = Pipeline(modules, *samples(16), accumulation=2, splits=(2,), mode=mode, optimizer=OPTIMIZERS["muon"])
+    for block in pipeline.blocks:
+        block.updates_last = True
+    early = []
+    for index in range(pipeline.plan.num_microbatches):
+        pipeline.forward(index)
+        early.append(backward_in_turn(pipeline, index))
+    assert early == [False, True] * 4, "only where an update falls due"
+    assert_same(pipeline.state(), plain_loop(pipeline, modules)[0])
+
+
+def test_updates_that_were_left_for_later_are_made_whatever_happens_on_the_way() -> None:
+    pipeline = Pipeline(normalised_model(), *samples(), splits=(2,))
+    upper = pipeline.blocks[1]
+    upper.updates_last = True
+    pipeline.forward(0)
+    upper.layers[0].abort(pipeline.attempt(0))
+    with pytest.raises(RejectedError, match="not open"):
+        run_to_end(upper.backward(BackwardTask(attempt=pipeline.attempt(0), number=0, gradients=None)))
+    assert [layer.ledger.version for layer in upper.layers] == [0, 1, 1]
+    pipeline.forward(1)  # no layer is locked any more
+    upper.backward(BackwardTask(attempt=pipeline.attempt(1), number=1, gradients=None)).close()
+    assert upper.drop(pipeline.attempt(1), "given up").missing_from == 2
+
+
+def test_an_update_that_fails_leaves_no_layer_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(normalised_model(), *samples(), splits=(2,))
+    upper = pipeline.blocks[1]
+    upper.updates_last = True
+
+    def fail(decision: object) -> None:
+        raise RuntimeError("no more memory")
+
+    pipeline.forward(0)
+    monkeypatch.setattr(upper.layers[1], "_update", fail)
+    with pytest.raises(RuntimeError, match="no more memory"):
+        run_to_end(upper.backward(BackwardTask(attempt=pipeline.attempt(0), number=0, gradients=None)))
+    assert [layer.ledger.version for layer in upper.layers] == [1, 0, 1]
+    for layer in upper.layers:
+        with layer.compute.lock.exclusive():
+            pass
+
+
 def test_clipping_and_position_order_equal_the_plain_loop() -> None:
     modules = normalised_model()
     pipeline = Pipeline(modules, *samples(), accumulation=2, clip=0.05, position_order=True, splits=(1,))
@@ -116,9 +187,9 @@ def gradients(pipeline: Pipeline, change: float) -> list[torch.Tensor]:
     for layer in block.layers:
         take = layer.take
 
-        def noted(attempt, gradients, *, read, mode, owners, layer=layer, take=take):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        def noted(attempt, gradients, *, layer=layer, take=take, **how):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN003, ANN202
             found[layer.index] = gradients[0].clone()
-            return take(attempt, gradients, read=read, mode=mode, owners=owners)
+            return take(attempt, gradients, **how)
 
         layer.take = noted  # type: ignore[method-assign]
     pipeline.forward(0)

@@ -8,7 +8,7 @@ import pytest
 
 from layerwise.applied import AppliedSet
 from layerwise.errors import ConfigError, NotAllowedError, NotFoundError
-from layerwise.ids import Microbatch
+from layerwise.ids import ATTEMPTS_OF_GENERATION, Microbatch
 from layerwise.messages import (
     Assignment,
     CommitCut,
@@ -28,7 +28,6 @@ from layerwise.messages import (
     Unassign,
 )
 from layerwise.server.memory_store import MemoryJobStore
-from layerwise.server.run import ATTEMPTS_OF_GENERATION
 from tests.unit.played_cluster import PlayedCluster, spec
 
 
@@ -258,7 +257,7 @@ def test_a_lost_shard_without_a_replacement_fails_the_job_with_one_sentence_that
     assert document["state"] == "failed"
     assert document["message"] == (
         "shard shard-1 (block 1) was lost (its link broke and did not come back), and no other took its place within "
-        "10 s at version 4; the newest durable cut is version 4: go on from it with `layerwise resume toy-1`"
+        "10 s (at version 4); the newest durable cut is version 4: go on from it with `layerwise resume toy-1`"
     )
     assert [peer for peer, _ in sent(played, Unassign)] == ["shard-0", "forward-0"]
 

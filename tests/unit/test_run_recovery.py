@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from layerwise.applied import AppliedSet
-from layerwise.ids import Attempt
+from layerwise.ids import ATTEMPTS_OF_GENERATION, Attempt
 from layerwise.messages import (
     Assignment,
     BlockReport,
@@ -27,7 +27,7 @@ from layerwise.messages import (
     Stop,
     Unassign,
 )
-from layerwise.server.run import ATTEMPTS_OF_GENERATION, LINK_SECONDS, MOST_RECOVERIES
+from layerwise.server.run import LINK_SECONDS, MOST_RECOVERIES
 from tests.unit.played_cluster import PlayedCluster, spec
 
 ACCUMULATE = {"async": {"accumulation": 4}}

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from layerwise.messages import Assignment, CommitCut, Failure, LeaseKind, Message, Role
+from layerwise.messages import Assignment, CommitCut, Failure, LeaseKind, LeaseRequest, Message, Role
+from layerwise.server.training import Training
 from tests.unit.played_cluster import PlayedCluster, spec
 
 NOT_FINITE = "the loss of microbatch 0:32-40 is not finite: layer 2 is the first; lower the learning rate"
@@ -108,6 +109,23 @@ def test_a_rollback_waits_for_a_shard_that_is_lost() -> None:
     assert courses(played)[-2:] == [(0, 0, 0.5, 10)] * 2
     go_on(played)
     assert played.state(job) == "done"
+
+
+def test_a_run_that_goes_back_from_its_last_cut_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated seed 2965: with everything closed and saved, the next message of anybody ended the job."""
+    played = cluster()
+    monkeypatch.setattr(Training, "_all_reported", lambda training: False)
+    job = played.submit(spec(train={"on_divergence": "rollback"}))
+    document = played.role.job(job)
+    assert (document["state"], document["ledger"]["samples_applied"]) == ("running", 80)
+    played.silent = {"shard-0", "shard-1"}
+    diverge(played, job)
+    monkeypatch.undo()
+    played.say("forward-0", LeaseRequest(job=job, count=1))
+    assert played.state(job) == "running"
+    played.wake("shard-0", "shard-1")
+    assert played.state(job) == "done"
+    assert len(played.role.job(job)["rollbacks"]) == 1
 
 
 def test_the_course_is_remembered_by_a_restarted_coordinator_and_by_a_resume() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from layerwise.applied import AppliedSet
 from layerwise.errors import WrongLifeError
-from layerwise.ids import Attempt
+from layerwise.ids import Attempt, first_attempt
 from layerwise.messages import (
     Abort,
     AttemptsClosed,
@@ -50,7 +50,16 @@ from layerwise.server.admission import GENERATION_BITS
 from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
 from layerwise.server.task_queue import TaskQueue
-from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, run_to_end
+from layerwise.tasks import (
+    ApplyTask,
+    BackwardResult,
+    BackwardTask,
+    DropTask,
+    EvaluateTask,
+    ForwardTask,
+    InputGradient,
+    run_to_end,
+)
 from tests.simulation.counting_block import CountingBlock, FlushedLog, activation, gradient, target
 
 PLAN = TrainingPlan(num_samples=8, batch=2, accumulation=2, num_updates=6)
@@ -132,8 +141,10 @@ class Bench:
                     effects += self.role.on_task_done(task, run_to_end(self.compute.evaluate(task)), self.now)
         return effects
 
-    def offer(self, index: int, worker: str = "forward-0") -> list[Effect]:
-        return self.hears(worker, Offer(job="job", attempt=attempt(index), life=self.place.life))
+    def offer(self, index: int, worker: str = "forward-0", *, generation: int | None = None) -> list[Effect]:
+        """``generation``: of the route that the microbatch was leased under; the role's own."""
+        leased = attempt(index, self.role.hosting.generation if generation is None else generation)
+        return self.hears(worker, Offer(job="job", attempt=leased, life=self.place.life))
 
     def forward(
         self, peer: str, index: int, number: int, *, life: int | None = None, needed_from: int = 0
@@ -160,14 +171,15 @@ class Bench:
         return self.hears(f"shard-{self.role.block + 1}", message)
 
     def closed_by(self, block: int, index: int, number: int, outcome: Outcome = Outcome.APPLIED) -> list[Effect]:
+        closed = attempt(index, self.role.hosting.generation)
         message = BlockClosed(
-            job="job", attempt=attempt(index), number=number, life=self.place.life, block=block, outcome=outcome
+            job="job", attempt=closed, number=number, life=self.place.life, block=block, outcome=outcome
         )
         return self.hears(f"shard-{self.role.block + 1}", message)
 
 
-def attempt(index: int) -> Attempt:
-    return Attempt(PLAN.microbatch(index))
+def attempt(index: int, generation: int = 0) -> Attempt:
+    return Attempt(PLAN.microbatch(index), first_attempt(generation))
 
 
 def sent(effects: list[Effect], kind: type[Message]) -> list[tuple[str, Message]]:  # type: ignore[valid-type]
@@ -480,6 +492,16 @@ def test_a_lost_neighbour_is_told_to_the_coordinator_who_knows_what_it_means(blo
     assert not bench.role.failed
 
 
+def test_an_abort_that_was_the_first_to_go_over_a_link_is_not_lost_with_it() -> None:
+    """Nobody else says so again, and the number would be open for ever."""
+    bench = Bench(0)
+    bench.start()
+    bench.offer(0)
+    assert sent(bench.role.on_lost("forward-0", 1.0), Abort)
+    down = LinkDown(job="job", peer="shard-1", generation=0)
+    assert bench.role.on_lost("shard-1", 1.0) == [Send("coordinator", down)]
+
+
 def test_a_link_to_an_earlier_incarnation_of_the_neighbour_is_opened_again() -> None:
     bench = Bench(1)
     assert bench.role.on_lost("shard-2", 1.0) == [Connect("shard-2", "here:2")]
@@ -614,6 +636,33 @@ def test_what_a_slot_computes_is_waited_for_before_the_block_is_ready_and_then_f
     assert (bench.role.num_open, bench.compute.store_bytes) == (0, 0)
 
 
+def last_block_computes_backward() -> tuple[Bench, BackwardTask]:
+    bench = Bench(2)
+    bench.forward("shard-1", 0, 0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    bench.role.on_task_done(task, run_to_end(bench.compute.forward(task)), 0.0)
+    following = bench.queue.try_pop()
+    assert isinstance(following, BackwardTask)
+    return bench, following
+
+
+def test_an_input_gradient_goes_on_before_the_updates_and_the_report_behind_them() -> None:
+    bench, task = last_block_computes_backward()
+    early = bench.role.on_task_done(task, InputGradient(gradients=Tensors((1,))), 0.0)
+    assert kinds(early) == ["BoundaryGradient"]
+    assert (bench.queue.num_running, bench.role.num_open) == (1, 1), "the slot is at work still"
+    assert kinds(bench.role.on_task_done(task, BackwardResult(gradients=None), 0.0)) == ["BlockClosed"]
+    assert (bench.queue.num_running, bench.role.num_open) == (0, 0)
+
+
+def test_an_input_gradient_of_what_is_given_up_goes_nowhere() -> None:
+    bench, task = last_block_computes_backward()
+    bench.hears("coordinator", reroute(block=2))
+    assert bench.role.on_task_done(task, InputGradient(gradients=Tensors((1,))), 0.0) == []
+    assert kinds(bench.role.on_task_done(task, BackwardResult(gradients=None), 0.0)) == ["Ready"]
+
+
 def test_a_gradient_that_a_slot_was_taking_in_is_among_what_the_block_says_it_has() -> None:
     bench = Bench(2)
     bench.forward("shard-1", 0, 0)
@@ -712,7 +761,19 @@ def test_the_first_shard_tells_what_has_closed_and_then_admits_in_the_numbers_of
     done = json.dumps(AppliedSet(watermark=1).to_json())
     ((peer, grant),) = sent(bench.hears("coordinator", StartTraining(job="job", done_json=done)), Grant)
     assert isinstance(grant, Grant)
-    assert (peer, grant.attempt, grant.number) == ("forward-0", attempt(2), number(0))
+    assert (peer, grant.attempt, grant.number) == ("forward-0", attempt(2, GENERATION), number(0))
+
+
+def test_an_offer_that_was_on_its_way_while_the_route_changed_holds_no_place() -> None:
+    """Its worker forgets it with the route; granted, its number would be open until the time limit."""
+    bench = Bench(0, window=1)
+    bench.start()
+    bench.hears("coordinator", reroute(block=0))
+    assert bench.offer(0, generation=0) == []
+    bench.start()
+    assert bench.role.num_open == 0
+    assert bench.offer(1, generation=0) == []
+    assert len(sent(bench.offer(0), Grant)) == 1
 
 
 def test_closed_numbers_that_were_not_told_yet_are_told_before_the_first_shard_is_ready() -> None:

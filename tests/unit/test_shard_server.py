@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,13 +13,13 @@ import pytest
 import torch
 
 from layerwise.ids import Attempt, Microbatch
-from layerwise.messages import Assignment, BlockPlace, CommitCut, LayerFile, Unassign, Unassigned
+from layerwise.messages import Assignment, BlockPlace, CommitCut, LayerFile, Tensors, Unassign, Unassigned
 from layerwise.roles import Effect, Send
 from layerwise.server.shard import ShardServer
 from layerwise.server.slots import Slots
 from layerwise.server.task_queue import TaskQueue
 from layerwise.service import COORDINATOR, Service
-from layerwise.tasks import BackwardResult, BackwardTask, BlockCompute, Task, TaskResult
+from layerwise.tasks import BackwardResult, BackwardTask, BlockCompute, InputGradient, Steps, Task, TaskResult
 from tests.unit.played_service import PlayedService
 
 
@@ -142,6 +143,30 @@ def test_the_coordinator_hears_that_a_job_is_left_once_its_block_is_closed(monke
         await server.close()
 
     play(monkeypatch, scene)
+
+
+class HandingOn:
+    """A block whose backward pass has something to hand on on the way."""
+
+    def backward(self, task: BackwardTask) -> Steps[BackwardResult]:
+        yield
+        yield InputGradient(gradients=Tensors.none())
+        yield
+        return BackwardResult(gradients=None)
+
+
+def test_a_slot_reports_what_a_pass_hands_on_and_then_its_end() -> None:
+    queue = TaskQueue(window=1, num_layers=1)
+    heard: SimpleQueue[tuple[Task, TaskResult | Exception]] = SimpleQueue()
+    block = cast(BlockCompute, HandingOn())
+    slots = Slots(block, queue, num_slots=1, name="job", report=lambda task, outcome: heard.put((task, outcome)))
+    slots.start()
+    task = BackwardTask(attempt=Attempt(Microbatch(0, 0, 1), 0), number=1, gradients=None)
+    queue.push(task)
+    assert heard.get(timeout=30.0) == (task, InputGradient(gradients=Tensors.none()))
+    assert heard.get(timeout=30.0) == (task, BackwardResult(gradients=None))
+    slots.stop()
+    assert heard.empty()
 
 
 def test_slots_that_never_started_can_be_stopped() -> None:
