@@ -10,7 +10,7 @@ import json
 import random
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from layerwise.data import load_dataset, microbatch_indices
 from layerwise.detached import DetachedBlock
 from layerwise.ids import Attempt
 from layerwise.job import JobSpec, parse_job
-from layerwise.messages import Assignment, BlockPlace, LayerFile, PushGradient, TaskFinished, Tensors
+from layerwise.messages import Assignment, BlockPlace, LayerFile, PushGradient, StandbySource, TaskFinished, Tensors
 from layerwise.probe import probe
 from layerwise.profile import Profile
 from layerwise.settings import ResolvedSettings, resolve
+from layerwise.standby_bytes import LayerBytes
 from layerwise.tasks import ApplyTask, BackwardResult, BackwardTask, ForwardTask, InputGradient, Steps
 
 CPU = torch.device("cpu")
@@ -75,6 +76,26 @@ class Saved:
             return self.files[version]
 
 
+class Copied:
+    """The newest standby copies of a block."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._versions: dict[int, tuple[tuple[LayerFile, ...], dict[int, LayerBytes]]] = {}
+
+    def written(self, version: int, files: tuple[LayerFile, ...], layers: dict[int, LayerBytes]) -> None:
+        """See `layerwise.standby_writer.Written`."""
+        with self._changed:
+            self._versions[version] = files, layers
+            self._changed.notify_all()
+
+    def wait(self, version: int) -> tuple[tuple[LayerFile, ...], dict[int, LayerBytes]]:
+        """The copy of ``version``."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: version in self._versions, 30)
+            return self._versions[version]
+
+
 @dataclass
 class RecordedRun:
     """A job over blocks that end at ``splits``. Everything random follows from ``seed``.
@@ -106,15 +127,20 @@ class RecordedRun:
         self.lives = [0] * len(self.bounds)
         self.blocks: list[BuiltBlock | None] = [None] * len(self.bounds)
         self.saved = [Saved() for _ in self.bounds]
+        self.copied = [Copied() for _ in self.bounds]
         self.workers: dict[int, DetachedBlock] = {}
         self.flying: dict[int, Journey] = {}
         self.number = 0
 
     # --- lives --------------------------------------------------------------------------------------------------------
 
-    def begin(self, blocks: Sequence[int] | None = None, cut: int = 0) -> None:
-        """New lives of ``blocks`` (of all) at ``cut``; what was in flight is aborted by those that stay."""
+    def begin(self, blocks: Sequence[int] | None = None, cut: int = 0, *, standby: bool = False) -> None:
+        """New lives of ``blocks`` (of all) at ``cut``; what was in flight is aborted by those that stay.
+
+        ``standby``: from their standby copies of that version.
+        """
         chosen = list(range(len(self.bounds)) if blocks is None else blocks)
+        copies = {position: self.copied[position].wait(cut) for position in chosen if standby}
         for journey in self.flying.values():
             journey.close()
         for position, one in enumerate(self.blocks):
@@ -131,9 +157,18 @@ class RecordedRun:
             self.next_life += 1
         for position in chosen:
             assignment = self._assignment(position, cut)
+            files, layers = copies.get(position, ((), None))
+            if standby:
+                assignment = replace(assignment, standby=StandbySource(holder="other", life=1, files=files))
             self.saved[position] = Saved()
+            self.copied[position] = Copied()
             self.blocks[position] = build_block(
-                assignment, device=CPU, cut_events=self.saved[position], allowed_imports=ALLOWED
+                assignment,
+                device=CPU,
+                cut_events=self.saved[position],
+                allowed_imports=ALLOWED,
+                standby=layers,
+                standby_written=self.copied[position].written,
             )
             self.built(position).block.updates_last = not self.interleaved
             self.workers.pop(position, None)
