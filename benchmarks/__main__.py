@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 NAMES = ("startup", "restart", "hop", "cpu", "digits", "throughput", "convergence")
-LONG = ("chaos",)
+LONG = ("guarantees", "chaos")
 """Run only when named."""
 
 

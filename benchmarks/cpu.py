@@ -101,13 +101,14 @@ def _parts(pids: dict[str, int]) -> dict[str, float]:
     parts: dict[str, float] = {}
     for name, pid in pids.items():
         role = name.rpartition("-")[0] or name
-        loop = _thread_seconds(Path(f"/proc/{pid}/task/{pid}/stat"))
-        whole = sum(_thread_seconds(stat) for stat in Path(f"/proc/{pid}/task").glob("*/stat"))
+        loop = processor_seconds(Path(f"/proc/{pid}/task/{pid}/stat"))
+        whole = sum(processor_seconds(stat) for stat in Path(f"/proc/{pid}/task").glob("*/stat"))
         parts[f"{role}: event loop"] = parts.get(f"{role}: event loop", 0.0) + loop
         parts[f"{role}: other threads"] = parts.get(f"{role}: other threads", 0.0) + whole - loop
     return parts
 
 
-def _thread_seconds(stat: Path) -> float:
+def processor_seconds(stat: Path) -> float:
+    """What a process or a thread has used, by its file in ``/proc``."""
     fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -73,7 +74,7 @@ def check_may_listen(address: Address, *, insecure: bool) -> None:
 
     Raises:
         NotAllowedError: beyond this host without ``insecure``, or a socket's folder that others may open.
-        ConfigError: a process already listens there.
+        ConfigError: a process already listens there, or it is no address of this machine.
     """
     if isinstance(address, TcpAddress):
         if not address.loopback and not insecure:
@@ -81,6 +82,10 @@ def check_may_listen(address: Address, *, insecure: bool) -> None:
                 f"listening on {address} would let every machine that reaches it control this process, without"
                 " encryption or password; use a loopback address or a unix socket, or say --insecure on a network"
                 " that you trust"
+            )
+        if reason := _why_not(address):
+            raise ConfigError(
+                f"can't listen on {address}: {reason}; choose another address (port 0 takes a port that is free)"
             )
         return
     folder = address.path.parent
@@ -96,6 +101,35 @@ def check_may_listen(address: Address, *, insecure: bool) -> None:
         )
     if _answers(address.path):
         raise ConfigError(f"{address} is taken: another process listens there; stop it or choose another address")
+
+
+def _why_not(address: TcpAddress) -> str:
+    """Why nobody can listen at ``address`` now; empty where one can.
+
+    gRPC would say so too, but with lines of its own on standard error, and only after everything else was loaded.
+    """
+    reason = ""
+    try:
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                with socket.socket(family, kind, protocol) as probe:
+                    # As gRPC does, so that connections that have just ended are not in the way.
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(place)
+                return ""
+            except OSError as error:
+                reason = _in_words(error)
+    except OSError as error:  # no such name
+        reason = _in_words(error)
+    return reason
+
+
+def _in_words(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "it is taken, another process listens there"
+    return str(error.strerror or error)
 
 
 def _answers(path: Path) -> bool:

@@ -7,7 +7,7 @@ Counters that the running job keeps are not asked: this is what checks them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import frexp
 from pathlib import Path
@@ -16,7 +16,8 @@ from layerwise.applied import AppliedSet
 from layerwise.audit_report import AuditReport, DroppedMicrobatch, Findings, LayerFacts
 from layerwise.block_audit import AttemptNumbers, BlockEvents, log_name, replay_block
 from layerwise.block_audit import StoredEvents as StoredEvents
-from layerwise.errors import CorruptError, NotFoundError
+from layerwise.cuts import durable_cuts, layer_files, load_manifest
+from layerwise.errors import CorruptCutError, CorruptError, NotFoundError
 from layerwise.layer_audit import CutState, LayerAudit
 from layerwise.log_header import LogHeader
 from layerwise.log_reader import LogReader, find_logs
@@ -66,12 +67,15 @@ def audit(
     ledger: SampleLedgerSummary | None = None,
     plan: TrainingPlan | None = None,
     learning_rate: LearningRate | None = None,
+    cuts: Mapping[int, Iterable[tuple[int, int]]] | None = None,
 ) -> AuditReport:
     """Check every promise against the records of ``blocks``: all blocks and all lives of one job, in any order.
 
     With ``ledger`` the job is taken to be at its end: all layers must agree with each other and with it. ``plan`` is
     what the logs must have been written under; ``learning_rate(layer, samples_before, staleness)`` what each update
-    must have used. Contradictions are in the report; nothing is raised for them.
+    must have used. ``cuts`` has the durable cuts: by version the layers, each with the life that saved it. What that life
+    had done by then was on the disk before, so its log can't end earlier. Contradictions are in the report; nothing is
+    raised for them.
     """
     every = sorted(blocks, key=lambda block: (block.header.life, block.header.start))
     findings = Findings()
@@ -90,6 +94,7 @@ def audit(
     for chain in lives.values():
         _check_chain(chain, findings)
     _check_rollbacks([block.header for block in every], findings)
+    _check_cuts(lives, cuts or {}, findings)
     last = {layer: chain[-1] for layer, chain in sorted(lives.items())}
     _check_agreement(last, findings, ledger)
     dropped = _dropped(lives)
@@ -109,7 +114,7 @@ def audit_directory(
     plan: TrainingPlan | None = None,
     learning_rate: LearningRate | None = None,
 ) -> AuditReport:
-    """`audit` the event logs in a job's directory. A log that can't be read fails the check "log".
+    """`audit` the event logs in a job's directory against its cuts. A log that can't be read fails the check "log".
 
     Raises:
         NotFoundError: there are no event logs.
@@ -119,6 +124,7 @@ def audit_directory(
         raise NotFoundError(
             f"no event logs in {Path(path) / 'events'}: is this a job's directory, and has training begun?"
         )
+    cuts = _durable_cuts(path)  # before the logs, which may be written to: what a cut has of them is there
     readers: list[LogReader] = []
     unreadable: list[str] = []
     for folder in folders:
@@ -128,8 +134,19 @@ def audit_directory(
             continue  # a crash came before the first line, so this life did nothing
         except CorruptError as error:
             unreadable.append(str(error))
-    report = audit(readers, ledger=ledger, plan=plan, learning_rate=learning_rate)
+    report = audit(readers, ledger=ledger, plan=plan, learning_rate=learning_rate, cuts=cuts)
     return report.with_failures("log", unreadable)
+
+
+def _durable_cuts(directory: str | Path) -> dict[int, list[tuple[int, int]]]:
+    """By version which life saved each layer, as the cuts' manifests say; those that can't be read say nothing."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for version in durable_cuts(directory):
+        try:
+            found[version] = [(file.layer, file.life) for file in layer_files(load_manifest(directory, version))]
+        except (CorruptCutError, NotFoundError):
+            continue  # damaged, which whoever uses it hears; or deleted by a newer cut
+    return found
 
 
 def _check_headers(
@@ -209,6 +226,23 @@ def _check_rollbacks(headers: list[LogHeader], findings: Findings) -> None:
     behind = sorted(layer for layer, header in lives.items() if header.rate_factor != lowest)
     if behind:
         findings.fail("rollbacks", f"layers {behind} do not have the {lowest!r} of the learning rate that others have")
+
+
+def _check_cuts(
+    lives: dict[int, list[LayerAudit]], cuts: Mapping[int, Iterable[tuple[int, int]]], findings: Findings
+) -> None:
+    """The log of the life that saved a layer must go on at least to there."""
+    for version, owners in sorted(cuts.items()):
+        missing: dict[int, list[int]] = {}
+        for layer, life in owners:
+            if not any(one.header.life == life and version in one.cuts for one in lives.get(layer, ())):
+                missing.setdefault(life, []).append(layer)
+        for life, layers in sorted(missing.items()):
+            findings.fail(
+                "log",
+                f"life {life} of layers {layers} saved the cut at version {version}, and its log has nothing of that: "
+                "it was cut short, or removed",
+            )
 
 
 def _saved(chain: list[LayerAudit], version: int) -> list[CutState]:

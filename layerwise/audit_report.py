@@ -9,7 +9,7 @@ from layerwise.errors import AuditError
 from layerwise.ids import Microbatch
 
 CLAIMS: dict[str, str] = {
-    "log": "the logs of all blocks can be read, number their records without gaps, and belong together",
+    "log": "the logs of all blocks can be read, number their records without gaps, belong together and reach as far as the cuts",
     "versions": "versions and revisions rise one by one within a life, and every event names the version it met",
     "lives": "a new life of a layer begins at exactly a saved version of the one before",
     "exactly-once": "every layer takes each microbatch in once at most, as a gradient or as a tombstone",

@@ -105,9 +105,3 @@ class Background:
     def _end_threads(self) -> None:
         for _ in self._threads:
             self._waiting.put(None)
-
-
-def sentence(error: Exception) -> str:
-    """What to tell the user of ``error``: its own words, and its kind where the words say nothing."""
-    text = " ".join(str(error).split())
-    return text if text else type(error).__name__

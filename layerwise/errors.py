@@ -90,3 +90,11 @@ class CorruptCutError(CorruptError):
 
 class AuditError(LayerwiseError):
     """The event log contradicts a promise."""
+
+
+def sentence(error: Exception) -> str:
+    """What to tell the user of ``error``, in one line: our own errors say it all, of others the kind belongs to it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, LayerwiseError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

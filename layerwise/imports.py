@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerwise.errors import ConfigError, NotAllowedError
+from layerwise.errors import ConfigError, NotAllowedError, sentence
 
 
 def check_allowed(target: str, allowed: Sequence[str], *, key: str = "import") -> None:
@@ -43,7 +43,7 @@ def load_import(target: str, allowed: Sequence[str], *, key: str = "import") -> 
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise ConfigError(f"{key}: module {module_name} can't be imported: {_sentence(error)}") from error
+        raise ConfigError(f"{key}: module {module_name} can't be imported: {sentence(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"{key}: module {module_name} has no {path}; it is at {getattr(found, '__file__', '?')}")
@@ -71,8 +71,4 @@ def call_import(target: str, arguments: Mapping[str, Any], allowed: Sequence[str
     try:
         return function(**arguments)
     except Exception as error:  # whatever the user's function raises
-        raise ConfigError(f"{key}: {target} failed: {_sentence(error)}") from error
-
-
-def _sentence(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise ConfigError(f"{key}: {target} failed: {sentence(error)}") from error

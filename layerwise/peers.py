@@ -11,7 +11,10 @@ from layerwise.link import Admission, Link, LinkTable, Packet
 from layerwise.peer import Peer
 from layerwise.proto.frames import MAX_FRAME_PACKETS
 
-ACKNOWLEDGE_SECONDS = 0.05
+ACKNOWLEDGE_SECONDS = 0.25
+"""How long what has arrived waits for a message of ours to be acknowledged along with. A frame for it alone costs both sides about a
+quarter of a millisecond; much data and many messages are acknowledged sooner, so nobody waits for this."""
+
 MAX_REASONS = 256
 LONGEST_REASON = 500
 """Characters kept of why a link ended: the other side may have said it."""

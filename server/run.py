@@ -264,7 +264,9 @@ class Run:
             self._routing.knows(process.name)
             self._note("info", f"shard {process.name} is back, with block {place.block}", shard=process.name)
             return self._proceed()
-        if (process.role, hosting.block) not in self.workers.vacancies():
+        oldest = self.shards.oldest_life
+        if (process.role, hosting.block) not in self.workers.vacancies() or not oldest or hosting.generation < oldest:
+            # What it knows may be of an earlier run of the job, on other shards: it is to be told everything anew.
             return None
         self.workers.fill(process.name, process.role, hosting.block)
         self._routing.knows(process.name)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from layerwise.background import Background, sentence
+from layerwise.background import Background
 from layerwise.device import resolve_device
-from layerwise.errors import CorruptError, MalformedMessageError, NotFoundError
+from layerwise.errors import CorruptError, MalformedMessageError, NotFoundError, sentence
 from layerwise.job import parse_job
 from layerwise.messages import (
     Assignment,

@@ -70,6 +70,11 @@ class ShardPlaces:
         """The blocks whose process does not have their layers."""
         return tuple(place.block for place in self._places if not place.holds)
 
+    @property
+    def oldest_life(self) -> int:
+        """The oldest of the blocks' lives; 0 while some block has none."""
+        return min(place.life for place in self._places)
+
     def of(self, name: str) -> ShardPlace:
         """The place that ``name`` fills; ``KeyError`` when it fills none."""
         for place in self._places:

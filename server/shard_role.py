@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from layerwise.applied import AppliedSet
-from layerwise.errors import BusyError, NotFoundError, RejectedError
+from layerwise.errors import BusyError, NotFoundError, RejectedError, sentence
 from layerwise.messages import (
     Abort,
     BlockClosed,

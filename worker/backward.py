@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from layerwise.background import Background, sentence
+from layerwise.background import Background
 from layerwise.build import build_detached
 from layerwise.detached import DetachedBlock
 from layerwise.device import resolve_device
+from layerwise.errors import sentence
 from layerwise.messages import Assignment, DetachedTask, Hosting, Message, PushGradient, Role, TaskFinished, Welcome
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings

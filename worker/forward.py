@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layerwise.background import Background, sentence
+from layerwise.background import Background
 from layerwise.data.dataset import Dataset, TrainingData
 from layerwise.data.load import load_dataset
 from layerwise.data.sampling import microbatch_indices
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, sentence
 from layerwise.job import parse_job
 from layerwise.messages import Assignment, Hosting, Message, Role, Tensors, Welcome
 from layerwise.roles import Effect

@@ -281,6 +281,7 @@ class ForwardRole:
                 continue
             job.connected, job.retry_at = False, now + RETRY_SECONDS
             for attempt, lease in list(job.leases.items()):
+                lease.granted = None  # the number is aborted: it was given to this link
                 if lease.state is _State.OFFERED:
                     lease.state = _State.READY
                 elif lease.state is _State.SENT:

@@ -320,7 +320,7 @@ class SimulatedCluster:
             ),
         )
         logs = [StoredEvents(header=work.header, records=work.log.log.records) for work in works]
-        report = audit(logs, ledger=summary, plan=plan)
+        report = audit(logs, ledger=summary, plan=plan, cuts=self.disk.cuts(works[0].assignment.directory))
         assert report.passed, "the audit failed: " + "; ".join(line for one in report.checks for line in one.failures)
 
 

@@ -6,7 +6,7 @@ A process that is killed while it writes leaves some of its files; a file may be
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from layerwise.errors import CorruptError
 from layerwise.messages import LayerFile
@@ -27,6 +27,7 @@ class Disk:
         self._damaged: set[tuple[str, int, int, int]] = set()
         self._files: dict[tuple[str, int, int, int], LayerCopy] = {}
         self._manifests: dict[tuple[str, int], dict[int, int]] = {}
+        self._fences: list[tuple[str, int, int, int]] = []
 
     def seconds(self) -> float:
         """How long the next write takes."""
@@ -34,7 +35,23 @@ class Disk:
 
     def versions(self, directory: str) -> list[int]:
         """The cuts that exist."""
-        return sorted(version for folder, version in self._manifests if folder == directory)
+        return sorted(
+            version
+            for (folder, version), lives in self._manifests.items()
+            if folder == directory and not self._shut_out(directory, version, lives)
+        )
+
+    def begin_life(self, directory: str, version: int, life: int, layers: Iterable[int]) -> None:
+        """From ``version`` on nothing counts of older lives of these layers."""
+        self._fences += [(directory, layer, life, version) for layer in layers]
+
+    def _shut_out(self, directory: str, version: int, lives: Mapping[int, int]) -> bool:
+        fences = [fence for fence in self._fences if fence[0] == directory and fence[3] < version]
+        return any(lives[layer] < life for _, layer, life, _ in fences if layer in lives)
+
+    def cuts(self, directory: str) -> dict[int, list[tuple[int, int]]]:
+        """By version the layers of each cut, with the lives that saved them."""
+        return {version: sorted(self._manifests[directory, version].items()) for version in self.versions(directory)}
 
     def save(self, directory: str, version: int, life: int, copies: dict[int, LayerCopy]) -> str:
         """Write a block's layers; the answer is why not, or empty."""
@@ -55,6 +72,8 @@ class Disk:
         if self._rng.random() < self._failure:
             return "no space left on the simulated disk"
         lives = {file.layer: file.life for file in files}
+        if self._shut_out(directory, version, lives):
+            return "a life in it was replaced"
         for layer, life in lives.items():
             assert (directory, version, life, layer) in self._files, (
                 f"version {version} is committed without layer {layer}"
@@ -64,14 +83,14 @@ class Disk:
             layer = self._rng.choice(sorted(lives))
             self._damaged.add((directory, version, lives[layer], layer))
         kept = {version, *keep}
-        for other in self.versions(directory):
-            if other not in kept:
-                del self._manifests[directory, other]
+        for other in [one for folder, one in self._manifests if folder == directory and one < min(kept)]:
+            del self._manifests[directory, other]
         return ""
 
     def load(self, directory: str, version: int, layers: Iterable[int]) -> dict[int, LayerCopy]:
-        """Read layers of a cut that exists; ``CorruptError`` when a file is damaged."""
-        lives = self._manifests[directory, version]
+        """Read layers of a cut that is thought to exist; ``CorruptError`` when it does not, or a file is damaged."""
+        lives = self._manifests.get((directory, version), {})
+        assert lives and not self._shut_out(directory, version, lives), f"version {version} was chosen, and is no cut"
         layers = list(layers)
         for layer in layers:
             if (directory, version, lives[layer], layer) in self._damaged:

@@ -7,15 +7,16 @@ import pprint
 import sys
 
 from tests.simulation.cluster import SimulatedCluster
-from tests.simulation.scenario import draw
+from tests.simulation.scenario import draw, lose_shards
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--standby", action="store_true", help="with standby copies, and shards that are killed")
     parser.add_argument("--quiet", action="store_true", help="no trace, only the scenario and how it ended")
     arguments = parser.parse_args()
-    scenario = draw(arguments.seed)
+    scenario = lose_shards(arguments.seed) if arguments.standby else draw(arguments.seed)
     cluster = SimulatedCluster(scenario, trace=not arguments.quiet)
     out = sys.stdout
     try:

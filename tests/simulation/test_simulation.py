@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 
 from tests.simulation.cluster import SimulatedCluster
-from tests.simulation.scenario import draw
+from tests.simulation.scenario import draw, lose_shards
 
 NUM_SEEDS = 560
 SEEDS_AT_ONCE = 20
+NUM_STANDBY_SEEDS = 40
 
 REGRESSIONS = {
     42: "a cut that was pinned after the commit that deleted it had been asked for",
@@ -45,6 +46,23 @@ def test_every_run_ends_with_a_clean_audit(first: int) -> None:
 @pytest.mark.parametrize("seed", REGRESSIONS)
 def test_what_was_found_once_stays_mended(seed: int) -> None:
     run(seed)
+
+
+def test_blocks_of_lost_shards_go_on_from_standby_copies() -> None:
+    """With rare cuts, frequent copies and several shards that are killed; also what holds the copies may be lost."""
+    lines = []
+    for seed in range(NUM_STANDBY_SEEDS):
+        cluster = SimulatedCluster(lose_shards(seed))
+        try:
+            cluster.run()
+        except Exception as error:
+            error.add_note(
+                f"seed {seed} of `lose_shards`: repeat it with `tests.simulation.run --seed {seed} --standby`"
+            )
+            raise
+        lines += [event.message for event in cluster.coordinator.role.events(cluster.job, 0)]
+    restored = sum("from its copy in the memory of" in line for line in lines)
+    assert restored > NUM_STANDBY_SEEDS // 3, f"{restored} copies were used in {NUM_STANDBY_SEEDS} runs"
 
 
 def test_drained_processes_really_leave() -> None:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
-from layerwise.address import TcpAddress, UnixAddress, parse_address
+from layerwise.address import TcpAddress, UnixAddress, check_may_listen, parse_address
 from layerwise.errors import ConfigError
 
 
@@ -38,3 +39,19 @@ def test_unix_addresses_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_anything_else_is_refused_with_the_text(text: str) -> None:
     with pytest.raises(ConfigError, match="address"):
         parse_address(text)
+
+
+def test_a_port_is_refused_when_it_is_taken_and_free_when_it_is_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = TcpAddress(host="127.0.0.1", port=other.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"{taken}: it is taken"):
+            check_may_listen(taken, insecure=False)
+    check_may_listen(taken, insecure=False)
+    check_may_listen(TcpAddress(host="localhost", port=0), insecure=False)
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"can't listen on 192\.0\.2\.1:0: "):
+        check_may_listen(TcpAddress(host="192.0.2.1", port=0), insecure=True)
+    with pytest.raises(ConfigError, match=r"can't listen on no-such-host\.invalid:0: "):
+        check_may_listen(TcpAddress(host="no-such-host.invalid", port=0), insecure=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import pytest
 from layerwise.applied import AppliedSet
 from layerwise.audit import StoredEvents, audit, audit_directory
 from layerwise.audit_report import CLAIMS, DroppedMicrobatch
+from layerwise.cuts import commit_manifest, write_layer_file
 from layerwise.errors import AuditError, NotFoundError
 from layerwise.event_log import EventLog, events_folder
 from layerwise.events import RestoreEvent, UpdateEvent
-from tests.unit.audited_job import CUT, PLAN, World, edit, failed, find, honest, rate
+from tests.unit.audited_job import CUT, NUM_LAYERS, PLAN, World, edit, failed, find, honest, rate
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -204,6 +206,57 @@ def test_log_that_can_not_be_read_fails_its_check(tmp_path: Path, place: int) ->
     assert "segment-000000.log, line" in report.check("log").failures[0]
     with pytest.raises(AuditError, match=r"failed .* checks: log: event log"):
         report.raise_for_failure()
+
+
+def running() -> World:
+    """A job that trains still: there is no ledger yet that its logs could be compared with."""
+    world = World(3)
+    world.live(0, updates=CUT + 2)
+    return world
+
+
+def commit_cut(folder: Path, life: int = 0) -> None:
+    """The cut at ``CUT``, as `life` of every layer saved it."""
+    written = [write_layer_file(folder, CUT, layer, life, b"state") for layer in range(NUM_LAYERS)]
+    files = [
+        {"layer": one.layer, "life": one.life, "name": one.name, "bytes": one.num_bytes, "digest": one.digest}
+        for one in written
+    ]
+    commit_manifest(folder, CUT, json.dumps({"version": CUT, "files": files}), (), life=life)
+
+
+def test_a_log_that_goes_beyond_every_durable_cut_passes(tmp_path: Path) -> None:
+    store(tmp_path, running().blocks)
+    commit_cut(tmp_path)
+    assert failed(audit_directory(tmp_path)) == []
+    # What no cut has need not have reached the disk when the power failed.
+    path = events_folder(tmp_path, 0, 2, 0) / "segment-000000.log"
+    lines = path.read_text().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if '"event":"cut"' in line)
+    path.write_text("".join(lines[: last + 1]))
+    assert failed(audit_directory(tmp_path)) == []
+
+
+def test_a_log_that_ends_before_a_durable_cut_was_cut_short(tmp_path: Path) -> None:
+    store(tmp_path, running().blocks)
+    commit_cut(tmp_path)
+    path = events_folder(tmp_path, 0, 2, 0) / "segment-000000.log"
+    lines = path.read_text().splitlines(keepends=True)
+    # At the end of a line, so that nothing looks torn.
+    path.write_text("".join(takewhile(lambda line: '"event":"cut"' not in line, lines)))
+    report = audit_directory(tmp_path)
+    assert failed(report) == ["log"]
+    [sentence] = report.check("log").failures
+    assert sentence.startswith(
+        f"life 0 of layers [0, 1] saved the cut at version {CUT}, and its log has nothing of that"
+    )
+
+
+def test_a_log_that_was_removed_is_missed_where_its_cut_is_there(tmp_path: Path) -> None:
+    world = honest()
+    store(tmp_path, world.blocks)
+    commit_cut(tmp_path, life=7)
+    assert failed(audit_directory(tmp_path, ledger=world.ledger)) == ["log"]
 
 
 def test_directory_without_logs_is_not_a_job(tmp_path: Path) -> None:

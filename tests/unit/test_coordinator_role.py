@@ -350,7 +350,7 @@ def test_a_failure_of_a_role_fails_the_job_with_its_sentence() -> None:
     job = run_until(played, 3)
     played.say("shard-1", Failure(job=job, message="the loss of 0:0-2 is not finite, first in layer 2 (layer-2)."))
     message = played.role.job(job)["message"]
-    assert message.startswith("the loss of 0:0-2 is not finite, first in layer 2 (layer-2) at version 0")
+    assert message.startswith("the loss of 0:0-2 is not finite, first in layer 2 (layer-2) (at version 0)")
     assert played.role.events(job, 0)[-1].level == "error"
 
 

@@ -402,6 +402,23 @@ def test_what_made_room_while_its_grant_was_on_its_way_is_loaded_again_and_sent(
     assert grant(role, 5) == []  # nothing is sent twice
 
 
+def test_a_grant_ends_with_the_link_that_it_came_over() -> None:
+    """Sent under it the samples would be refused, and their lease be held for ever."""
+    role = ready_role(window=1, prefetch=1)
+    lease(role, 5, 6)
+    loaded(role, 5)
+    loaded(role, 6)
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.TRAIN, attempts=(attempt(3), attempt(4))), 0.0)
+    loaded(role, 3)
+    loaded(role, 4)  # 5 has made room
+    decline(role, 3, "unneeded")
+    decline(role, 4, "unneeded")
+    grant(role, 5)
+    role.on_lost("shard-0", 1.0)
+    assert loaded(role, 5) == []
+    assert offer(5) in role.on_tick(2.0)
+
+
 def test_what_is_urgent_comes_before_what_is_lower() -> None:
     role = ready_role(window=1, prefetch=1)
     lease(role, 0, 1)

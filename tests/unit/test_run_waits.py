@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerwise.messages import BlockReport, Lease, LeaseKind, ReleaseCut, Role
+from layerwise.messages import Assignment, BlockReport, Lease, LeaseKind, ReleaseCut, Role, Unassign
 from layerwise.server.run import MOST_RECOVERIES
 from tests.unit.played_cluster import PlayedCluster, spec
 from tests.unit.test_run_recovery import PATIENT, check_done, cluster, go_on, log, run_until, sent
@@ -88,4 +88,31 @@ def test_many_shards_lost_at_once_before_training_begins_are_all_replaced() -> N
             played.kill(name)
         played.add(Role.SHARD, *names)
     played.wake("forward-0")
+    check_done(played, job)
+
+
+def test_a_worker_of_an_earlier_run_of_the_job_is_told_everything_anew() -> None:
+    """It knows another route, over fewer blocks, and would never be ready for this one."""
+    played = cluster(forward=2)
+    job = run_until(played, 12, cluster={"forward": 2})
+    hosting = played.hosting("forward-1")
+    played.kill("forward-1")  # cut off, it does not hear that the job is cancelled
+    played.cancel(job)
+    go_on(played)
+    assert played.state(job) == "cancelled"
+    played.add(Role.SHARD, "shard-2")
+    played.add(Role.FORWARD, "forward-2")
+    played.hold = lambda worker, lease: True
+    _, effects = played.role.resume(job, played.now, shards=3)
+    played.perform(effects)
+    played.run()
+    played.kill("forward-2")
+    played.sent.clear()
+    played.workers["forward-1"] = hosting[0]
+    played.roles["forward-1"] = Role.FORWARD
+    played.come_back("forward-1")
+    to_it = [type(message) for name, message in played.sent if name == "forward-1"]
+    assert (Unassign in to_it, Assignment in to_it) == (True, True)
+    played.hold = lambda worker, lease: False
+    played.play_held()
     check_done(played, job)

@@ -472,10 +472,10 @@ def test_a_failed_pass_ends_the_job_with_one_sentence() -> None:
     bench.forward("shard-0", 0, 0)
     task = bench.queue.try_pop()
     assert isinstance(task, ForwardTask)
-    ((peer, failure),) = sent(bench.role.on_task_failed(task, RuntimeError("shapes differ"), 0.0), Failure)
+    ((peer, failure),) = sent(bench.role.on_task_failed(task, RuntimeError("shapes\ndiffer"), 0.0), Failure)
     assert isinstance(failure, Failure)
     assert peer == "coordinator"
-    assert failure.message == "forward pass of 0:0-1 failed in layers 2-3 on shard shard-1: shapes differ"
+    assert failure.message == "forward pass of 0:0-1 failed in layers 2-3 on shard shard-1: RuntimeError: shapes differ"
     assert bench.forward("shard-0", 1, 1) == []
 
 
