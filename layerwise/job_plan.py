@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from layerwise.settings import ResolvedSettings
 
 
+KEPT_STATES = 3
+"""Standby copies that a keeper has at most: two, and one that arrives."""
+OWN_STATES = 4
+"""States of a block's own at most: two clones, one of which becomes bytes, and the bytes of two."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPlan:
     """One shard's part. Seconds are for one microbatch; bytes are at the fullest moment of training.
 
     ``state_bytes``: parameters, buffers and moments. ``store_bytes``: what the activation store holds with a whole
-    window in flight. ``expected_staleness`` is the mean in updates when gradients arrive in order.
+    window in flight. ``standby_bytes``: the standby copies of the block before, which are kept here where all shards are on
+    one host, and the block's own while they are made ready. ``expected_staleness`` is the mean in updates when gradients arrive in order.
     """
 
     block: int
@@ -28,6 +35,7 @@ class BlockPlan:
     parameters: int
     state_bytes: int
     store_bytes: int
+    standby_bytes: int
     forward_seconds: float
     backward_seconds: float
     cost_share: float
@@ -48,6 +56,7 @@ def plan_blocks(
     costs = [sum(each[start:stop]) for start, stop in blocks]
     last = len(blocks) - 1
     window = settings.window
+    states = [sum(layer.state_bytes for layer in profile.layers[start:stop]) for start, stop in blocks]
     found = []
     for block, (start, stop) in enumerate(blocks):
         layers = profile.layers[start:stop]
@@ -64,8 +73,11 @@ def plan_blocks(
                 first_layer=layers[0].name,
                 last_layer=layers[-1].name,
                 parameters=sum(layer.parameters for layer in layers),
-                state_bytes=sum(layer.state_bytes for layer in layers),
+                state_bytes=states[block],
                 store_bytes=window * inputs + activations if recompute else window * (inputs + activations),
+                standby_bytes=KEPT_STATES * states[block - 1] + OWN_STATES * states[block]
+                if settings.standby_every
+                else 0,
                 forward_seconds=sum(layer.forward_seconds for layer in layers),
                 backward_seconds=sum(layer.backward_seconds for layer in layers),
                 cost_share=costs[block] / sum(costs) if sum(costs) else 0.0,

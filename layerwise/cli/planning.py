@@ -121,6 +121,10 @@ def plan_command(
             "delay policy": settings.delay_policy,
             "staleness": f"{settings.expected_staleness} updates at most with in-order arrival, "
             f"{settings.max_staleness} promised",
+            "standby copies": f"every {settings.standby_every} updates, with up to "
+            f"{format_bytes(max(block.standby_bytes for block in blocks))} more on a shard"
+            if settings.standby_every
+            else None,
             "on slow links": f"window {slow.window}, accumulation {slow.accumulation}, staleness "
             f"{slow.expected_staleness} at most, {slow.max_staleness} promised"
             if slow.window != settings.window

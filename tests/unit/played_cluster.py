@@ -38,6 +38,7 @@ from layerwise.messages import (
     Ready,
     Reroute,
     Role,
+    StandbyHeld,
     StartTraining,
     Stop,
     Stopping,
@@ -406,6 +407,21 @@ class PlayedCluster:
             if one.version == job.final or (job.every and one.version % job.every == 0):
                 self._cut(name, one)
                 self._answer(name, self._report(one))
+
+    def stand_by(self, name: str, holder: str) -> int:
+        """Shard ``holder`` has a copy of the block of ``name`` as it is now, which must be at an update; gives its version."""
+        one = self.blocks[name]
+        assert len(one.applied) == self.jobs[one.job].plan.gradients_before(one.version)
+        self._saved[one.job, one.version, one.block] = one.applied.copy()
+        files = tuple(
+            LayerFile(layer=layer, life=one.place.life, name=f"layer-{layer}", num_bytes=100, digest="d")
+            for layer in range(one.place.start, one.place.stop)
+        )
+        self.say(
+            holder,
+            StandbyHeld(job=one.job, block=one.block, life=one.place.life, version=one.version, files=files),
+        )
+        return one.version
 
     def report(self, *names: str) -> None:
         """Shards say how far they are; they do so by themselves at every cut."""

@@ -117,3 +117,13 @@ def test_a_failed_commit_lets_the_next_cut_go_on_and_repeats_change_nothing() ->
     assert cuts.commit(8)
     assert not cuts.commit(8)
     assert not cuts.commit(4)
+
+
+def test_a_cut_that_some_block_has_passed_by_is_not_waited_for() -> None:
+    cuts = CutLedger(2, keep=2, durable=(4,), first_whole=12)
+    assert not cuts.take(0, 8)
+    cuts.save(0, 8, (file(0),))
+    assert not cuts.saving
+    assert cuts.next_commit() is None
+    save_all(cuts, 12)
+    assert cuts.next_commit() == (12, (file(0), file(1), file(2)), (4, 12))

@@ -277,6 +277,10 @@ def test_global_norm_clipping_is_refused_with_the_reason(clip: object) -> None:
             "cluster.backward.detached: got 0, expected at least 1 when attached is false",
         ),
         (
+            {"cluster": {"shards": 1}, "checkpoint": {"standby": True}},
+            "checkpoint.standby: got true, expected at least 2 cluster.shards with it",
+        ),
+        (
             {"data": {"name": "digits", "batch": 30}, "async": {"accumulation": 4}},
             "async.accumulation: got 4, expected a divisor of data.batch, which is 30",
         ),

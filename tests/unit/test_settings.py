@@ -138,3 +138,40 @@ def test_cuts_come_ten_times_a_run_where_the_job_does_not_say() -> None:
     assert intervals(10**6) == (1000,)
     assert intervals(200, checkpoint={"every": None}) == ()
     assert intervals(200, train={"evaluate_every": 30}, checkpoint={"every": 50}) == (30, 50)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "steps", "every"),
+    [
+        ({}, 1000, 0),
+        ({"standby": True}, 1000, 10),
+        ({"standby": True, "every": 500}, 1000, 50),
+        ({"standby": True, "every": None}, 3000, 300),
+        ({"standby": True, "standby_every": 7}, 1000, 7),
+        ({"standby_every": 7}, 1000, 0),
+    ],
+)
+def test_standby_copies_are_ten_between_two_cuts_and_ten_updates_apart_at_least(
+    checkpoint: dict[str, Any], steps: int, every: int
+) -> None:
+    found = settings(train={"steps": steps}, cluster={"shards": 2}, checkpoint=checkpoint)
+    assert found.standby_every == every
+    assert ResolvedSettings.from_json(found.to_json()) == found
+    assert not any("standby" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    "sections", [{"mode": "synchronous"}, {"async": {"window": 1}}], ids=["synchronous", "window 1"]
+)
+def test_what_equals_plain_training_has_no_standby_copies_and_says_so(sections: dict[str, Any]) -> None:
+    found = settings(cluster={"shards": 2}, checkpoint={"standby": True}, **sections)
+    assert found.standby_every == 0
+    assert any(warning.startswith("checkpoint.standby: without effect") for warning in found.warnings)
+
+
+def test_standby_copies_as_far_apart_as_cuts_are_warned_of() -> None:
+    found = settings(cluster={"shards": 2}, checkpoint={"standby": True, "every": 5, "standby_every": 5})
+    assert found.standby_every == 5
+    assert any(
+        warning.startswith("checkpoint.standby_every: 5 is no less than the 5 updates") for warning in found.warnings
+    )
