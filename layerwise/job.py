@@ -105,9 +105,10 @@ class JobSpec(Section):
         return parse_job(values, source=f"job {self.name}")
 
     def with_shards(self, num_shards: int) -> JobSpec:
-        """The same job on so many shards; its ``auto`` values stay open."""
+        """The same job on so many shards; its ``auto`` values stay open. On a single one there is nobody to keep standby copies."""
         values = self.model_dump(mode="json", by_alias=True)
         values["cluster"]["shards"] = num_shards
+        values["checkpoint"]["standby"] &= num_shards > 1
         return parse_job(values, source=f"job {self.name} on {num_shards} shards")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from layerwise.lifetime import READY
+from layerwise.process_end import end_process
 
 STANDARD_INPUT = 0
 NICENESS = 5
@@ -147,7 +148,7 @@ def main() -> NoReturn:
     if task is None:
         # Without the interpreter's own end: a thread may be in the middle of importing torch.
         os._exit(0)
-    sys.exit(become(task))
+    end_process(become(task))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import click
 
 from layerwise.cli import exit_codes
 from layerwise.errors import LayerwiseError
+from layerwise.process_end import end_process
 from layerwise.version import VERSION
 
 # Name of the command, the file that holds it, and its line in the list: the file is loaded when the command is called.
@@ -117,4 +118,4 @@ def run(arguments: list[str]) -> int:
 
 def main() -> NoReturn:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    end_process(run(sys.argv[1:]))

@@ -90,7 +90,8 @@ class Disk:
     def load(self, directory: str, version: int, layers: Iterable[int]) -> dict[int, LayerCopy]:
         """Read layers of a cut that is thought to exist; ``CorruptError`` when it does not, or a file is damaged."""
         lives = self._manifests.get((directory, version), {})
-        assert lives and not self._shut_out(directory, version, lives), f"version {version} was chosen, and is no cut"
+        assert lives, f"version {version} was chosen, and is not there"
+        assert not self._shut_out(directory, version, lives), f"version {version} was chosen, and a life in it replaced"
         layers = list(layers)
         for layer in layers:
             if (directory, version, lives[layer], layer) in self._damaged:

@@ -254,6 +254,7 @@ class SimulatedShard(Process):
         except CorruptError as error:
             self.send("coordinator", Failure(job=message.job, message=str(error), cut=message.cut))
             return
+        self.disk.begin_life(message.directory, message.cut, place.life, layers)
         header = LogHeader(
             job=message.job,
             num_layers=num_layers,
