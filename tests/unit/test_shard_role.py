@@ -60,7 +60,7 @@ from layerwise.tasks import (
     InputGradient,
     run_to_end,
 )
-from tests.simulation.counting_block import CountingBlock, FlushedLog, activation, gradient, target
+from tests.simulation.counting_block import CountingBlock, FlushedLog, LayerCopy, activation, gradient, target
 
 PLAN = TrainingPlan(num_samples=8, batch=2, accumulation=2, num_updates=6)
 ROUTE = (
@@ -82,9 +82,13 @@ class Bench:
         attached: bool = True,
         every: int = 2,
         drops: bool = False,
+        copies: dict[int, LayerCopy] | None = None,
+        version: int = 0,
     ) -> None:
+        """``copies``: the block begins with a standby copy of ``version``."""
         self.now = 0.0
         self.cuts: list[int] = []
+        self.standby: dict[int, dict[int, LayerCopy]] = {}
         self.place = route[block]
         self.compute = CountingBlock(
             start=self.place.start,
@@ -95,8 +99,11 @@ class Bench:
             log=FlushedLog(),
             position_order=False,
             frozen_below=0,
-            restored={},
+            restored=copies or {},
             on_cut=lambda version, copies: self.cuts.append(version),
+            from_cut=copies is None,
+            copied_every=1,
+            on_copy=lambda version, copies: self.standby.__setitem__(version, copies),
         )
         self.queue = TaskQueue(window=window, num_layers=2, attached=attached)
         self.role = ShardRole(
@@ -109,12 +116,13 @@ class Bench:
             compute=self.compute,
             queue=self.queue,
             schedule=CutSchedule(final=PLAN.num_updates, intervals=(every,)),
-            version=0,
+            version=version,
             layer_names=[f"layer-{layer}" for layer in range(6)],
             task_seconds=10.0,
             drops_bad_samples=drops,
+            from_cut=copies is None,
         )
-        self.begun = self.role.begin([AppliedSet()] * 2, 0.0)
+        self.begun = self.role.begin(self.compute.applied(), 0.0)
 
     def hears(self, peer: str, message: Message) -> list[Effect]:
         return self.role.on_message(peer, message, self.now)
@@ -879,3 +887,27 @@ def test_a_block_that_can_not_go_on_tells_a_coordinator_that_was_away_once_more(
     assert told.diverged == bench.place.life
     assert bench.forward("shard-1", 1, 1) == []
     assert sent(bench.hears("coordinator", reroute(block=2, durable=0)), Failure) == [("coordinator", told)]
+
+
+# Standby copies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("version", "cuts"), [(1, []), (2, [2])], ids=["between cuts", "at a cut"])
+def test_a_block_that_begins_with_a_standby_copy_saves_it_only_where_a_cut_is_due(
+    version: int, cuts: list[int]
+) -> None:
+    """A cut there is not on disk yet, and nobody else can make it whole."""
+    before = Bench(2, every=2)
+    for index in range(4):
+        before.forward("shard-1", index, index)
+        before.work()
+    assert sorted(before.standby) == [1, 2]
+    bench = Bench(2, every=2, copies=before.standby[version], version=version)
+    assert kinds(bench.begun) == ["Ready"], "the shell tells of the cut once it is taken"
+    ((_, ready),) = sent(bench.begun, Ready)
+    assert ready.version == version  # type: ignore[attr-defined]
+    assert bench.cuts == cuts
+    for index in range(2 * version, 8):
+        bench.forward("shard-1", index, index)
+        bench.work()
+    assert bench.cuts == [*cuts, *(one for one in (2, 4) if one > version)]
