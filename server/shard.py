@@ -43,7 +43,8 @@ from layerwise.refusals import Refused
 from layerwise.roles import Effect, Send
 from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
-from layerwise.server.standby_role import StandbyBytes, StandbyCopy, StandbyRole
+from layerwise.server.standby_copy import StandbyBytes, StandbyCopy
+from layerwise.server.standby_role import StandbyRole
 from layerwise.service import COORDINATOR, Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
 from layerwise.standby_bytes import ArrivingLayer, LayerBytes, most_bytes

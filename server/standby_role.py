@@ -20,8 +20,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from layerwise.errors import CorruptError
 from layerwise.messages import (
@@ -36,6 +35,7 @@ from layerwise.messages import (
     Tensors,
 )
 from layerwise.roles import Connect, Effect, Send
+from layerwise.server.standby_copy import StandbyBytes, StandbyCopy, StandbyPull, StandbySink
 
 COORDINATOR = "coordinator"
 KEPT_COPIES = 2
@@ -44,76 +44,11 @@ KEPT_COPIES = 2
 log = logging.getLogger(__name__)
 
 
-class StandbyBytes(Protocol):
-    """One layer of a copy, whole."""
-
-    def part(self, offset: int) -> Tensors:
-        """The bytes from ``offset`` on, not more than fit into one message; ``ValueError`` where there are none."""
-        ...
-
-
-class StandbySink(Protocol):
-    """One layer of a copy while it arrives."""
-
-    @property
-    def num_received(self) -> int:
-        """Bytes that are here."""
-        ...
-
-    def add(self, part: Tensors) -> None:
-        """The next bytes; ``ValueError`` when they can't be that."""
-        ...
-
-    def finish(self) -> StandbyBytes:
-        """All are here; ``CorruptError`` when their hash is another one."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StandbyCopy:
-    """All layers of ``block`` at ``version``, as they were copied in ``life``."""
-
-    block: int
-    life: int
-    version: int
-    files: tuple[LayerFile, ...]
-    layers: Mapping[int, StandbyBytes]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its layers."""
-        return sum(file.num_bytes for file in self.files)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Pull:
-    """A copy that is being fetched from ``peer``."""
-
-    peer: str
-    block: int
-    life: int
-    version: int
-    files: tuple[LayerFile, ...]
-    layers: dict[int, StandbyBytes] = field(default_factory=dict)
-    sink: StandbySink | None = None
-
-    @property
-    def file(self) -> LayerFile:
-        """What is asked for now."""
-        return self.files[len(self.layers)]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that are here."""
-        done = sum(file.num_bytes for file in self.files[: len(self.layers)])
-        return done + (self.sink.num_received if self.sink is not None else 0)
-
-
 @dataclass(slots=True, kw_only=True)
 class _Restore:
     """The copy with which the own block is to begin; ``done`` is told of its layers, or why there are none."""
 
-    pull: _Pull
+    pull: StandbyPull
     done: Callable[[Mapping[int, StandbyBytes] | str], list[Effect]]
     patience: float
     heard_at: float
@@ -163,7 +98,7 @@ class StandbyRole:
         self._own: dict[int, StandbyCopy] = {}
         self._asked_for = -1
         self._held: dict[int, deque[StandbyCopy]] = {}
-        self._pulls: dict[int, _Pull] = {}
+        self._pulls: dict[int, StandbyPull] = {}
         self._offers: dict[int, tuple[str, StandbyOffer]] = {}
         self._restore: _Restore | None = None
 
@@ -218,9 +153,11 @@ class StandbyRole:
         now: float,
     ) -> list[Effect]:
         """Fetch the copy with which the own block is to begin; whoever has it must answer each request within ``patience`` seconds."""
-        pull = _Pull(peer=source.holder, block=self._block, life=source.life, version=version, files=source.files)
+        pull = StandbyPull(
+            job=self._job, peer=source.holder, block=self._block, life=source.life, version=version, files=source.files
+        )
         self._restore = _Restore(pull=pull, done=done, patience=patience, heard_at=now)
-        return [Connect(source.holder, source.address), *self._ask(pull)]
+        return [Connect(source.holder, source.address), pull.ask()]
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -293,21 +230,11 @@ class StandbyRole:
 
     def _begin_pull(self, peer: str, offer: StandbyOffer) -> list[Effect]:
         self._offers.pop(offer.block, None)
-        pull = _Pull(peer=peer, block=offer.block, life=offer.life, version=offer.version, files=offer.files)
-        self._pulls[offer.block] = pull
-        return self._ask(pull)
-
-    def _ask(self, pull: _Pull) -> list[Effect]:
-        offset = pull.sink.num_received if pull.sink is not None else 0
-        request = StandbyRequest(
-            job=self._job,
-            block=pull.block,
-            life=pull.life,
-            version=pull.version,
-            layer=pull.file.layer,
-            offset=offset,
+        pull = StandbyPull(
+            job=self._job, peer=peer, block=offer.block, life=offer.life, version=offer.version, files=offer.files
         )
-        return [Send(pull.peer, request)]
+        self._pulls[offer.block] = pull
+        return [pull.ask()]
 
     def _on_request(self, peer: str, request: StandbyRequest) -> list[Effect]:
         copies = [*self._own.values(), *self._held.get(request.block, ())]
@@ -333,14 +260,14 @@ class StandbyRole:
 
     def _on_part(self, peer: str, part: StandbyPart, now: float) -> list[Effect]:
         restore = self._restore
-        if restore is not None and _answers(peer, part, restore.pull):
+        if restore is not None and restore.pull.awaits(peer, part):
             restore.heard_at = now
             return self._take_restored(restore, part)
         pull = self._pulls.get(part.block)
-        if pull is None or not _answers(peer, part, pull):
+        if pull is None or not pull.awaits(peer, part):
             return []
         try:
-            whole = self._take(pull, part)
+            whole = pull.take(part, self._sink)
         except (ValueError, CorruptError) as error:
             log.warning(
                 "the copy of block %d at version %d from %s is given up: %s", pull.block, pull.version, peer, error
@@ -348,24 +275,13 @@ class StandbyRole:
             del self._pulls[part.block]
             return self._fetch_next(part.block)
         if not whole:
-            return self._ask(pull)
+            return [pull.ask()]
         del self._pulls[part.block]
-        copy = StandbyCopy(block=pull.block, life=pull.life, version=pull.version, files=pull.files, layers=pull.layers)
+        copy = pull.copy()
         copies = self._held.setdefault(pull.block, deque(maxlen=KEPT_COPIES))
         copies.append(copy)
         held = self._held_message(copy)
         return [Send(self._coordinator, held), Send(peer, held), *self._fetch_next(part.block)]
-
-    def _take(self, pull: _Pull, part: StandbyPart) -> bool:
-        """Add what has arrived; True when that was the last of it."""
-        if not part.data.items:
-            raise ValueError(f"{pull.peer} does not have it any more")
-        if pull.sink is None:
-            pull.sink = self._sink(pull.file)
-        pull.sink.add(part.data)
-        if pull.sink.num_received == pull.file.num_bytes:
-            pull.layers[pull.file.layer], pull.sink = pull.sink.finish(), None
-        return len(pull.layers) == len(pull.files)
 
     def _fetch_next(self, block: int) -> list[Effect]:
         waiting = self._offers.pop(block, None)
@@ -373,11 +289,11 @@ class StandbyRole:
 
     def _take_restored(self, restore: _Restore, part: StandbyPart) -> list[Effect]:
         try:
-            whole = self._take(restore.pull, part)
+            whole = restore.pull.take(part, self._sink)
         except (ValueError, CorruptError) as error:
             return self._fail_restore(str(error))
         if not whole:
-            return self._ask(restore.pull)
+            return [restore.pull.ask()]
         self._restore = None
         return restore.done(restore.pull.layers)
 
@@ -388,9 +304,3 @@ class StandbyRole:
 
     def _held_message(self, copy: StandbyCopy) -> StandbyHeld:
         return StandbyHeld(job=self._job, block=copy.block, life=copy.life, version=copy.version, files=copy.files)
-
-
-def _answers(peer: str, part: StandbyPart, pull: _Pull) -> bool:
-    received = pull.sink.num_received if pull.sink is not None else 0
-    asked = (pull.peer, pull.block, pull.life, pull.version, pull.file.layer, received)
-    return (peer, part.block, part.life, part.version, part.layer, part.offset) == asked

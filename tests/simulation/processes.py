@@ -40,7 +40,8 @@ from layerwise.messages import (
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
-from layerwise.server.standby_role import StandbyCopy, StandbyRole
+from layerwise.server.standby_copy import StandbyCopy
+from layerwise.server.standby_role import StandbyRole
 from layerwise.server.task_queue import TaskQueue
 from layerwise.settings import ResolvedSettings
 from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult

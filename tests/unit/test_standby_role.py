@@ -22,7 +22,8 @@ from layerwise.messages import (
     Tensors,
 )
 from layerwise.roles import Connect, Effect, Send
-from layerwise.server.standby_role import KEPT_COPIES, StandbyCopy, StandbyRole, holder_of
+from layerwise.server.standby_copy import StandbyCopy
+from layerwise.server.standby_role import KEPT_COPIES, StandbyRole, holder_of
 from layerwise.standby_bytes import PART_BYTES, ArrivingLayer, LayerBytes
 
 COORDINATOR = "coordinator"
