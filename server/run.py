@@ -607,7 +607,11 @@ class Run:
             return []
         if mismatch := self._routing.mismatch():
             return self.fail(mismatch, self._now)
-        return self._begin_training()
+        try:
+            return self._begin_training()
+        except (LayerwiseError, ValueError) as error:
+            # What processes have said of their layers is put together here, at whatever made the last of them ready.
+            return self.fail(f"training can't begin: {error}", self._now)
 
     def _begin_training(self) -> list[Effect]:
         assert self.prepared is not None

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from layerwise.messages import Assignment, BlockReport, Lease, LeaseKind, ReleaseCut, Role, Unassign
+import json
+
+import pytest
+
+from layerwise.applied import AppliedSet
+from layerwise.ids import Attempt, Microbatch
+from layerwise.messages import (
+    Assignment,
+    BlockReport,
+    CutTaken,
+    DroppedAttempt,
+    Lease,
+    LeaseKind,
+    Message,
+    Ready,
+    ReleaseCut,
+    Role,
+    Unassign,
+)
 from layerwise.server.run import MOST_RECOVERIES
 from tests.unit.played_cluster import PlayedCluster, spec
 from tests.unit.test_run_recovery import PATIENT, check_done, cluster, go_on, log, run_until, sent
@@ -116,3 +134,28 @@ def test_a_worker_of_an_earlier_run_of_the_job_is_told_everything_anew() -> None
     played.hold = lambda worker, lease: False
     played.play_held()
     check_done(played, job)
+
+
+NOTHING = json.dumps(AppliedSet().to_json())
+DROPPED = DroppedAttempt(attempt=Attempt(Microbatch(0, 1, 2)), reason="it can't be loaded")
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        Ready(job="toy-1", block=1, generation=1, applied_json=(NOTHING, NOTHING), version=0, drops=(DROPPED,)),
+        CutTaken(job="toy-1", block=0, version=4),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_what_makes_no_sense_fails_its_job_only_also_when_it_is_looked_at_later(nonsense: Message) -> None:
+    played = cluster(forward=2)
+    played.silent.add("forward-1")
+    job = played.submit(spec(cluster={"forward": 2}, timeouts=PATIENT))
+    assert job == "toy-1"
+    played.say("shard-1", nonsense)
+    assert played.state(job) == "preparing"
+    played.kill("forward-1")
+    played.wait(1.0)
+    assert played.state(job) == "failed"
+    assert "training can't begin" in played.role.job(job)["message"]
