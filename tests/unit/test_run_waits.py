@@ -54,6 +54,26 @@ def test_a_job_whose_disk_is_full_can_be_cancelled() -> None:
     assert {node["state"] for node in played.role.nodes(played.now)} == {"free"}
 
 
+@pytest.mark.parametrize("restart", ["before", "after"])
+def test_a_job_that_is_cancelled_while_a_restarted_coordinator_waits_for_a_shard_is_cancelled(restart: str) -> None:
+    played = cluster()
+    job = run_until(played, 21)
+    if restart == "after":
+        played.silent.add("shard-0")
+        played.cancel(job)
+    played.kill("shard-1")
+    played.restart_coordinator()
+    played.silent.clear()
+    played.come_back("shard-0", "forward-0")
+    if restart == "before":
+        played.cancel(job)
+    for _ in range(4):
+        assert played.state(job) == "stopping"
+        played.wait(19.0)
+    assert played.state(job) == "cancelled"
+    assert "the cut at version 4 stands" in played.role.job(job)["message"]
+
+
 def test_what_was_evaluated_is_remembered_before_the_copies_that_it_took_are_let_go() -> None:
     """Else the next coordinator would have a version evaluated that no shard can evaluate any more."""
     played = cluster()
