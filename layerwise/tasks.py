@@ -71,6 +71,33 @@ class InputGradient:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DetachTask:
+    """Make ``backward`` whole for the detached ``worker``, which holds ``have``: the result is a `DetachedTask`."""
+
+    worker: str
+    backward: BackwardTask
+    job: str
+    life: int
+    have: tuple[LayerRevision, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindTask:
+    """Find the first layer whose output for ``attempt`` is not finite. ``loss``: what the last block made of them."""
+
+    attempt: Attempt
+    number: int
+    loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindResult:
+    """The layer; -1: the block's input already was not; ``None``: all are finite."""
+
+    layer: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyTask:
     """Take in one gradient that a detached worker pushed."""
 
@@ -121,8 +148,10 @@ class EvaluateResult:
 Steps = Generator[InputGradient | None, None, Result]
 """Yields between layers; what it yields is to be reported at once, before it goes on."""
 
-Task = ForwardTask | BackwardTask | ApplyTask | DropTask | EvaluateTask
-TaskResult = ForwardResult | BackwardResult | InputGradient | DropResult | EvaluateResult | None
+Task = ForwardTask | BackwardTask | DetachTask | FindTask | ApplyTask | DropTask | EvaluateTask
+TaskResult = (
+    ForwardResult | BackwardResult | InputGradient | DetachedTask | FindResult | DropResult | EvaluateResult | None
+)
 
 
 class BlockCompute(Protocol):

@@ -32,7 +32,7 @@ from layerwise.messages import (
 from layerwise.roles import Effect, Send
 from layerwise.server.block_context import BlockContext
 from layerwise.server.first_shard import FirstShard
-from layerwise.tasks import BackwardTask, DropResult, DropTask, ForwardResult, ForwardTask
+from layerwise.tasks import BackwardTask, DropResult, DropTask, FindTask, ForwardResult, ForwardTask
 
 TOMBSTONE = "dropped before"
 """Why an attempt is dropped where nobody told: some layer has a tombstone of an earlier one."""
@@ -273,12 +273,18 @@ class BlockPasses:
     # A loss that is not finite ---------------------------------------------------------------------------------------
 
     def find_not_finite(self, number: int, loss: float | None) -> list[Effect]:
+        """Have a slot look for the first layer whose output is not finite."""
+        one = self._passes.get(number)
+        if one is not None:
+            self._context.queue.push(FindTask(attempt=one.attempt, number=number, loss=loss))
+        return []
+
+    def on_found(self, task: FindTask, first: int | None) -> list[Effect]:
         """Name the first layer whose output is not finite, or ask the block before."""
-        context = self._context
+        context, number, loss = self._context, task.number, task.loss
         one = self._passes.get(number)
         if one is None:
             return []
-        first = context.compute.first_not_finite(one.attempt)
         if first == -1 and context.upstream is not None:
             asked = NotFinite(job=context.job, attempt=one.attempt, number=number, life=context.upstream.life)
             return [Send(context.upstream.shard, asked)]

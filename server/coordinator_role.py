@@ -141,7 +141,10 @@ class CoordinatorRole:
                     fresh = tuple(one for one in record.warnings if one not in known.warnings)
                     next_life = max(known.next_life, record.next_life)
                     warnings = (*known.warnings, *fresh)
-                    self._put(replace(known, cuts=record.cuts, next_life=next_life, warnings=warnings))
+                    rollbacks = max(known.rollbacks, record.rollbacks, key=len)
+                    self._put(
+                        replace(known, cuts=record.cuts, next_life=next_life, warnings=warnings, rollbacks=rollbacks)
+                    )
                     for warning in fresh:
                         self._note(known.job, "warning", warning, now)
                 return self.resume(known.job, now, shards=shards)

@@ -2,6 +2,7 @@
 
 worker                       shard
   TaskRequest ─────────────►   take the first backward pass off the queue
+                               DetachTask to a slot
               ◄─────────────   DetachedTask (input, boundary gradient, buffers, states that moved)
   PushGradient (each layer) ►  ApplyTask to a slot
   TaskFinished ────────────►   counts once its last ApplyTask is done: the block has closed the attempt
@@ -13,10 +14,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from layerwise.messages import LayerRevision, PushGradient, TaskFinished, TaskRequest, Tensors
+from layerwise.ids import Attempt
+from layerwise.messages import DetachedTask, LayerRevision, PushGradient, TaskFinished, TaskRequest, Tensors
 from layerwise.roles import Effect, Send
 from layerwise.server.block_context import BlockContext
-from layerwise.tasks import ApplyTask, BackwardTask
+from layerwise.tasks import ApplyTask, BackwardTask, DetachTask
 
 MAX_UNFIT = 8
 """Tasks in a row that workers do badly before the job fails."""
@@ -32,8 +34,14 @@ class _Given:
     task: BackwardTask
     index: int
     since: float
+    making: DetachTask | None
+    """A slot makes it whole for the worker, who has nothing of it yet."""
     num_applying: int = 0
     finished: TaskFinished | None = None
+
+    def is_with(self, peer: str, attempt: Attempt) -> bool:
+        """Whether ``peer`` has it, whole, to work on."""
+        return self.peer == peer and self.making is None and self.task.attempt == attempt
 
 
 class DetachedTasks:
@@ -72,20 +80,36 @@ class DetachedTasks:
 
     def feed(self, now: float) -> list[Effect]:
         """Give waiting backward passes to idle workers, the longest idle first."""
-        effects: list[Effect] = []
         context = self._context
         while self._idle and (task := context.queue.take_backward()) is not None:
             peer, have = next(iter(self._idle.items()))
             del self._idle[peer]
             index = context.plan.index(task.attempt.microbatch)
-            self._given[task.number] = _Given(peer=peer, task=task, index=index, since=now)
-            effects.append(Send(peer, context.compute.detach(task, context.job, context.life, have)))
-        return effects
+            making = DetachTask(worker=peer, backward=task, job=context.job, life=context.life, have=have)
+            self._given[task.number] = _Given(peer=peer, task=task, index=index, since=now, making=making)
+            context.queue.push(making)
+        return []
+
+    def on_made(self, task: DetachTask, made: DetachedTask | None, now: float) -> list[Effect]:
+        """A slot has made a task whole (``None``: in vain); if its worker is gone by now it is for the next one."""
+        given = self._given.get(task.backward.number)
+        if given is None or given.making is not task:
+            return []
+        given.making = None
+        if given.peer is None or made is None:
+            return self._settle(given, now)
+        given.since = now
+        return [Send(given.peer, made)]
+
+    def is_awaited(self, task: DetachTask) -> bool:
+        """Whether a worker still waits for what a slot makes of ``task``."""
+        given = self._given.get(task.backward.number)
+        return given is not None and given.making is task and given.peer is not None
 
     def on_gradient(self, peer: str, push: PushGradient) -> None:
         """A layer's gradient: to a slot with it."""
         given = self._given.get(push.number)
-        if given is None or given.peer != peer or given.task.attempt != push.attempt or given.finished is not None:
+        if given is None or not given.is_with(peer, push.attempt) or given.finished is not None:
             log.warning(
                 "gradient of layer %d for %s refused: %s does not work on it any more", push.layer, push.attempt, peer
             )
@@ -104,7 +128,7 @@ class DetachedTasks:
     def on_finished(self, peer: str, message: TaskFinished, now: float) -> list[Effect]:
         """The worker has pushed every layer."""
         given = self._given.get(message.number)
-        if given is None or given.peer != peer or given.task.attempt != message.attempt:
+        if given is None or not given.is_with(peer, message.attempt):
             log.warning("end of the task for %s refused: %s does not work on it any more", message.attempt, peer)
             return []
         given.finished = message
@@ -159,7 +183,7 @@ class DetachedTasks:
         return []
 
     def _settle(self, given: _Given, now: float) -> list[Effect]:
-        if given.num_applying:
+        if given.num_applying or given.making is not None:
             return []
         if given.finished is not None:
             lacking = self._context.compute.lacking(given.index)

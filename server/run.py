@@ -103,6 +103,7 @@ class Run:
         self._lost_early: Counter[int] = Counter()
         self._starved_since: float | None = None
         self._cancelled = record.state is JobState.STOPPING
+        self._cancelled_at = now
         self._moved = False
         self._dismissed: list[str] = []
         self._now = now
@@ -206,7 +207,7 @@ class Run:
         self._now = now
         if self.over or self._cancelled:
             return []
-        self._cancelled = True
+        self._cancelled, self._cancelled_at = True, now
         if self.record.state is JobState.PREPARING:
             return self._end(JobState.CANCELLED, "cancelled before training began")
         self.record = replace(self.record, state=JobState.STOPPING)
@@ -328,7 +329,8 @@ class Run:
         if self.over:
             return []
         limits = self.spec.timeouts
-        if self._cancelled and self.training is not None and now - self.training.progressed > limits.drain:
+        moved_at = self.training.progressed if self.training is not None else self._cancelled_at
+        if self._cancelled and now - moved_at > limits.drain:
             return self._end_undrained(limits.drain)
         for place in self.shards.empty:
             if place.empty_since is not None and now - place.empty_since > limits.start:
@@ -636,7 +638,11 @@ class Run:
             return []
         if mismatch := self._routing.mismatch():
             return self.fail(mismatch, self._now)
-        return self._begin_training()
+        try:
+            return self._begin_training()
+        except (LayerwiseError, ValueError) as error:
+            # What processes have said of their layers is put together here, at whatever made the last of them ready.
+            return self.fail(f"training can't begin: {error}", self._now)
 
     def _begin_training(self) -> list[Effect]:
         assert self.prepared is not None

@@ -36,6 +36,7 @@ from layerwise.messages import (
     CutDurable,
     CutSaved,
     CutTaken,
+    DetachedTask,
     Evaluated,
     EvaluateForward,
     Forward,
@@ -73,10 +74,13 @@ from layerwise.tasks import (
     BackwardResult,
     BackwardTask,
     BlockCompute,
+    DetachTask,
     DropResult,
     DropTask,
     EvaluateResult,
     EvaluateTask,
+    FindResult,
+    FindTask,
     ForwardResult,
     ForwardTask,
     InputGradient,
@@ -283,6 +287,10 @@ class ShardRole:
                 return self._passes.finish(task.number, result.gradients, now)
             case DropTask(), DropResult():
                 return self._passes.on_dropped(task, result, now)
+            case DetachTask(), DetachedTask():
+                return self._detached.on_made(task, result, now)
+            case FindTask(), FindResult():
+                return self._passes.on_found(task, result.layer)
             case ApplyTask(), _:
                 return self._detached.on_applied(task, now)
             case EvaluateTask(), EvaluateResult():
@@ -303,6 +311,8 @@ class ShardRole:
             case ApplyTask() if isinstance(error, RejectedError):
                 log.warning("%s", error)
                 return self._detached.on_applied(task, now)
+            case DetachTask() if not self._detached.is_awaited(task):
+                return self._detached.on_made(task, None, now)
             case EvaluateTask() if isinstance(error, NotFoundError):
                 log.warning("evaluation of version %d given up: %s", task.version, error)
                 self._evaluations.on_failed(task)
@@ -313,6 +323,10 @@ class ShardRole:
                 what = f"gradient of layer {task.push.layer} for {task.push.attempt.microbatch}"
             case DropTask():
                 what = f"drop of {task.attempt.microbatch}"
+            case DetachTask():
+                what = f"backward pass of {task.backward.attempt.microbatch} for {task.worker}"
+            case FindTask():
+                what = f"search for what is not finite of {task.attempt.microbatch}"
             case _:
                 what = f"{'forward' if isinstance(task, ForwardTask) else 'backward'} pass of {task.attempt.microbatch}"
         return self._context.fail(f"{what} failed in {self._context.describe()}: {sentence(error)}")

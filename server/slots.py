@@ -10,8 +10,11 @@ from layerwise.tasks import (
     ApplyTask,
     BackwardTask,
     BlockCompute,
+    DetachTask,
     DropTask,
     EvaluateTask,
+    FindResult,
+    FindTask,
     ForwardTask,
     Steps,
     Task,
@@ -101,6 +104,10 @@ class Slots:
                 return (yield from self._block.forward(task))
             case BackwardTask():
                 return (yield from self._block.backward(task))
+            case DetachTask(backward=backward, job=job, life=life, have=have):
+                return self._block.detach(backward, job, life, have)
+            case FindTask(attempt=attempt):
+                return FindResult(layer=self._block.first_not_finite(attempt))
             case ApplyTask():
                 yield from self._block.apply(task)
                 return None

@@ -7,16 +7,24 @@ import threading
 from itertools import count
 
 from layerwise.errors import BusyError
-from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, Task
+from layerwise.tasks import ApplyTask, BackwardTask, DetachTask, DropTask, EvaluateTask, FindTask, ForwardTask, Task
 
 MAX_EVALUATIONS = 256
 """Evaluation microbatches that may wait at one block; forward workers keep at most two each on the way."""
 
-_RANKS: dict[type, int] = {ApplyTask: 0, DropTask: 0, BackwardTask: 1, ForwardTask: 2, EvaluateTask: 3}
+_RANKS: dict[type, int] = {
+    ApplyTask: 0,
+    DropTask: 0,
+    DetachTask: 0,
+    FindTask: 0,
+    BackwardTask: 1,
+    ForwardTask: 2,
+    EvaluateTask: 3,
+}
 
 
 class TaskQueue:
-    """Pushed gradients and drops first, then backward, forward and evaluation passes; inside each kind the lowest number first.
+    """Pushed gradients, drops and what detached workers wait for first, then backward, forward and evaluation passes; inside each kind the lowest number first.
 
     Gradients come first because they make weights fresher at little cost; backward passes before forward passes because they free what
     is kept. The bounds are reservations made at admission (`window` numbers are open at most), so a full queue is a bug of ours or of a
@@ -27,7 +35,7 @@ class TaskQueue:
 
     def __init__(self, *, window: int, num_layers: int, attached: bool = True) -> None:
         self.attached = attached
-        self._limits = (window * num_layers, window, window, MAX_EVALUATIONS)
+        self._limits = (window * (num_layers + 2), window, window, MAX_EVALUATIONS)
         self._heaps: tuple[list[tuple[int, int, Task]], ...] = ([], [], [], [])
         self._arrivals = count()
         self._changed = threading.Condition()
@@ -162,6 +170,8 @@ def _order(task: Task) -> int:
     match task:
         case ApplyTask(push=push):
             return push.number
+        case DetachTask(backward=backward):
+            return backward.number
         case EvaluateTask(start=start):
             return start
         case _:

@@ -78,6 +78,11 @@ def words(line: str, changes: list[str] = []) -> list[str]:  # noqa: B006  (read
     return [*split[1:], *(word for change in changes for word in ("--set", change))]
 
 
+def without_numbers(line: str) -> str:
+    """What is the same whenever the command runs."""
+    return re.sub(r"\d[\d.]*", "N", line)
+
+
 def program(source: str, folder: Path) -> str:
     """What a program prints when it is run in ``folder``."""
     done = subprocess.run(
@@ -96,7 +101,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert command.finish() == 0, command.errors
         facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in command.output.splitlines())
     [shown] = [block for block in blocks(README, "console") if block.startswith("$ make train")]
-    assert [line.split("  ")[0] for line in shown.splitlines()[-len(facts) :]] == list(facts)
+    events, end = shown.splitlines()[2 : -len(facts)], shown.splitlines()[-len(facts) :]
+    assert [line.split("  ")[0] for line in end] == list(facts)
+    said = {without_numbers(line) for line in command.lines}
+    assert [line for line in events if not line.startswith("step ") and without_numbers(line) not in said] == []
     return place
 
 

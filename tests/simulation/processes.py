@@ -44,7 +44,19 @@ from layerwise.server.standby_copy import StandbyCopy
 from layerwise.server.standby_role import StandbyRole
 from layerwise.server.task_queue import TaskQueue
 from layerwise.settings import ResolvedSettings
-from layerwise.tasks import ApplyTask, BackwardTask, DropTask, EvaluateTask, ForwardTask, Steps, Task, TaskResult
+from layerwise.tasks import (
+    ApplyTask,
+    BackwardTask,
+    DetachTask,
+    DropTask,
+    EvaluateTask,
+    FindResult,
+    FindTask,
+    ForwardTask,
+    Steps,
+    Task,
+    TaskResult,
+)
 from layerwise.worker.backward_role import BackwardRole, Build, Execute
 from layerwise.worker.forward_role import MAX_AHEAD, ForwardRole, Load, LoadEvaluation, Prepare
 from tests.simulation.counting_block import CountingBlock, FlushedLog, LayerCopy, activation, expect, gradient, target
@@ -415,6 +427,12 @@ def _steps(block: CountingBlock, task: Task) -> Steps[TaskResult]:
             return (yield from block.forward(task))
         case BackwardTask():
             return (yield from block.backward(task))
+        case DetachTask(backward=backward, job=job, life=life, have=have):
+            yield
+            return block.detach(backward, job, life, have)
+        case FindTask(attempt=attempt):
+            yield
+            return FindResult(layer=block.first_not_finite(attempt))
         case ApplyTask():
             return (yield from block.apply(task))
         case DropTask(attempt=attempt, reason=reason):

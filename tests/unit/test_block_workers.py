@@ -109,18 +109,16 @@ def test_a_stranger_gets_no_backward_pass() -> None:
     for _ in range(3):
         assert bench.hears("stranger", request("stranger", 6)) == []
     assert bench.role.num_refused == 3
-    assert [peer for peer, _ in sent(bench.hears("backward-0", request("backward-0", 6)), DetachedTask)] == [
-        "backward-0"
-    ]
+    assert [peer for peer, _ in sent(bench.ask("backward-0"), DetachedTask)] == ["backward-0"]
 
 
 def test_the_pass_of_a_replaced_worker_is_for_the_next_at_once() -> None:
     bench = detached("backward-0", "backward-1")
-    ((_, task),) = sent(bench.hears("backward-0", request("backward-0", 6)), DetachedTask)
+    ((_, task),) = sent(bench.ask("backward-0"), DetachedTask)
     assert isinstance(task, DetachedTask)
     bench.hears("backward-1", request("backward-1", 6))
-    effects = names(bench, "backward-1")
-    assert [peer for peer, _ in sent(effects, DetachedTask)] == ["backward-1"]
+    names(bench, "backward-1")
+    assert [peer for peer, _ in sent(bench.work(), DetachedTask)] == ["backward-1"]
     bench.hears("backward-0", push(task, 3))
     assert bench.work() == []
     assert isinstance(push(task, 3), PushGradient)

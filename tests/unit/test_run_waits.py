@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from layerwise.messages import Assignment, BlockReport, Lease, LeaseKind, ReleaseCut, Role, Unassign
+import json
+
+import pytest
+
+from layerwise.applied import AppliedSet
+from layerwise.ids import Attempt, Microbatch
+from layerwise.messages import (
+    Assignment,
+    BlockReport,
+    CutTaken,
+    DroppedAttempt,
+    Lease,
+    LeaseKind,
+    Message,
+    Ready,
+    ReleaseCut,
+    Role,
+    Unassign,
+)
 from layerwise.server.run import MOST_RECOVERIES
 from tests.unit.played_cluster import PlayedCluster, spec
 from tests.unit.test_run_recovery import PATIENT, check_done, cluster, go_on, log, run_until, sent
@@ -34,6 +52,26 @@ def test_a_job_whose_disk_is_full_can_be_cancelled() -> None:
     assert played.state(job) == "cancelled"
     assert "did not drain within 60 s" in played.role.job(job)["message"]
     assert {node["state"] for node in played.role.nodes(played.now)} == {"free"}
+
+
+@pytest.mark.parametrize("restart", ["before", "after"])
+def test_a_job_that_is_cancelled_while_a_restarted_coordinator_waits_for_a_shard_is_cancelled(restart: str) -> None:
+    played = cluster()
+    job = run_until(played, 21)
+    if restart == "after":
+        played.silent.add("shard-0")
+        played.cancel(job)
+    played.kill("shard-1")
+    played.restart_coordinator()
+    played.silent.clear()
+    played.come_back("shard-0", "forward-0")
+    if restart == "before":
+        played.cancel(job)
+    for _ in range(4):
+        assert played.state(job) == "stopping"
+        played.wait(19.0)
+    assert played.state(job) == "cancelled"
+    assert "the cut at version 4 stands" in played.role.job(job)["message"]
 
 
 def test_what_was_evaluated_is_remembered_before_the_copies_that_it_took_are_let_go() -> None:
@@ -116,3 +154,28 @@ def test_a_worker_of_an_earlier_run_of_the_job_is_told_everything_anew() -> None
     played.hold = lambda worker, lease: False
     played.play_held()
     check_done(played, job)
+
+
+NOTHING = json.dumps(AppliedSet().to_json())
+DROPPED = DroppedAttempt(attempt=Attempt(Microbatch(0, 1, 2)), reason="it can't be loaded")
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        Ready(job="toy-1", block=1, generation=1, applied_json=(NOTHING, NOTHING), version=0, drops=(DROPPED,)),
+        CutTaken(job="toy-1", block=0, version=4),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_what_makes_no_sense_fails_its_job_only_also_when_it_is_looked_at_later(nonsense: Message) -> None:
+    played = cluster(forward=2)
+    played.silent.add("forward-1")
+    job = played.submit(spec(cluster={"forward": 2}, timeouts=PATIENT))
+    assert job == "toy-1"
+    played.say("shard-1", nonsense)
+    assert played.state(job) == "preparing"
+    played.kill("forward-1")
+    played.wait(1.0)
+    assert played.state(job) == "failed"
+    assert "training can't begin" in played.role.job(job)["message"]

@@ -28,9 +28,11 @@ from layerwise.messages import (
     Grant,
     Hosting,
     LayerFile,
+    LayerRevision,
     LinkDown,
     Message,
     NamedTensors,
+    NotFinite,
     Offer,
     Outcome,
     PushGradient,
@@ -54,8 +56,11 @@ from layerwise.tasks import (
     ApplyTask,
     BackwardResult,
     BackwardTask,
+    DetachTask,
     DropTask,
     EvaluateTask,
+    FindResult,
+    FindTask,
     ForwardTask,
     InputGradient,
     run_to_end,
@@ -140,6 +145,12 @@ class Bench:
                     effects += self.role.on_task_done(task, run_to_end(self.compute.forward(task)), self.now)
                 case BackwardTask():
                     effects += self.role.on_task_done(task, run_to_end(self.compute.backward(task)), self.now)
+                case DetachTask(backward=backward, job=job, life=life, have=have):
+                    made = self.compute.detach(backward, job, life, have)
+                    effects += self.role.on_task_done(task, made, self.now)
+                case FindTask(attempt=lost):
+                    found = FindResult(layer=self.compute.first_not_finite(lost))
+                    effects += self.role.on_task_done(task, found, self.now)
                 case ApplyTask():
                     run_to_end(self.compute.apply(task))
                     effects += self.role.on_task_done(task, None, self.now)
@@ -153,6 +164,10 @@ class Bench:
         """``generation``: of the route that the microbatch was leased under; the role's own."""
         leased = attempt(index, self.role.hosting.generation if generation is None else generation)
         return self.hears(worker, Offer(job="job", attempt=leased, life=self.place.life))
+
+    def ask(self, worker: str) -> list[Effect]:
+        """A detached worker has nothing to do; what a slot then makes for it."""
+        return self.hears(worker, request(worker, self.place.life)) + self.work()
 
     def forward(
         self, peer: str, index: int, number: int, *, life: int | None = None, needed_from: int = 0
@@ -447,7 +462,70 @@ def test_a_detached_pass_that_takes_too_long_is_given_to_the_next() -> None:
     bench, _ = detached_bench()
     bench.hears("backward-1", request("backward-1", 7))
     assert sent(bench.role.on_tick(9.9), DetachedTask) == []
-    assert [peer for peer, _ in sent(bench.role.on_tick(10.1), DetachedTask)] == ["backward-1"]
+    assert bench.role.on_tick(10.1) == []
+    assert [peer for peer, _ in sent(bench.work(), DetachedTask)] == ["backward-1"]
+
+
+def test_a_task_that_a_slot_makes_for_a_worker_that_is_gone_is_made_anew_for_the_next() -> None:
+    bench = Bench(2, attached=False)
+    bench.forward("shard-1", 0, 0)
+    bench.work()
+    held = tuple(LayerRevision(layer=layer, life=7, revision=0) for layer in (4, 5))
+    assert bench.hears("backward-0", TaskRequest(job="job", life=7, have=held)) == []
+    bench.role.on_lost("backward-0", 0.0)
+    bench.hears("backward-0", request("backward-0", 7))  # it is back, with nothing
+    ((peer, task),) = sent(bench.work(), DetachedTask)
+    assert isinstance(task, DetachedTask)
+    assert (peer, [state.layer for state in task.states]) == ("backward-0", [4, 5])
+
+
+def test_a_worker_that_comes_and_goes_gives_the_slots_no_more_to_do() -> None:
+    bench = Bench(2, attached=False)
+    bench.forward("shard-1", 0, 0)
+    bench.work()
+    for _ in range(100):
+        bench.hears("backward-0", request("backward-0", 7))
+        bench.role.on_lost("backward-0", 0.0)
+    assert len(bench.queue) == 1
+
+
+def test_a_task_that_nobody_waits_for_any_more_may_fail() -> None:
+    bench = Bench(2, attached=False)
+    bench.forward("shard-1", 0, 0)
+    bench.work()
+    bench.hears("backward-0", request("backward-0", 7))
+    stale = bench.queue.try_pop()
+    assert isinstance(stale, DetachTask)
+    bench.role.on_lost("backward-0", 0.0)
+    assert bench.role.on_task_failed(stale, KeyError("nothing is kept"), 0.0) == []
+    bench.hears("backward-1", request("backward-1", 7))
+    task = bench.queue.try_pop()
+    assert isinstance(task, DetachTask)
+    ((_, failure),) = sent(bench.role.on_task_failed(task, RuntimeError("out of memory"), 0.0), Failure)
+    assert isinstance(failure, Failure)
+    assert failure.message.startswith("backward pass of 0:0-1 for backward-1 failed in layers 4-5 on shard shard-2")
+
+
+def test_nobody_can_finish_what_it_has_not_been_given_yet() -> None:
+    bench = Bench(2, attached=False)
+    bench.forward("shard-1", 0, 0)
+    bench.work()
+    bench.hears("backward-0", request("backward-0", 7))
+    early = TaskFinished(job="job", attempt=attempt(0), number=0, life=7, gradients=gradient(0, 3))
+    assert bench.hears("backward-0", early) == []
+    assert [peer for peer, _ in sent(bench.work(), DetachedTask)] == ["backward-0"]
+
+
+def test_a_slot_looks_for_what_is_not_finite() -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    bench.work()
+    bench.compute.not_finite = (0, 3)
+    assert bench.hears("shard-2", NotFinite(job="job", attempt=attempt(0), number=0, life=6)) == []
+    ((peer, failure),) = sent(bench.work(), Failure)
+    assert isinstance(failure, Failure)
+    assert peer == "coordinator"
+    assert "layer 3 (layer-3) is the first whose output is not finite" in failure.message
 
 
 def test_a_worker_that_leaves_a_layer_out_loses_the_task_and_in_the_end_the_job() -> None:
@@ -456,11 +534,11 @@ def test_a_worker_that_leaves_a_layer_out_loses_the_task_and_in_the_end_the_job(
     bench.work()
     assert bench.hears("backward-0", finished(task, None)) == []
     for _ in range(6):
-        ((peer, again),) = sent(bench.hears("backward-0", request("backward-0", 7)), DetachedTask)
+        ((peer, again),) = sent(bench.ask("backward-0"), DetachedTask)
         assert isinstance(again, DetachedTask)
         assert (peer, again.attempt) == ("backward-0", task.attempt)
         assert bench.hears("backward-0", finished(again, None)) == []
-    bench.hears("backward-0", request("backward-0", 7))
+    bench.ask("backward-0")
     ((_, failure),) = sent(bench.hears("backward-0", finished(task, None)), Failure)
     assert isinstance(failure, Failure)
     assert "without a gradient for layer 4" in failure.message

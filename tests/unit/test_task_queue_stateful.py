@@ -46,7 +46,7 @@ class TaskQueueMachine(RuleBasedStateMachine):
     def push(self, kind: str, number: int) -> None:
         task = MAKERS[kind](number)
         rank = ORDER.index(type(task))
-        limit = (WINDOW * NUM_LAYERS, WINDOW, WINDOW, 256)[rank]
+        limit = (WINDOW * (NUM_LAYERS + 2), WINDOW, WINDOW, 256)[rank]
         if sum(one[0] == rank for one in self.waiting) >= limit:
             with pytest.raises(BusyError):
                 self.queue.push(task)
