@@ -96,6 +96,11 @@ def _classes_last(output: Tensor, targets: Tensor, key: str) -> Tensor:
 
 def _cross_entropy(output: Any, targets: Any, *, label_smoothing: float) -> Tensor:
     scores, labels = _wide(_one(output)), _one(targets)
+    if labels.is_floating_point():
+        raise ConfigError(
+            f"loss: cross-entropy takes classes, whole numbers, as targets, and got {str(labels.dtype).removeprefix('torch.')}; "
+            "use mse, or a loss of your own, for numbers that are measured"
+        )
     scores = _classes_last(scores, labels, "loss")
     return functional.cross_entropy(
         scores.reshape(-1, scores.shape[-1]), labels.reshape(-1).long(), label_smoothing=label_smoothing

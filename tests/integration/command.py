@@ -21,6 +21,7 @@ class Command:
 
     def __init__(self, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (closed on exit)
+        self.folder = folder
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "layerwise", *arguments],

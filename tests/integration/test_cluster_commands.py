@@ -236,7 +236,9 @@ def test_a_service_that_can_not_start_is_named_with_its_last_words(tmp_path: Pat
     def on_problem(sentence: str, for_good: bool) -> None:
         problems.append((sentence, for_good))
 
-    cluster = LocalCluster(shards=1, directory=tmp_path, devices=("cuda:99",), restart=True, on_problem=on_problem)
+    cluster = LocalCluster(
+        shards=1, forward=0, directory=tmp_path, devices=("cuda:99",), restart=True, on_problem=on_problem
+    )
     with pytest.raises(UnreachableError, match=r"shard-0 .* ended with exit status 2: .*cuda:99"), cluster:
         cluster.wait_for_nodes()
     assert problems

@@ -14,8 +14,6 @@ from layerwise.cluster import LocalCluster
 from layerwise.errors import ConfigError, NotAllowedError
 from layerwise.job_result import JobResult
 from layerwise.replay import Replay
-from layerwise.run_directory import spec_in
-from tests.integration.command import Command, write_job
 from tests.integration.jobs import (
     OPTIMIZERS,
     OWN_CODE,
@@ -139,24 +137,3 @@ def test_a_job_is_resumed_on_another_number_of_shards(
     for start in (0, stopped.steps):
         report = Replay(resumed.directory, start=start, allowed_imports=(OWN_CODE,)).run()
         assert report.passed, "\n".join(report.lines())
-
-
-def test_a_directory_is_resumed_on_another_number_of_shards_and_keeps_it(tmp_path: Path) -> None:
-    endless = {"steps": 100_000, "optimizer": "adamw"}
-    with Command("train", write_job(tmp_path, train=endless), "-o", "json", folder=tmp_path) as command:
-        command.wait_for("step ")
-        command.interrupt()
-        assert command.finish() == 130, command.errors
-        steps = command.document["steps"]
-    for options in (["--shards", "3"], []):
-        with Command("resume", "runs/tiny", *options, "-o", "json", folder=tmp_path) as command:
-            command.wait_for(f"training begins at version {steps}")
-            command.wait_for("step ")
-            command.interrupt()
-            assert command.finish() == 130, command.errors
-            document = command.document
-        assert len(document["blocks"]) == 3
-        assert document["steps"] > steps
-        steps = document["steps"]
-    assert spec_in(tmp_path / "runs" / "tiny").cluster.shards == 3
-    assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0

@@ -43,8 +43,6 @@ def test_train_from_python_tells_what_the_command_line_tells(
     assert here(capsys, "export", str(tmp_path / "run"))["version"] == 4
     keys = {"job", "state", "steps", "epochs", "samples", "seconds", "samples_per_second", "train_loss", "validation"}
     assert keys | {"staleness", "ledger", "window", "accumulation", "backward_weights"} <= result.document.keys()
-    with pytest.raises(layerwise.LayerwiseError, match="no file at"):
-        layerwise.train({**values, "data": image_data(tmp_path / "nothing")})
 
 
 def test_connect_submits_and_waits(cluster: LocalCluster, tmp_path: Path, images: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from layerwise.api import Connection
+from layerwise.cluster import LocalCluster
 from layerwise.cuts import cut_folder, durable_cuts
 from layerwise.fault_points import FIRED_VARIABLE, VARIABLE, fired_disk_faults
 from tests.integration.conftest import REPOSITORY, start
@@ -57,11 +58,10 @@ def test_cuts_that_the_disk_refuses_cost_a_warning_each_and_nothing_else(
     assert durable_cuts(result.directory)[-1] == 12
 
 
-def test_a_damaged_cut_is_named_and_the_job_goes_on_from_the_one_before(tmp_path: Path, gate: Gate) -> None:
-    with (
-        start(shards=2, forward=1, directory=tmp_path / "cluster") as cluster,
-        Connection(cluster.coordinator_address) as connection,
-    ):
+def test_a_damaged_cut_is_named_and_the_job_goes_on_from_the_one_before(
+    cluster: LocalCluster, tmp_path: Path, gate: Gate
+) -> None:
+    with Connection(cluster.coordinator_address) as connection:
         running = connection.submit(small(tmp_path / "run", gate, free=40, cluster={"shards": 2}))
         wait_for_cut(running, 2)
         running.cancel()
@@ -81,20 +81,12 @@ def test_a_damaged_cut_is_named_and_the_job_goes_on_from_the_one_before(tmp_path
     check_audit(result)
 
 
-def test_a_cut_that_was_noted_and_is_gone_gives_way_to_the_one_that_is_there(tmp_path: Path, gate: Gate) -> None:
+def test_a_cut_that_was_noted_and_is_gone_gives_way_to_the_one_that_is_there(
+    cluster: LocalCluster, tmp_path: Path, gate: Gate
+) -> None:
     """As after a crash of the coordinator between a commit and its note of it, with ``keep: 1``."""
-    with (
-        start(shards=1, forward=1, directory=tmp_path / "cluster") as cluster,
-        Connection(cluster.coordinator_address) as connection,
-    ):
-        running = connection.submit(
-            small(
-                tmp_path / "run",
-                gate,
-                free=40,
-                cluster={"shards": 1},
-            )
-        )
+    with Connection(cluster.coordinator_address) as connection:
+        running = connection.submit(small(tmp_path / "run", gate, free=40, cluster={"shards": 1}))
         wait_for_cut(running, 2)
         running.cancel()
         gate.open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import pytest
 import layerwise
 from layerwise.cli.main import run
 from layerwise.cuts import newest_cut
+from layerwise.run_directory import spec_in
 from tests.integration.command import Command, write_job
 
 ENDLESS = {"steps": 1_000_000, "optimizer": "adamw"}
@@ -32,38 +34,42 @@ RESULT_KEYS = {
 }
 
 
-def test_train_ends_with_one_object_that_has_every_fact(tmp_path: Path) -> None:
-    with Command("train", write_job(tmp_path), "--output", "json", folder=tmp_path) as command:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """A command that has trained a small job to its end, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("finished")
+    with Command("train", write_job(folder), "--output", "json", folder=folder) as command:
         assert command.finish() == 0, command.errors
-        document = command.document
-        assert len(command.output.splitlines()) == 1
+        yield command
+
+
+def test_train_ends_with_one_object_that_has_every_fact(finished: Command) -> None:
+    assert len(finished.output.splitlines()) == 1
+    document = finished.document
     assert set(document) >= RESULT_KEYS
     assert (document["state"], document["steps"]) == ("done", 6)
     assert document["ledger"]["samples_leased"] == document["ledger"]["samples_applied"] == 6 * 32
     assert set(document["validation"]) >= {"loss", "accuracy"}
     assert set(document["staleness"]) >= {"mean", "p50", "p99", "max", "layers"}
     assert all(layer["name"] for layer in document["staleness"]["layers"])
-    assert Path(document["directory"]) == tmp_path / "runs" / "tiny"
-    assert "step 6/6" in command.errors
-    assert "Traceback" not in command.errors
+    assert Path(document["directory"]) == finished.folder / "runs" / "tiny"
+    assert "step 6/6" in finished.errors
+    assert "Traceback" not in finished.errors
 
 
 def test_a_finished_run_can_be_evaluated_exported_and_audited_with_no_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = layerwise.train(write_job(tmp_path), overrides=["train.steps=4"])
-    assert (result.state, result.steps, result.directory) == ("done", 4, tmp_path / "runs" / "tiny")
-    assert result.validation is not None
-
+    folder, validation = finished.folder, finished.document["validation"]
+    monkeypatch.chdir(folder)
     assert run(["evaluate", "runs/tiny"]) == 0
     shown = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert float(shown["loss"]) == pytest.approx(result.validation["loss"], rel=1e-3)
+    assert float(shown["loss"]) == pytest.approx(validation["loss"], rel=1e-3)
 
     assert run(["export", "runs/tiny", "model"]) == 0
     from safetensors.torch import load_file
 
-    assert sum(tensor.numel() for tensor in load_file(tmp_path / "model" / "model.safetensors").values()) > 0
+    assert sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values()) > 0
 
     assert run(["export", "runs/tiny", "/proc/model"]) == 2
     assert "/proc/model can't be written into" in capsys.readouterr().err
@@ -71,32 +77,41 @@ def test_a_finished_run_can_be_evaluated_exported_and_audited_with_no_cluster(
     assert run(["audit", "runs/tiny"]) == 0
     assert "FAIL" not in capsys.readouterr().out
 
-    again = layerwise.train(write_job(tmp_path), overrides=["train.steps=2"])
-    assert again.directory == tmp_path / "runs" / "tiny-2"
-    assert newest_cut(tmp_path / "runs" / "tiny") == 4
+    # The job file again is another run, which fails here, and leaves this one alone.
+    with pytest.raises(layerwise.LayerwiseError, match="no file at"):
+        layerwise.train("job.yaml", overrides=["data={name: arrays, path: nothing, batch: 4}"])
+    assert (folder / "runs" / "tiny-2").is_dir()
+    assert newest_cut(folder / "runs" / "tiny") == 6
     assert run(["resume", "runs/tiny", "--quiet"]) == 5
     assert "done" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(240)
 def test_ctrl_c_stops_with_a_cut_and_resume_goes_on_from_it(tmp_path: Path) -> None:
+    """Once on another number of shards, and then on that number."""
     with Command("train", write_job(tmp_path, train=ENDLESS), "-o", "json", folder=tmp_path) as command:
         command.wait_for("step ")
         command.interrupt()
         assert command.finish() == 130, command.errors
-        first = command.document
-    assert first["state"] == "cancelled"
-    assert first["steps"] == newest_cut(tmp_path / "runs" / "tiny")
+        before = command.document
+    assert before["state"] == "cancelled"
+    assert len(before["blocks"]) == 2
+    assert before["steps"] == newest_cut(tmp_path / "runs" / "tiny")
     assert "go on with it: layerwise resume runs/tiny" in command.errors
 
-    with Command("resume", "runs/tiny", "-o", "json", folder=tmp_path) as command:
-        command.wait_for(f"training begins at version {first['steps']}")
-        command.wait_for("step ")
-        command.interrupt()
-        assert command.finish() == 130, command.errors
-        second = command.document
-    assert second["steps"] > first["steps"]
-    assert second["resume_count"] == 1
-    assert second["ledger"]["samples_leased"] == second["ledger"]["samples_applied"]
+    for count, options in enumerate((["--shards", "1"], []), start=1):
+        with Command("resume", "runs/tiny", *options, "-o", "json", folder=tmp_path) as command:
+            command.wait_for(f"training begins at version {before['steps']}")
+            command.wait_for("step ")
+            command.interrupt()
+            assert command.finish() == 130, command.errors
+            document = command.document
+        assert document["steps"] > before["steps"]
+        assert document["resume_count"] == count
+        assert len(document["blocks"]) == 1
+        assert document["ledger"]["samples_leased"] == document["ledger"]["samples_applied"]
+        before = document
+    assert spec_in(tmp_path / "runs" / "tiny").cluster.shards == 1
     assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
 
 
@@ -124,26 +139,12 @@ def test_a_cluster_does_not_outlive_a_command_that_is_killed(tmp_path: Path) -> 
         assert psutil.wait_procs(children, timeout=30)[1] == []
 
 
-def test_a_killed_forward_worker_costs_nothing(tmp_path: Path) -> None:
-    checkpoint = {"path": "runs/tiny"}
-    with Command(
-        "train", write_job(tmp_path, train=ENDLESS, checkpoint=checkpoint), "-o", "json", folder=tmp_path
-    ) as command:
-        command.wait_for("training begins")
-        command.child("forward-0").send_signal(signal.SIGKILL)
-        command.wait_for("takes a free place")
-        command.wait_for("step ")
-        command.interrupt()
-        assert command.finish() == 130, command.errors
-        ledger = command.document["ledger"]
-    assert ledger["samples_leased"] == ledger["samples_applied"]
-    assert ledger["samples_dropped"] == 0
-    assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
-
-
-def test_a_killed_shard_is_started_again_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_killed_worker_or_shard_is_started_again_and_training_goes_on(tmp_path: Path) -> None:
     job = write_job(tmp_path, train=ENDLESS, checkpoint={"every": 5})
     with Command("train", job, "-o", "json", folder=tmp_path) as command:
+        command.wait_for("is durable")
+        command.child("forward-0").send_signal(signal.SIGKILL)
+        command.wait_for("takes a free place")
         command.wait_for("is durable")
         command.child("shard-0").send_signal(signal.SIGKILL)
         command.wait_for("shard shard-0 (block 0) was lost")
@@ -157,6 +158,7 @@ def test_a_killed_shard_is_started_again_and_training_goes_on(tmp_path: Path) ->
     assert document["state"] == "cancelled"
     assert [(one["block"], one["shard"]) for one in document["recoveries"]] == [(0, "shard-0")]
     assert document["ledger"]["samples_leased"] == document["ledger"]["samples_applied"]
+    assert document["ledger"]["samples_dropped"] == 0
     assert run(["audit", str(tmp_path / "runs" / "tiny")]) == 0
 
 
@@ -190,19 +192,13 @@ def test_a_job_that_can_not_begin_says_why_once_and_does_not_speak_of_resuming(t
 
 
 def test_code_of_ones_own_is_not_run_unless_it_is_allowed(tmp_path: Path) -> None:
+    """That it is when it is allowed is tested with the README's example."""
     job = write_job(tmp_path, model={"import": "own_model:build"})
     with Command("train", job, folder=tmp_path) as command:
         assert command.finish() == 5
     assert command.errors.startswith("layerwise: ")
     assert "--allow-import own_model" in command.errors
     assert not (tmp_path / "runs").exists()
-
-    code = "from torch import nn\n\n\ndef build(width):\n    return [nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10)]\n"
-    (tmp_path / "own_model.py").write_text(code, encoding="utf-8")
-    job = write_job(tmp_path, model={"import": "own_model:build", "width": 4})
-    with Command("train", job, "--allow-import", "own_model", "-o", "json", folder=tmp_path) as command:
-        assert command.finish() == 0, command.errors
-        assert command.document["steps"] == 6
 
 
 def test_verify_finds_no_different_bit(tmp_path: Path) -> None:

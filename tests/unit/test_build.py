@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from layerwise.build import BuiltBlock, build_block, build_detached
+from layerwise.build import BuiltBlock, build_block, build_detached, build_modules
 from layerwise.cuts import commit_manifest, cut_folder
 from layerwise.data import load_dataset, microbatch_indices
 from layerwise.errors import ConfigError, CorruptError, NotAllowedError, RejectedError
@@ -22,6 +23,7 @@ from layerwise.events import CutEvent, RestoreEvent
 from layerwise.ids import Attempt
 from layerwise.job import JobSpec, parse_job
 from layerwise.messages import Assignment, BlockPlace, Course, LayerFile, PushGradient, TaskFinished, Tensors
+from layerwise.models.weights import model_tensors
 from layerwise.probe import probe
 from layerwise.profile import Profile
 from layerwise.rollbacks import rollbacks_in
@@ -183,6 +185,19 @@ def test_a_run_verifies_bit_for_bit(tmp_path: Path, model: str, optimizer: str) 
     found = verify(run.spec, run.settings, run.directory, 6)
     assert found.equal, str(found.difference)
     assert found.num_tensors == len(cut_state(run.directory, 6))
+
+
+def test_blocks_begin_with_the_weights_that_init_names(tmp_path: Path) -> None:
+    mlp = {"name": "mlp", "hidden": [8]}
+    info = load_dataset(job(tmp_path, mlp).data).info
+    given = model_tensors(build_modules(job(tmp_path, mlp, train={"seed": 6}), info))
+    assert not torch.equal(
+        given["0.linear.weight"], model_tensors(build_modules(job(tmp_path, mlp), info))["0.linear.weight"]
+    )
+    save_file(given, tmp_path / "model.safetensors")
+    with Run(job(tmp_path, mlp, init=str(tmp_path / "model.safetensors")), tmp_path / "run").blocks() as built:
+        layers = [layer.module.module for one in built for layer in one.block.layers]
+        assert all(torch.equal(tensor, given[name]) for name, tensor in model_tensors(layers).items())
 
 
 def test_a_bf16_run_with_clipping_verifies(tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ def test_a_loss_that_does_not_fit_names_both_shapes() -> None:
         build_loss(MeanSquaredError())(scores(4, 3), torch.zeros(4))
 
 
+def test_targets_that_are_no_classes_are_refused_and_not_rounded() -> None:
+    with pytest.raises(ConfigError, match="cross-entropy takes classes, whole numbers, as targets, and got float32"):
+        build_loss(CrossEntropy())(scores(4, 3), torch.tensor([0.0, 1.7, 2.0, 0.3]))
+
+
 def test_a_single_output_column_fits_targets_without_one() -> None:
     assert build_loss(MeanSquaredError())(torch.ones(4, 1), torch.zeros(4)) == 1
 

@@ -98,3 +98,14 @@ def test_the_bar_shows_the_same_figures_and_takes_markup_literally() -> None:
     assert "layer [bold] is odd" in shown
     assert "stopping" in shown
     assert "loss 1.2346" in shown
+
+
+def test_a_narrow_terminal_still_shows_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    bar = ProgressBar(terminal)
+    bar.on_document(document(samples_per_second=1290.7, steps=145, total_steps=345))
+    bar.close()
+    shown = terminal.getvalue()
+    assert "145/345" in shown
+    assert "loss 1.2346  1290.7 samples/s  staleness 0.75 (max 2)  0:01 left" in shown
