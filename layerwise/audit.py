@@ -7,7 +7,7 @@ Counters that the running job keeps are not asked: this is what checks them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import frexp
 from pathlib import Path
@@ -18,6 +18,7 @@ from layerwise.block_audit import AttemptNumbers, BlockEvents, log_name, replay_
 from layerwise.block_audit import StoredEvents as StoredEvents
 from layerwise.cuts import durable_cuts, layer_files, load_manifest
 from layerwise.errors import CorruptCutError, CorruptError, NotFoundError
+from layerwise.events import RestoreEvent
 from layerwise.layer_audit import CutState, LayerAudit
 from layerwise.log_header import LogHeader
 from layerwise.log_reader import LogReader, find_logs
@@ -68,14 +69,15 @@ def audit(
     plan: TrainingPlan | None = None,
     learning_rate: LearningRate | None = None,
     cuts: Mapping[int, Iterable[tuple[int, int]]] | None = None,
+    wanted: Container[int] | None = None,
 ) -> AuditReport:
     """Check every promise against the records of ``blocks``: all blocks and all lives of one job, in any order.
 
     With ``ledger`` the job is taken to be at its end: all layers must agree with each other and with it. ``plan`` is
     what the logs must have been written under; ``learning_rate(layer, samples_before, staleness)`` what each update
     must have used. ``cuts`` has the durable cuts: by version the layers, each with the life that saved it. What that life
-    had done by then was on the disk before, so its log can't end earlier. Contradictions are in the report; nothing is
-    raised for them.
+    had done by then was on the disk before, so its log can't end earlier. ``wanted`` are the versions of these cuts and
+    those at which lives begin, if they are known: states at others are not remembered. Contradictions are in the report; nothing is raised for them.
     """
     every = sorted(blocks, key=lambda block: (block.header.life, block.header.start))
     findings = Findings()
@@ -86,7 +88,8 @@ def audit(
     for block in every:
         header = block.header
         names.update(zip(range(header.start, header.stop), header.layer_names, strict=True))
-        for layer in replay_block(block, findings, rates, numbers.setdefault(header.life, AttemptNumbers(findings))):
+        known = numbers.setdefault(header.life, AttemptNumbers(findings))
+        for layer in replay_block(block, findings, rates, known, wanted):
             layer.finish()
             lives.setdefault(layer.layer, []).append(layer)
     _check_headers([block.header for block in every], findings, ledger, plan)
@@ -134,8 +137,27 @@ def audit_directory(
             continue  # a crash came before the first line, so this life did nothing
         except CorruptError as error:
             unreadable.append(str(error))
-    report = audit(readers, ledger=ledger, plan=plan, learning_rate=learning_rate, cuts=cuts)
+    wanted = frozenset([*cuts, *(version for reader in readers for version in _begun_at(reader))])
+    report = audit(readers, ledger=ledger, plan=plan, learning_rate=learning_rate, cuts=cuts, wanted=wanted)
     return report.with_failures("log", unreadable)
+
+
+def _begun_at(reader: LogReader) -> Iterator[int]:
+    """The versions at which the layers of a log begin, which it says first of all. What is wrong with it the audit finds."""
+    waiting = reader.header.stop - reader.header.start
+    try:
+        for state in reader.summary.layers.values() if reader.summary is not None else ():
+            if state["restored"] is not None:
+                waiting -= 1
+                yield int(state["restored"]["version"])
+        for record in reader.records if waiting > 0 else ():
+            if isinstance(record.event, RestoreEvent):
+                waiting -= 1
+                yield record.event.version
+                if not waiting:
+                    return
+    except (CorruptError, ValueError, KeyError, TypeError, AttributeError):
+        return
 
 
 def _durable_cuts(directory: str | Path) -> dict[int, list[tuple[int, int]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,11 +77,20 @@ class AttemptNumbers:
 
 
 def replay_block(
-    block: BlockEvents, findings: Findings, rates: RateBook, numbers: AttemptNumbers
+    block: BlockEvents,
+    findings: Findings,
+    rates: RateBook,
+    numbers: AttemptNumbers,
+    wanted: Container[int] | None = None,
 ) -> tuple[LayerAudit, ...]:
-    """Feed each of the block's layers its records, after what the summary says of those that were removed."""
+    """Feed each of the block's layers its records, after what the summary says of those that were removed.
+
+    For ``wanted`` see `LayerAudit`.
+    """
     header = block.header
-    layers = {layer: LayerAudit(layer, header, findings, rates) for layer in range(header.start, header.stop)}
+    layers = {
+        layer: LayerAudit(layer, header, findings, rates, wanted=wanted) for layer in range(header.start, header.stop)
+    }
     expected = 0
     try:
         if block.summary is not None:

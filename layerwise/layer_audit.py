@@ -8,7 +8,7 @@ after it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,17 @@ class CutState:
 class LayerAudit:
     """One layer in one life: feed it the layer's events in order, then call `finish`."""
 
-    def __init__(self, layer: int, header: LogHeader, findings: Findings, rates: RateBook) -> None:
+    def __init__(
+        self,
+        layer: int,
+        header: LogHeader,
+        findings: Findings,
+        rates: RateBook,
+        *,
+        wanted: Container[int] | None = None,
+    ) -> None:
+        """``wanted``: only cuts of these versions are remembered; by default all of them."""
+        self._wanted = wanted
         self.layer = layer
         self.header = header
         self.restored: RestoreEvent | None = None
@@ -333,9 +343,10 @@ class LayerAudit:
             )
         if self._members:
             self._findings.fail("updates", f"{self._who}: a cut is taken while {len(self._members)} gradients wait")
-        self.cuts[event.version] = CutState(
-            samples=self._samples, digest=event.digest, applied=self.applied.copy(), buffers=self._buffers.copy()
-        )
+        if self._wanted is None or event.version in self._wanted:
+            self.cuts[event.version] = CutState(
+                samples=self._samples, digest=event.digest, applied=self.applied.copy(), buffers=self._buffers.copy()
+            )
 
     def _check_order(self, event: UpdateEvent) -> None:
         if not self._ordered:

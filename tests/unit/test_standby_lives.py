@@ -16,6 +16,7 @@ from layerwise.errors import CorruptError
 from layerwise.event_log import EventLog, LogReader, events_folder
 from layerwise.events import CutEvent, Event, RestoreEvent, UpdateEvent
 from layerwise.fences import fences_in
+from layerwise.layer_audit import LayerAudit
 from layerwise.replay import Replay, ReplayReport
 from layerwise.standby_bytes import LayerBytes
 from tests.unit.recorded_run import ALLOWED, RecordedRun, recorded_spec
@@ -115,6 +116,22 @@ def test_whatever_the_order_of_passes_was_the_same_holds(tmp_path: Path, seed: i
     run.close()
     report = audit_directory(tmp_path)
     assert report.passed, "\n".join(report.lines())
+
+
+def test_the_audit_remembers_only_the_states_of_cuts_and_those_with_which_lives_begin(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be a thousand times as many copies as cuts."""
+    remembered: set[int] = set()
+    finish = LayerAudit.finish
+
+    def finished(layer: LayerAudit) -> None:
+        remembered.update(layer.cuts)
+        finish(layer)
+
+    monkeypatch.setattr(LayerAudit, "finish", finished)
+    assert audit_directory(directory).passed
+    assert remembered == {BEGIN, 6}
 
 
 def test_a_copy_that_the_life_before_never_made_is_found(directory: Path) -> None:
