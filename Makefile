@@ -23,9 +23,10 @@ SPEC ?= examples/digits.yaml
 ARGS ?=
 BENCH ?=
 CHAOS ?=
+CLUSTER_TESTS := tests/chaos tests/integration
 FOLDERS := layerwise server worker proto tests benchmarks tools examples
 
-.PHONY: help train test check bench chaos venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
+.PHONY: help train test test-clusters test-others check bench chaos venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,8 +59,21 @@ dev: .venv/development
 train: .venv/run-time
 	$(BIN)/layerwise train $(SPEC) $(ARGS)
 
+# The whole suite in two runs side by side, since processes that wait for each other leave much of two cores idle: tests that start a
+# cluster, and all others, which step back for them and are shown when both have ended.
 test: .venv/development
+ifneq ($(ARGS),)
 	$(BIN)/python -m pytest $(ARGS)
+else
+	@mkdir -p build
+	@$(MAKE) --no-print-directory --jobs=2 test-clusters test-others; status=$$?; cat build/test-others.txt; exit $$status
+endif
+
+test-clusters:
+	$(BIN)/python -m pytest $(CLUSTER_TESTS)
+
+test-others:
+	@nice $(BIN)/python -m pytest $(addprefix --ignore=,$(CLUSTER_TESTS)) >build/test-others.txt 2>&1
 
 bench: .venv/development
 	$(BIN)/python -m benchmarks $(BENCH)
