@@ -3,7 +3,8 @@
     python -m benchmarks throughput [--repeats N]
 
 *Ideal* is twice plain PyTorch on one thread: two processors that never wait. Each round runs every peer once, in processes of
-their own. Shards let the allocator keep freed memory; "memory kept" is the plain loop with that setting.
+their own. Shards let the allocator keep freed memory; "memory kept" is the plain loop with that setting, and "two of them
+side by side" are two such loops at the same time that have nothing to do with each other: the limit of the hardware.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.report import spread, table, write_section
 from benchmarks.runs import STDLIB_LM, peer, train
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str]) -> None:
             "plain", STDLIB_LM, *common, "--updates", "4", "--keep-memory"
         ),
         "layerwise, 2 shards": layerwise_speed,
+        "two of them side by side": lambda: _side_by_side(*common, "--updates", "4", "--keep-memory"),
         "one process, two threads": lambda: peer("plain", STDLIB_LM, *common, "--updates", "5", "--threads", "2"),
         "DDP (gloo, 2 ranks)": lambda: peer("ddp", STDLIB_LM, *common, "--updates", "5"),
     }
@@ -55,6 +58,12 @@ def main(arguments: Sequence[str]) -> None:
         f"python -m benchmarks throughput --repeats {repeats}",
         table(["", "sequences/s", "of the ideal of its round"], rows),
     )
+
+
+def _side_by_side(*arguments: str) -> float:
+    """Both processors with the plain loop each, nothing to do with each other: what sharing the memory's bandwidth leaves."""
+    with ThreadPoolExecutor(2) as threads:
+        return sum(threads.map(lambda _: peer("plain", STDLIB_LM, *arguments), range(2)))
 
 
 def layerwise_speed() -> float:

@@ -39,9 +39,9 @@ def small_job(directory: Path, updates: int = UPDATES, **sections: Any) -> JobSp
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """Two processes of each role."""
+    """Two processes of each role, and a spare; they end before the tests of other folders."""
     folder = tmp_path_factory.mktemp("standing")
     with LocalCluster(
         shards=2, forward=2, backward=2, directory=folder, threads=1, serve_metrics=False, restart=True, spare=True

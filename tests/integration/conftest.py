@@ -38,6 +38,20 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]
         assert running.problems == (), "a process ended that no test has killed"
 
 
+@pytest.fixture(scope="session")
+def breakable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Two processes of each role, for tests that kill some and start them again."""
+    with start(shards=2, forward=2, backward=2, directory=tmp_path_factory.mktemp("fragile")) as running:
+        yield running
+
+
+@pytest.fixture
+def fragile(breakable: LocalCluster) -> LocalCluster:
+    """That cluster with all its processes there: the test before may have left while one was starting."""
+    breakable.wait_for_nodes()
+    return breakable
+
+
 @pytest.fixture
 def cluster(standing: LocalCluster) -> Iterator[LocalCluster]:
     """The standing cluster; jobs that a failed test has left are cancelled after it."""

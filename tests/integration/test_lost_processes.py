@@ -11,7 +11,6 @@ import pytest
 from layerwise.api import Connection
 from layerwise.cluster import LocalCluster
 from layerwise.job_result import JobResult
-from tests.integration.conftest import start
 from tests.integration.jobs import (
     OPTIMIZERS,
     Gate,
@@ -26,14 +25,6 @@ from tests.integration.jobs import (
 STEPS = 36
 FREE = 17 * 16
 """Samples that every forward worker gets before the gate: together they can't end a job of `STEPS` updates of 16."""
-
-
-@pytest.fixture(scope="module")
-def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """A cluster whose processes are killed: two of each role."""
-    with start(shards=2, forward=2, backward=2, directory=tmp_path_factory.mktemp("fragile")) as running:
-        running.wait_for_nodes()
-        yield running
 
 
 @pytest.fixture
@@ -190,7 +181,7 @@ def test_a_killed_coordinator_takes_its_processes_back_and_no_layer_goes_back(
 def test_a_killed_shard_that_nobody_replaces_ends_the_job_with_the_way_to_resume_it(
     fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate, name: str
 ) -> None:
-    running = connection.submit(long_job(tmp_path / "run", gate, timeouts={"start": 20.0}))
+    running = connection.submit(long_job(tmp_path / "run", gate, timeouts={"start": 12.0}))
     wait_for_cut(running, 5)
     fragile.kill(name)
     failed = wait(running)
@@ -199,7 +190,7 @@ def test_a_killed_shard_that_nobody_replaces_ends_the_job_with_the_way_to_resume
     fragile.wait_for_nodes()  # the job would wait for it no longer than it did
     assert failed.state == "failed"
     assert failed.message.startswith(f"shard {name} (block {name[-1]}) was lost")
-    assert "and no other took its place within 20 s" in failed.message
+    assert "and no other took its place within 12 s" in failed.message
     assert f"layerwise resume {failed.job}" in failed.message
     assert "Traceback" not in failed.message
     assert "\n" not in failed.message

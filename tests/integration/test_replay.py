@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from layerwise.api import Connection
+from layerwise.cli.main import run
 from layerwise.cluster import LocalCluster
 from layerwise.cuts import layer_files, load_manifest
 from layerwise.event_log import EventLog, LogReader, find_logs
@@ -129,51 +130,43 @@ def test_a_cancelled_and_resumed_job_is_replayed_through_both_lives(
     assert (later.start, later.lives) == (stopped.steps, 2)
 
 
-def test_blocks_whose_shards_were_killed_one_after_the_other_are_replayed(tmp_path: Path, gate: Gate) -> None:
+def test_blocks_whose_shards_were_killed_one_after_the_other_are_replayed(
+    fragile: LocalCluster, tmp_path: Path, gate: Gate
+) -> None:
     """The other block stays in its life; what it hands on for microbatches that it has is computed again as well."""
-    with (
-        start(shards=2, forward=2, directory=tmp_path / "cluster") as cluster,
-        Connection(cluster.coordinator_address) as connection,
-    ):
-        cluster.wait_for_nodes()
+    with Connection(fragile.coordinator_address) as connection:
         # A new route has the workers load anew what they hold, so the gate must let through more than they can ever hold.
         train = {"steps": 30, "seed": 3, "optimizer": OPTIMIZERS["muon"]}
         running = connection.submit(gated_job(tmp_path / "run", gate, 150, train=train))
         for version, name in ((2, "shard-1"), (4, "shard-0")):
             wait_for_cut(running, version)
-            cluster.kill(name)
-            cluster.start(name)
+            fragile.kill(name)
+            fragile.start(name)
         gate.open()
         result = wait(running)
     check_done(result)
     check_replay(result, 4)
 
 
-def test_a_job_whose_processes_were_killed_is_replayed_through_its_resume(tmp_path: Path, gate: Gate) -> None:
-    """The logs end in the middle of passes; the lives after begin at the last durable cut."""
+def test_a_job_whose_processes_were_killed_is_replayed_through_its_resume(
+    cluster: LocalCluster, tmp_path: Path, gate: Gate
+) -> None:
+    """The logs end in the middle of passes; the lives after begin at the last durable cut, on another cluster."""
     with (
-        start(shards=2, forward=2, directory=tmp_path / "first") as cluster,
-        Connection(cluster.coordinator_address) as connection,
+        start(shards=2, forward=2, directory=tmp_path / "first") as first,
+        Connection(first.coordinator_address) as connection,
     ):
-        cluster.wait_for_nodes()
-        running = connection.submit(gated_job(tmp_path / "run", gate, 96))
+        first.wait_for_nodes()
+        running = connection.submit(gated_job(tmp_path / "killed", gate, 96))  # an id that is free on the other cluster
         wait_for_cut(running, 4)
         directory = running.status().directory
         for name in ("shard-0", "shard-1"):
-            cluster.kill(name)
+            first.kill(name)
     gate.open()
-    with (
-        start(shards=2, forward=2, directory=tmp_path / "second") as cluster,
-        Connection(cluster.coordinator_address) as connection,
-    ):
-        cluster.wait_for_nodes()
+    with Connection(cluster.coordinator_address) as connection:
         resumed = wait(connection.resume(directory=directory))
     assert resumed.state == "done", resumed.message
     check_replay(resumed, 4)
-
-
-def layerwise(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "layerwise", *arguments], capture_output=True, text=True, timeout=120)
 
 
 def rewrite(directory: str, layer: int, change: Any) -> None:
@@ -190,7 +183,7 @@ def rewrite(directory: str, layer: int, change: Any) -> None:
 
 
 def test_the_command_stops_at_an_update_saves_it_and_names_what_was_changed(
-    cluster: LocalCluster, tmp_path: Path, images: Path
+    cluster: LocalCluster, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = job(
         tmp_path / "run",
@@ -202,14 +195,16 @@ def test_the_command_stops_at_an_update_saves_it_and_names_what_was_changed(
     )
     directory = finish(cluster, values).directory
     saved = tmp_path / "saved"
-    done = layerwise("replay", directory, "--from", "0", "--until", "5", "--save", str(saved), "--output", "json")
+    command = [sys.executable, "-m", "layerwise", "replay", directory, "--from", "0", "--until", "5"]
+    command += ["--save", str(saved), "--output", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["passed"] is True
     assert document["stopped_at"] == "update 5"
     assert document["saved"] == str(saved / "cuts" / "00000005")
     assert layer_files(load_manifest(saved, 5)) == layer_files(load_manifest(directory, 5)), "the same bytes"
-    assert layerwise("evaluate", str(saved)).returncode == 0
+    assert run(["evaluate", str(saved)]) == 0
 
     def change(events: list[Event]) -> list[Event]:
         place = next(i for i, e in enumerate(events) if isinstance(e, UpdateEvent) and (e.layer, e.version) == (1, 3))
@@ -220,9 +215,10 @@ def test_the_command_stops_at_an_update_saves_it_and_names_what_was_changed(
         return events
 
     rewrite(directory, 1, change)
-    failed = layerwise("replay", directory, "--from", "0")
-    assert failed.returncode == 1
-    assert "layer 1 in life" in failed.stdout
-    assert "differs at its update to version 3: another hash of the layer's state" in failed.stdout
+    capsys.readouterr()
+    assert run(["replay", str(directory), "--from", "0"]) == 1
+    told = capsys.readouterr().out
+    assert "layer 1 in life" in told
+    assert "differs at its update to version 3: another hash of the layer's state" in told
     report = replayed(directory, until=Until(update=2))
     assert report.passed, "what comes before it is reached"

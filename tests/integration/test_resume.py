@@ -41,15 +41,17 @@ def gated_job(directory: Path, gate: Gate, free: int, **sections: Any) -> dict[s
     )
 
 
-def test_stopped_jobs_are_resumed_after_the_end_of_their_cluster(tmp_path: Path, gate: Gate) -> None:
+def test_stopped_jobs_are_resumed_after_the_end_of_their_cluster(
+    cluster: LocalCluster, tmp_path: Path, gate: Gate
+) -> None:
     """One at window 1, bit-equal to the uninterrupted run; one asynchronous, with two forward workers and a complete ledger."""
     asynchronous = {
         "cluster": {"shards": 2, "forward": 2},
         "async": {"window": 6, "accumulation": 2, "backward_weights": "stashed"},
     }
     with (
-        start(shards=2, forward=2, directory=tmp_path / "first") as cluster,
-        Connection(cluster.coordinator_address) as connection,
+        start(shards=2, forward=2, directory=tmp_path / "first") as first,
+        Connection(first.coordinator_address) as connection,
     ):
         exact = connection.submit(gated_job(tmp_path / "exact", gate, 36))
         wait_for_cut(exact, 2)
@@ -74,10 +76,7 @@ def test_stopped_jobs_are_resumed_after_the_end_of_their_cluster(tmp_path: Path,
         check_ledger(stopped_loose)
         check_audit(stopped_loose)
 
-    with (
-        start(shards=2, forward=2, directory=tmp_path / "second") as cluster,
-        Connection(cluster.coordinator_address) as connection,
-    ):
+    with Connection(cluster.coordinator_address) as connection:
         resumed = wait(connection.resume(directory=stopped.directory))
         check_done(resumed)
         assert resumed.document["resume_count"] == 1
