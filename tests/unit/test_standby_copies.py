@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
+from layerwise.job import parse_job
 from layerwise.messages import Hello, LayerFile, Role, StandbyHeld
+from layerwise.server.job_record import JobRecord, JobState
 from layerwise.server.membership import Process
+from layerwise.server.preparation import prepare
 from layerwise.server.shard_places import ShardPlaces
-from layerwise.server.standby_copies import StandbyCopies, first_whole_cut
+from layerwise.server.standby_copies import StandbyCopies, first_whole_cut, next_evaluation
+from tests.unit.played_cluster import profile, spec
 
 FILES = (LayerFile(layer=0, life=1, name="layer-0", num_bytes=1, digest="d"),)
 
@@ -91,3 +99,22 @@ def test_cuts_that_a_block_has_passed_by_are_never_whole() -> None:
     assert first_whole_cut([0, 0, 0], 0) == 0
     assert first_whole_cut([4, 25, 0], 10) == 25
     assert first_whole_cut([4, 8], 10) == 10
+
+
+@pytest.mark.parametrize(
+    ("every", "evaluated", "found"),
+    [(None, [], None), (3, [], 3), (3, [3, 6], 9), (3, [4], 6)],
+    ids=["none", "the first", "the next", "after one between"],
+)
+def test_a_block_goes_on_no_further_than_the_next_evaluation(
+    every: int | None, evaluated: list[int], found: int | None
+) -> None:
+    text = spec(train={"evaluate_every": every})
+    prepared = prepare(parse_job(text), profile())
+    record = JobRecord(
+        job="toy-1", number=1, name="toy", state=JobState.RUNNING, spec_json=text, directory="runs/toy", created=0.0
+    )
+    record = replace(record, evaluations=tuple({"version": version} for version in evaluated))
+    assert next_evaluation(record, prepared) == found
+    unvalidated = replace(prepared, profile=replace(profile(), num_validation_samples=0))
+    assert next_evaluation(record, unvalidated) is None
