@@ -20,7 +20,7 @@ from layerwise.cuts import durable_cuts, layer_files, load_manifest
 from layerwise.errors import CorruptCutError, CorruptError, NotFoundError
 from layerwise.events import RestoreEvent
 from layerwise.layer_audit import CutState, LayerAudit
-from layerwise.log_header import LogHeader
+from layerwise.log_header import LogHeader, name_of
 from layerwise.log_reader import LogReader, find_logs
 from layerwise.plan import TrainingPlan
 from layerwise.rate_book import LearningRate, RateBook
@@ -182,7 +182,7 @@ def _check_headers(
     arithmetic = _arithmetic(plan if plan is not None else first.plan)
     seen: set[tuple[int, int]] = set()
     for header in headers:
-        if header.job != job or header.num_layers != first.num_layers:
+        if name_of(header.job) != name_of(job) or header.num_layers != first.num_layers:
             findings.fail(
                 "log", f"{log_name(header)} is of job {header.job} with {header.num_layers} layers, not of job {job}"
             )

@@ -27,6 +27,12 @@ def text_of_line(line: bytes) -> bytes | None:
     return text if line[8:9] == b" " and line[:8] == b"%08x" % crc32(text) else None
 
 
+def name_of(job: str) -> str:
+    """A job's name, without the number in its id: a coordinator that resumes a directory may give another one."""
+    name, _, number = job.rpartition("-")
+    return name if name and number.isdecimal() else job
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogHeader:
     """Who writes this log, and what it promises.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.errors import CorruptError, NotFoundError
+from layerwise.log_header import name_of
 from layerwise.log_reader import find_logs
 from layerwise.replay.life_index import LifeIndex, Owners, index_life
 
@@ -121,11 +122,11 @@ def read_history(directory: str | Path, owners: Owners) -> History:
         raise NotFoundError(
             f"no event logs in {Path(directory) / 'events'}: is this a job's directory, and has training begun?"
         )
-    jobs = {(one.header.job, one.header.num_layers) for one in lives}
+    jobs = {(name_of(one.header.job), one.header.num_layers) for one in lives}
     if len(jobs) > 1:
         raise CorruptError(f"the event logs in {directory} are of different jobs: {sorted(jobs)}")
-    ((job, num_layers),) = jobs
-    return History(job=job, num_layers=num_layers, lives=tuple(lives))
+    newest = max(lives, key=lambda one: one.header.life).header
+    return History(job=newest.job, num_layers=newest.num_layers, lives=tuple(lives))
 
 
 def last_at(lives: Sequence[LifeIndex], layer: int, version: int) -> LifeIndex | None:

@@ -157,15 +157,18 @@ def test_a_job_whose_processes_were_killed_is_replayed_through_its_resume(
         Connection(first.coordinator_address) as connection,
     ):
         first.wait_for_nodes()
-        running = connection.submit(gated_job(tmp_path / "killed", gate, 96))  # an id that is free on the other cluster
+        running = connection.submit(gated_job(tmp_path / "killed", gate, 96))
         wait_for_cut(running, 4)
         directory = running.status().directory
         for name in ("shard-0", "shard-1"):
             first.kill(name)
     gate.open()
     with Connection(cluster.coordinator_address) as connection:
+        # The id is taken there, so the job goes on under another one.
+        wait(connection.submit(gated_job(tmp_path / "another" / "killed", gate, 0)))
         resumed = wait(connection.resume(directory=directory))
-    assert resumed.state == "done", resumed.message
+    assert (resumed.state, resumed.job) == ("done", "killed-2"), resumed.message
+    check_done(resumed)
     check_replay(resumed, 4)
 
 

@@ -134,6 +134,10 @@ def test_what_the_logs_hold_as_dropped_is_listed_with_its_reason() -> None:
 
 def test_logs_of_another_plan_are_found() -> None:
     world = honest()
+    other = replace(world.blocks[0].header, job="another-1")
+    assert failed(audit([replace(world.blocks[0], header=other), *world.blocks[1:]], ledger=world.ledger)) == ["log"]
+    again = [replace(block, header=replace(block.header, job=f"{block.header.job}-2")) for block in world.blocks[:1]]
+    assert failed(audit([*again, *world.blocks[1:]], ledger=world.ledger)) == [], "resumed under another number"
     assert failed(audit(world.blocks, plan=replace(PLAN, num_samples=23))) == ["log"]
     assert failed(audit(world.blocks, plan=replace(PLAN, num_updates=99))) == []  # a job may go on for longer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,9 +187,16 @@ def walk(index: int, *versions: int, detached: bool = True) -> WalkEvent:
     )
 
 
-def log(directory: Path, *events: Event, life: int = 1, block: tuple[int, int] = (0, 2), num_layers: int = 2) -> Path:
+def log(
+    directory: Path,
+    *events: Event,
+    life: int = 1,
+    block: tuple[int, int] = (0, 2),
+    num_layers: int = 2,
+    job: str = "job-1",
+) -> Path:
     header = LogHeader(
-        job="job",
+        job=job,
         num_layers=num_layers,
         start=block[0],
         stop=block[1],
@@ -311,11 +319,18 @@ def test_a_life_that_did_not_come_to_its_first_record_is_nothing(tmp_path: Path)
     assert [life.header.life for life in history(tmp_path).lives] == [1]
 
 
-def test_logs_of_two_jobs_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [{"num_layers": 3}, {"job": "another-1"}])
+def test_logs_of_two_jobs_are_refused(tmp_path: Path, other: dict[str, Any]) -> None:
     log(tmp_path, restore(0), restore(1))
-    log(tmp_path, restore(2), block=(2, 3), num_layers=3)
+    log(tmp_path, restore(0), restore(1), life=2, **other)
     with pytest.raises(CorruptError, match="different jobs"):
         history(tmp_path)
+
+
+def test_a_job_that_went_on_under_another_number_is_the_same_job(tmp_path: Path) -> None:
+    log(tmp_path, restore(0), restore(1))
+    log(tmp_path, restore(0), restore(1), life=2, job="job-7")
+    assert history(tmp_path).job == "job-7"
 
 
 def test_the_newest_life_at_a_version_is_found(tmp_path: Path) -> None:
