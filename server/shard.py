@@ -153,8 +153,9 @@ class ShardServer:
             "Standby copies: those of other blocks, and the own ones on their way.",
             labels=labels,
         )
-        for job, copies in list(self._standby.items()):
-            standby.add_metric([job, self._service.name], copies.num_bytes)
+        for job in {*self._blocks, *self._standby}:  # copies may come before the block of one's own is built
+            copies = self._standby.get(job)
+            standby.add_metric([job, self._service.name], 0 if copies is None else copies.num_bytes)
         yield store
         yield waiting
         yield standby
