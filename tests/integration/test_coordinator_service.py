@@ -180,7 +180,7 @@ def test_the_metrics_page_has_the_job_wide_view_while_a_job_runs(socket_folder: 
 
 def test_a_taken_metrics_port_is_a_mistake_of_the_flag() -> None:
     server = MetricsServer("127.0.0.1:0", list)
-    with pytest.raises(ConfigError, match="can.t listen on 127.0.0.1:[0-9]+: it is taken"):
+    with pytest.raises(ConfigError, match=r"can.t listen on 127\.0\.0\.1:\d+: it is taken"):
         MetricsServer(server.address, list)
     server.close()
     with pytest.raises(NotAllowedError):
