@@ -25,7 +25,7 @@ from layerwise.events import WeightMode
 from layerwise.gradient_sum import Gradients
 from layerwise.head import Head, loss_gradients, run_head
 from layerwise.ids import Attempt
-from layerwise.kept_pass import ActivationStore, KeptPass, tensor_bytes
+from layerwise.kept_pass import ActivationStore, KeptPass
 from layerwise.layer import LayerCopy, TrainedLayer
 from layerwise.layer_compute import LayerPass, Precision
 from layerwise.messages import DetachedTask, LayerReport, LayerRevision, Tensors
@@ -193,12 +193,12 @@ class Block:
             return ForwardResult(outputs=None, loss=float(loss.detach()), metrics=metrics)
 
     def _kept_bytes(self, kept: KeptPass) -> int:
-        num_bytes = tensor_bytes(kept.inputs) + tensor_bytes(kept.targets)
+        num_bytes = kept.inputs.num_bytes + kept.targets.num_bytes
         share = kept.attempt.microbatch.num_samples / self._plan.microbatch_samples
         for one, layer in zip(kept.passes, self.layers, strict=False):
             num_bytes += int(layer.activation_bytes * share) if one.outputs is not None else 0
         if kept.head is not None:
-            num_bytes += tensor_bytes(kept.head)
+            num_bytes += kept.head.num_bytes
         return num_bytes
 
     # --- backward -----------------------------------------------------------------------------------------------------

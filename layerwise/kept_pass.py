@@ -76,8 +76,3 @@ class ActivationStore:
             if kept is not None:
                 self._num_bytes -= kept.num_bytes
             return kept
-
-
-def tensor_bytes(tensors: Tensors) -> int:
-    """Bytes of the elements."""
-    return sum(one.numel() * one.element_size() for one in tensors.items if one is not None)

@@ -63,6 +63,11 @@ class Tensors:
         """No tensors at all, where a dropped microbatch has none."""
         return cls((), single=False)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements (what has none, like the tokens that stand for tensors in a simulation, counts nothing)."""
+        return sum(getattr(item, "nbytes", 0) for item in self.items)
+
 
 @dataclass(frozen=True, slots=True)
 class NamedTensors:
@@ -94,24 +99,46 @@ class BlockPlace:
 
 # --- forward worker <-> first shard -------------------------------------------------------------------------------
 
+MAX_OFFERED_BYTES = 256 << 10
+"""The most tensor bytes of an offer: a shard keeps one offer of each worker that it has no room for yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What a forward worker has of a microbatch. ``dropped`` as in `Forward`: then there are no tensors."""
+
+    inputs: Tensors
+    targets: Tensors
+    dropped: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.inputs.num_bytes + self.targets.num_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """Worker: I hold this attempt and its data; admit it when there is room. At most one offer a link waits."""
+    """Worker: I hold this attempt and its data; admit it when there is room. At most one offer a link waits.
+
+    Small ``samples`` (up to `MAX_OFFERED_BYTES`) come along, so that the pass begins as soon as there is room; larger ones follow the grant.
+    """
 
     job: str
     attempt: Attempt
     life: int
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """First shard: admitted as ``number``; every shard of the route has a place for it. Send the tensors."""
+    """First shard: admitted as ``number``; every shard of the route has a place for it. Send the tensors, unless they came with the offer."""
 
     job: str
     attempt: Attempt
     number: int
     life: int
+    arrived: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

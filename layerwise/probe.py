@@ -18,7 +18,6 @@ from layerwise.errors import ConfigError, LayerwiseError
 from layerwise.head import JobHead, job_head, loss_gradients, run_head
 from layerwise.ids import Microbatch
 from layerwise.job import JobSpec
-from layerwise.kept_pass import tensor_bytes
 from layerwise.layer_compute import LayerCompute, LayerPass, Precision
 from layerwise.messages import Tensors
 from layerwise.models import layer_names, shared_tensors
@@ -87,7 +86,7 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
         num_train_samples=data.info.num_train,
         num_validation_samples=data.info.num_validation,
         microbatch_samples=microbatch.num_samples,
-        input_bytes=tensor_bytes(inputs) + tensor_bytes(targets),
+        input_bytes=inputs.num_bytes + targets.num_bytes,
         data_json=data.info.to_json(),
         single_sample_error=single_sample_error,
         notes=_notes(layers),
@@ -348,7 +347,7 @@ def _profile(
         forward_seconds=min(seen.forward_seconds),
         backward_seconds=min(seen.backward_seconds),
         activation_bytes=seen.activation_bytes,
-        output_bytes=tensor_bytes(seen.outputs),
+        output_bytes=seen.outputs.num_bytes,
         output_shapes=tuple(() if one is None else tuple(one.shape) for one in seen.outputs.items),
         shares_with=shares_with,
         derived_weights=seen.derived_weights,

@@ -25,7 +25,7 @@ from layerwise.transport import Transport
 from layerwise.version import VERSION
 
 COORDINATOR = "coordinator"
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ServiceHandler(Protocol):
         ...
 
     def on_tick(self, now: float) -> list[Effect]:
-        """Ten times a second."""
+        """Five times a second."""
         ...
 
     def hosting(self) -> tuple[Hosting, ...]:

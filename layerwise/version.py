@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 VERSION = "0.1.0"
-WIRE_VERSION = 1
+WIRE_VERSION = 2

@@ -270,27 +270,41 @@ class BlockPlace(_message.Message):
     life: int
     def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ..., shard: _Optional[str] = ..., address: _Optional[str] = ..., life: _Optional[int] = ...) -> None: ...
 
+class Samples(_message.Message):
+    __slots__ = ("inputs", "targets", "dropped")
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    inputs: Tensors
+    targets: Tensors
+    dropped: str
+    def __init__(self, inputs: _Optional[_Union[Tensors, _Mapping]] = ..., targets: _Optional[_Union[Tensors, _Mapping]] = ..., dropped: _Optional[str] = ...) -> None: ...
+
 class Offer(_message.Message):
-    __slots__ = ("job", "attempt", "life")
+    __slots__ = ("job", "attempt", "life", "samples")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     life: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., life: _Optional[int] = ...) -> None: ...
+    samples: Samples
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., life: _Optional[int] = ..., samples: _Optional[_Union[Samples, _Mapping]] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("job", "attempt", "number", "life")
+    __slots__ = ("job", "attempt", "number", "life", "arrived")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     LIFE_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: Attempt
     number: int
     life: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ...) -> None: ...
+    arrived: bool
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[_Union[Attempt, _Mapping]] = ..., number: _Optional[int] = ..., life: _Optional[int] = ..., arrived: _Optional[bool] = ...) -> None: ...
 
 class Decline(_message.Message):
     __slots__ = ("job", "attempt", "reason", "life")

@@ -31,7 +31,7 @@ from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
 
 NAME = "coordinator"
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.2
 LOCK = "coordinator.lock"
 MAX_OUTBOX_BYTES = 64 << 20
 """For one process; what the coordinator says is small."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from layerwise.applied import AppliedSet
 from layerwise.ids import Attempt, first_attempt
 from layerwise.messages import (
+    MAX_OFFERED_BYTES,
     Abort,
     AttemptClosed,
     AttemptsClosed,
     BlockClosed,
     Closed,
     Decline,
+    Forward,
     Grant,
     Offer,
     Outcome,
@@ -25,8 +29,10 @@ from layerwise.server.admission import Admission, ClosedNumber, Decision, Declin
 from layerwise.server.block_context import BlockContext
 from layerwise.server.cut_schedule import CutSchedule
 
-REPORT_SECONDS = 0.02
-"""Closed numbers are told to the coordinator in batches: at most so often, and with every tick."""
+REPORT_SECONDS = 0.25
+"""Closed numbers are told to the coordinator in batches, at most so often while workers hold leases for some seconds ahead."""
+ORDERED_REPORT_SECONDS = 0.02
+"""The same where they hold few: the next leases follow from what has closed."""
 MAX_BATCH = 256
 STALL_SECONDS = 1.0
 """How long offers may wait for an earlier microbatch that nobody offers before their leases are given back."""
@@ -37,12 +43,24 @@ MAX_UNFIT = 8
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Offered:
+    """An offer that waits. ``unfit``: why its tensors can't be used; empty when they can."""
+
+    offer: Offer
+    unfit: str
+
+
 class FirstShard:
-    """The admission part of `ShardRole` for block 0. Events in, effects out; called by `ShardRole` only."""
+    """The admission part of `ShardRole` for block 0. Events in, effects out; called by `ShardRole` only.
+
+    ``enter(worker, forward, now)`` takes a microbatch whose tensors came with its offer, once it is granted.
+    """
 
     def __init__(
         self,
         context: BlockContext,
+        enter: Callable[[str, Forward, float], list[Effect]],
         *,
         synchronous: bool,
         schedule: CutSchedule,
@@ -53,6 +71,7 @@ class FirstShard:
         self.max_span = 0
         """The largest span of open numbers so far; the window at most."""
         self._context = context
+        self._enter = enter
         self._job = context.job
         self._life = context.life
         self._schedule = schedule
@@ -66,7 +85,9 @@ class FirstShard:
         self._stop_wanted = False
         self._durable = version
         self._num_unfit = 0
-        self._strangers: dict[str, Attempt] = {}
+        self._offered: dict[str, _Offered] = {}
+        """What `Admission` lets wait, at most one offer a link."""
+        self._strangers: dict[str, _Offered] = {}
         """Offers of those that the coordinator has not named (yet), at most one a link."""
         self.admission = self._new_admission()
 
@@ -88,6 +109,7 @@ class FirstShard:
         self._durable = max(self._durable, durable)
         self.admission = self._new_admission()
         self._stop_wanted = False
+        self._offered.clear()
         self._strangers.clear()
         return effects
 
@@ -116,8 +138,8 @@ class FirstShard:
             effects += self.on_stop(now)
         return effects
 
-    def on_offer(self, peer: str, offer: Offer, now: float) -> list[Effect]:
-        """A worker holds a microbatch."""
+    def on_offer(self, peer: str, offer: Offer, now: float, *, unfit: str = "") -> list[Effect]:
+        """A worker holds a microbatch; the tensors that came with it are ``unfit`` for the block, where that is not empty."""
         if offer.life != self._life:
             log.warning(
                 "offer of %s by %s refused: it is for life %d, the block is in %d",
@@ -130,10 +152,22 @@ class FirstShard:
         if offer.attempt.attempt < first_attempt(self._context.generation):
             # Granted it would hold a place until the time limit: its worker forgets it, if it has not yet, with the new route.
             return self._context.refuse(peer, offer, "it was leased under an older route")
+        size = 0 if offer.samples is None else offer.samples.num_bytes
+        if size > MAX_OFFERED_BYTES:
+            return self._context.refuse(
+                peer,
+                offer,
+                f"it brings {size} bytes of tensors; more than {MAX_OFFERED_BYTES} have to follow the grant",
+            )
+        offered = _Offered(offer=offer, unfit=unfit)
         if not self._context.is_worker(peer):
-            self._strangers[peer] = offer.attempt
+            self._strangers[peer] = offered
             return self._context.refuse(peer, offer, "the coordinator has not named it among the job's workers")
-        return self._carry_out(self.admission.offer(peer, offer.attempt, now), now)
+        return self._let_wait(peer, offered, now)
+
+    def _let_wait(self, peer: str, offered: _Offered, now: float) -> list[Effect]:
+        self._offered[peer] = offered
+        return self._carry_out(self.admission.offer(peer, offered.offer.attempt, now), now)
 
     def on_workers(self, now: float) -> list[Effect]:
         """Who works for the job has changed: nobody else is granted anything, nor waited for."""
@@ -145,10 +179,11 @@ class FirstShard:
                 reason = f"forward worker {entry.peer} left before it had sent the samples"
                 effects += self._abort(given_up, reason, now) if given_up is not None else []
         for peer in self.admission.waiting:
-            if not is_worker(peer) and (attempt := self.admission.withdraw(peer)) is not None:
-                self._strangers[peer] = attempt
+            if not is_worker(peer):
+                self.admission.withdraw(peer)
+                self._strangers[peer] = self._offered.pop(peer)
         for peer in [one for one in self._strangers if is_worker(one)]:
-            effects += self._carry_out(self.admission.offer(peer, self._strangers.pop(peer), now), now)
+            effects += self._let_wait(peer, self._strangers.pop(peer), now)
         return effects
 
     def on_tensors(self, peer: str, number: int, attempt: Attempt, now: float) -> list[Effect] | None:
@@ -194,6 +229,7 @@ class FirstShard:
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """A forward worker is gone: what it had not sent whole is aborted."""
         self._strangers.pop(peer, None)
+        self._offered.pop(peer, None)
         aborted, decisions = self.admission.lose(peer, now)
         effects: list[Effect] = []
         for entry in aborted:
@@ -226,8 +262,7 @@ class FirstShard:
         for entry in self.admission.abort_late(now - self._task_seconds):
             reason = f"the samples of {entry.attempt} did not arrive within {self._task_seconds:g} s of its grant"
             effects += self._abort(entry, reason, now)
-        effects += self._carry_out(self.admission.unblock(now - STALL_SECONDS), now)
-        return effects + self._report(now)
+        return effects + self._carry_out(self.admission.unblock(now - STALL_SECONDS), now)
 
     def _abort(self, entry: OpenNumber, reason: str, now: float) -> list[Effect]:
         log.info("number %d aborted: %s", entry.number, reason)
@@ -247,13 +282,38 @@ class FirstShard:
                 case Granted(peer=peer, attempt=attempt, number=number):
                     if self._first_admission is None:
                         self._first_admission = now
-                    effects.append(Send(peer, Grant(job=self._job, attempt=attempt, number=number, life=self._life)))
+                    effects += self._grant(peer, attempt, number, now)
                 case Declined(peer=peer, attempt=attempt, reason=reason):
+                    self._offered.pop(peer, None)
                     effects.append(Send(peer, Decline(job=self._job, attempt=attempt, reason=reason, life=self._life)))
                 case ClosedNumber():
                     effects += self._close(decision, now)
         self.max_span = max(self.max_span, self.admission.span)
-        return effects
+        return effects + self._report_due(now)
+
+    def _grant(self, peer: str, attempt: Attempt, number: int, now: float) -> list[Effect]:
+        offered = self._offered.pop(peer)
+        samples = offered.offer.samples
+        arrived = samples is not None
+        effects: list[Effect] = [
+            Send(peer, Grant(job=self._job, attempt=attempt, number=number, life=self._life, arrived=arrived))
+        ]
+        if samples is None:
+            return effects
+        if offered.unfit:
+            return effects + self.on_unfit(peer, number, attempt, offered.unfit, now)
+        self._context.routed = True
+        forward = Forward(
+            job=self._job,
+            attempt=attempt,
+            number=number,
+            life=self._life,
+            needed_from=self._context.num_layers,
+            inputs=samples.inputs,
+            targets=samples.targets,
+            dropped=samples.dropped,
+        )
+        return effects + self._enter(peer, forward, now)
 
     def _close(self, closed: ClosedNumber, now: float) -> list[Effect]:
         self._last_close = now
@@ -274,13 +334,13 @@ class FirstShard:
                 job=self._job, attempt=closed.attempt, outcome=closed.outcome, life=self._life, loss=closed.loss
             )
             effects.append(Send(closed.peer, done))
-        # Near the end nothing more may come to carry the last reports along.
-        near_end = len(self.admission.done) + 2 * self.admission.window >= self._context.plan.gradients_before(
-            self._schedule.final
-        )
-        if near_end or len(self._closed) >= MAX_BATCH or now - self._reported_at >= REPORT_SECONDS:
-            effects += self._report(now)
         return effects
+
+    def _report_due(self, now: float) -> list[Effect]:
+        """Tell what has closed when it is time; at once where nothing goes on: somebody may wait for just that."""
+        patience = ORDERED_REPORT_SECONDS if self.admission.ordered else REPORT_SECONDS
+        due = now - self._reported_at >= patience or len(self._closed) >= MAX_BATCH
+        return self._report(now) if due or self.admission.num_open == 0 else []
 
     def _report(self, now: float) -> list[Effect]:
         if not self._closed:

@@ -1,6 +1,7 @@
 """Whether the tensors of a message fit the block that they are for, asked before anything acts on them.
 
 message            from              must look like
+Offer              worker            as a Forward, where it brings tensors
 Forward            worker            the data's samples, of the microbatch's number, with values that the data have
 Forward            block before      what the last layer of the block before puts out
 BoundaryGradient   block after       what this block's last layer puts out
@@ -21,7 +22,9 @@ from layerwise.messages import (
     Forward,
     Message,
     NamedTensors,
+    Offer,
     PushGradient,
+    Samples,
     TaskFinished,
     TaskRequest,
     Tensors,
@@ -70,13 +73,17 @@ class FrameChecks:
     def fault(self, message: Message) -> str:
         """What does not fit, in a few words; empty when all does."""
         match message:
-            case Forward(dropped=why) if why:
-                return "a dropped microbatch came with tensors" if message.inputs.items or message.targets.items else ""
+            case Offer(samples=None):
+                return ""
+            case (
+                Forward(dropped=why, inputs=inputs, targets=targets)
+                | Offer(samples=Samples(dropped=why, inputs=inputs, targets=targets))
+            ) if why:
+                return "a dropped microbatch came with tensors" if inputs.items or targets.items else ""
             case BoundaryGradient(dropped=why) if why:
                 return "a dropped microbatch came with gradients" if message.gradients.items else ""
-            case Forward():
-                samples = message.attempt.microbatch.num_samples
-                return self._fault_of_samples(message.inputs, message.targets, samples)
+            case Forward(inputs=inputs, targets=targets) | Offer(samples=Samples(inputs=inputs, targets=targets)):
+                return self._fault_of_samples(inputs, targets, message.attempt.microbatch.num_samples)
             case EvaluateForward():
                 if not 0 <= message.start < message.stop <= self._num_validation:
                     return f"there are no validation samples {message.start} to {message.stop}"

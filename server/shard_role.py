@@ -153,6 +153,7 @@ class ShardRole:
         if block == 0:
             self.first = FirstShard(
                 self._context,
+                lambda peer, forward, now: self._passes.on_forward(peer, forward, now),
                 synchronous=synchronous,
                 schedule=schedule,
                 version=version,
@@ -236,6 +237,9 @@ class ShardRole:
         if self.failed:
             return []
         effects = self._context.refuse(peer, message, why)
+        if isinstance(message, Offer) and self.first is not None and self._reroute is None:
+            # It is granted as any other, and then given up, so that a worker whose samples never fit is noticed.
+            return effects + self.first.on_offer(peer, message, now, unfit=why)
         if getattr(message, "life", None) != self._context.life:
             return effects
         match message:

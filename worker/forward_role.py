@@ -30,6 +30,7 @@ from enum import Enum, auto
 
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
+    MAX_OFFERED_BYTES,
     Assignment,
     Closed,
     Decline,
@@ -48,6 +49,7 @@ from layerwise.messages import (
     Ready,
     Recall,
     Reroute,
+    Samples,
     Tensors,
     Unassign,
     Unassigned,
@@ -120,8 +122,8 @@ class _State(Enum):
 class _Lease:
     urgent: bool
     state: _State = _State.LOADING
-    inputs: Tensors | None = None
-    targets: Tensors | None = None
+    samples: Samples | None = None
+    """There while it is ready or offered."""
     granted: Grant | None = None
     """Came while the samples were loading: they follow as soon as they are there."""
 
@@ -204,11 +206,17 @@ class _Job:
 
 
 class ForwardRole:
-    """One forward worker, for any number of jobs. Pure: see the module's docstring for who calls what."""
+    """One forward worker, for any number of jobs. Pure: see the module's docstring for who calls what.
 
-    def __init__(self, *, coordinator: str = COORDINATOR, prefetch: int = PREFETCH) -> None:
+    Tensors of up to ``offered_bytes`` go along with the offer (-1: none ever do).
+    """
+
+    def __init__(
+        self, *, coordinator: str = COORDINATOR, prefetch: int = PREFETCH, offered_bytes: int = MAX_OFFERED_BYTES
+    ) -> None:
         self._coordinator = coordinator
         self._prefetch = prefetch
+        self._offered_bytes = offered_bytes
         self._jobs: dict[str, _Job] = {}
         self._requests: list[Request] = []
 
@@ -286,6 +294,7 @@ class ForwardRole:
                     lease.state = _State.READY
                 elif lease.state is _State.SENT:
                     del job.leases[attempt]
+                    job.drops.pop(attempt, None)
                     returned = LeaseReturn(job=job.job, attempt=attempt, reason="open")
                     effects.append(Send(self._coordinator, returned))
             job.to_evaluate.extendleft(sorted(job.evaluating, reverse=True))
@@ -327,7 +336,7 @@ class ForwardRole:
         lease = state.leases.get(attempt) if state else None
         if state is None or lease is None or lease.state is not _State.LOADING:
             return []
-        lease.state, lease.inputs, lease.targets = _State.READY, inputs, targets
+        lease.state, lease.samples = _State.READY, Samples(inputs=inputs, targets=targets)
         effects = self._offer(state) if lease.granted is None else self._on_grant(state, lease.granted)
         self._load_next(state)
         return effects
@@ -454,7 +463,8 @@ class ForwardRole:
     def _load(self, job: _Job, turn: _Turn) -> None:
         late, attempt = turn
         if attempt in job.drops:
-            job.leases[attempt] = _Lease(not late, _State.READY, Tensors.none(), Tensors.none())
+            samples = Samples(inputs=Tensors.none(), targets=Tensors.none(), dropped=job.drops[attempt])
+            job.leases[attempt] = _Lease(not late, _State.READY, samples)
             return
         job.leases[attempt] = _Lease(not late)
         self._requests.append(Load(job=job.job, attempt=attempt))
@@ -464,12 +474,19 @@ class ForwardRole:
         if held is not None:  # its offer was replaced, then it made room, and all the while this was on its way
             job.held.remove(held)
             heapq.heapify(job.held)
-            self._load(job, held)
+            if message.arrived:
+                job.leases[message.attempt] = _Lease(not held[0])
+            else:
+                self._load(job, held)
         lease = job.leases.get(message.attempt)
+        if message.arrived:
+            if lease is not None:
+                lease.state, lease.samples = _State.SENT, None
+            return self._offer(job)
         if lease is not None and lease.state is _State.LOADING:
             lease.granted = message
             return []
-        if lease is None or lease.inputs is None or lease.targets is None:
+        if lease is None or lease.samples is None:
             # Left to the shard's time limit: it aborts what does not arrive.
             log.warning("grant of %s refused: it is not leased here, or was sent already", message.attempt)
             return []
@@ -479,11 +496,11 @@ class ForwardRole:
             number=message.number,
             life=job.life,
             needed_from=job.assignment.route[-1].stop,
-            inputs=lease.inputs,
-            targets=lease.targets,
-            dropped=job.drops.pop(message.attempt, ""),
+            inputs=lease.samples.inputs,
+            targets=lease.samples.targets,
+            dropped=lease.samples.dropped,
         )
-        lease.state, lease.inputs, lease.targets = _State.SENT, None, None
+        lease.state, lease.samples = _State.SENT, None
         return [Send(job.first_shard, forward), *self._offer(job)]
 
     def _on_decline(self, job: _Job, message: Decline, now: float) -> list[Effect]:
@@ -507,8 +524,12 @@ class ForwardRole:
             return []
         if offered is not None:
             job.leases[offered].state = _State.READY
-        job.leases[best].state = _State.OFFERED
-        return [Send(job.first_shard, Offer(job=job.job, attempt=best, life=job.life))]
+        lease = job.leases[best]
+        lease.state = _State.OFFERED
+        samples = lease.samples
+        small = samples is not None and samples.num_bytes <= self._offered_bytes
+        offer = Offer(job=job.job, attempt=best, life=job.life, samples=samples if small else None)
+        return [Send(job.first_shard, offer)]
 
     def _ask(self, job: _Job, now: float) -> list[Effect]:
         if not job.capacity or job.stopping or job.num_leases >= job.room:

@@ -23,7 +23,7 @@ from layerwise.buffers import BufferPool, Bytes
 from layerwise.errors import LayerwiseError, MalformedMessageError
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import Message, NamedTensors, Tensors
-from layerwise.proto import WireVersionError
+from layerwise.proto import WIRE_VERSION, WireVersionError
 from layerwise.proto import layerwise_pb2 as pb2
 from layerwise.proto.frames import CHUNK_BYTES, FrameHeader, FrameReader, FrameWriter, encode_message, varint
 from tests.contract.test_messages import values
@@ -300,7 +300,11 @@ def test_every_shape_is_sound_or_refused(dtype: str, shape: list[int], strides: 
     place = {"payload_sequence": 1} if payload else {}
     packet = pb2.Packet(sequence=1, envelope=envelope, payload_bytes=len(payload))
     check(
-        written(pb2.Frame(header=pb2.FrameHeader(wire_version=1, sender=1, packets=[packet], **place), payload=payload))
+        written(
+            pb2.Frame(
+                header=pb2.FrameHeader(wire_version=WIRE_VERSION, sender=1, packets=[packet], **place), payload=payload
+            )
+        )
     )
 
 
@@ -311,7 +315,12 @@ def test_messages_nested_without_end_are_refused(depth: int) -> None:
         nested = b"\x0a" + varint(len(nested)) + nested if len(nested) < 1 << 18 else nested
     groups = b"\x0b" * depth  # groups that are opened and never closed
     for inside in (nested, groups, groups + b"\x0c" * depth):
-        header = pb2.FrameHeader(wire_version=1, sender=1).SerializeToString() + b"\x3a" + varint(len(inside)) + inside
+        header = (
+            pb2.FrameHeader(wire_version=WIRE_VERSION, sender=1).SerializeToString()
+            + b"\x3a"
+            + varint(len(inside))
+            + inside
+        )
         check(b"\x0a" + varint(len(header)) + header)
 
 
@@ -320,7 +329,7 @@ def test_a_hundred_thousand_tensors_without_bytes_are_bounded_by_the_frame() -> 
     attempt = pb2.Attempt(microbatch=pb2.Microbatch(stop=3), attempt=1)
     envelope = pb2.Envelope(boundary_gradient=pb2.BoundaryGradient(attempt=attempt, gradients=absent))
     packet = pb2.Packet(sequence=1, envelope=envelope)
-    frame = written(pb2.Frame(header=pb2.FrameHeader(wire_version=1, sender=1, packets=[packet])))
+    frame = written(pb2.Frame(header=pb2.FrameHeader(wire_version=WIRE_VERSION, sender=1, packets=[packet])))
     with pytest.raises(MalformedMessageError, match="100000 tensors, the limit is"):
         FrameReader(BufferPool()).read(frame)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from layerwise.profile import LayerProfile, Profile
 from layerwise.roles import Effect
 from layerwise.server.coordinator_role import CoordinatorRole
 from layerwise.server.memory_store import MemoryJobStore
+from layerwise.worker.forward_role import ForwardRole
 from tests.simulation.disk import Disk
 from tests.simulation.processes import SimulatedBackward, SimulatedForward, SimulatedShard, Work
 from tests.simulation.scenario import Fault, Scenario
@@ -145,7 +147,10 @@ class SimulatedCluster:
                 )
                 self.works.append(shard.history)
             case Role.FORWARD:
-                SimulatedForward(world, name, hello, load_seconds=scenario.load_seconds, bad=scenario.bad)
+                # Half of the workers send samples along with their offers, the others after the grant.
+                whole = random.Random(f"offers {scenario.seed} {name}").random() < 0.5
+                role = ForwardRole(prefetch=3, offered_bytes=0 if whole else -1)
+                SimulatedForward(world, name, hello, load_seconds=scenario.load_seconds, bad=scenario.bad, role=role)
             case _:
                 SimulatedBackward(
                     world, name, hello, step_seconds=scenario.step_seconds, frozen_below=scenario.frozen_below

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
@@ -24,6 +25,7 @@ from layerwise.messages import (
     Ready,
     Recall,
     Reroute,
+    Samples,
     Tensors,
     Unassign,
     Unassigned,
@@ -54,8 +56,9 @@ def attempt(index: int, number: int = 1) -> Attempt:
     return Attempt(Microbatch(0, index, index + 1), number)
 
 
-def ready_role(window: int = 1, prefetch: int = 2) -> ForwardRole:
-    role = ForwardRole(prefetch=prefetch)
+def ready_role(window: int = 1, prefetch: int = 2, *, offered_bytes: int = -1) -> ForwardRole:
+    """By default tensors follow the grant."""
+    role = ForwardRole(prefetch=prefetch, offered_bytes=offered_bytes)
     role.on_message("coordinator", ASSIGNMENT, 0.0)
     assert role.take_requests() == [Prepare(assignment=ASSIGNMENT)]
     role.on_prepared("job", window, 0.0)
@@ -72,12 +75,13 @@ def loaded(role: ForwardRole, index: int) -> list[Effect]:
     return role.on_loaded("job", attempt(index), DATA, DATA, 0.0)
 
 
-def offer(index: int) -> Send:
-    return Send("shard-0", Offer(job="job", attempt=attempt(index), life=LIFE))
+def offer(index: int, samples: Samples | None = None) -> Send:
+    return Send("shard-0", Offer(job="job", attempt=attempt(index), life=LIFE, samples=samples))
 
 
-def grant(role: ForwardRole, index: int, number: int = 0, life: int = LIFE) -> list[Effect]:
-    return role.on_message("shard-0", Grant(job="job", attempt=attempt(index), number=number, life=life), 0.0)
+def grant(role: ForwardRole, index: int, number: int = 0, life: int = LIFE, *, arrived: bool = False) -> list[Effect]:
+    message = Grant(job="job", attempt=attempt(index), number=number, life=life, arrived=arrived)
+    return role.on_message("shard-0", message, 0.0)
 
 
 def decline(role: ForwardRole, index: int, reason: str, life: int = LIFE) -> list[Effect]:
@@ -93,7 +97,7 @@ def back(index: int, reason: str) -> Send:
 
 
 def test_an_assigned_worker_links_to_the_first_shard_and_asks_for_leases() -> None:
-    role = ForwardRole(prefetch=2)
+    role = ForwardRole(prefetch=2, offered_bytes=-1)
     role.on_message("coordinator", ASSIGNMENT, 0.0)
     assert role.on_prepared("job", 3, 0.0) == [
         Connect("shard-0", "here:0"),
@@ -117,6 +121,39 @@ def test_only_one_offer_waits_and_tensors_follow_the_grant() -> None:
     effects = grant(role, 0, number=7)
     forward = Forward(job="job", attempt=attempt(0), number=7, life=LIFE, needed_from=4, inputs=DATA, targets=DATA)
     assert effects == [Send("shard-0", forward), offer(1)]
+
+
+def test_small_samples_come_along_with_the_offer() -> None:
+    role = ready_role(offered_bytes=80)
+    small, large = Tensors((torch.zeros(10),)), Tensors((torch.zeros(11),))
+    lease(role, 0, 1)
+    effects = role.on_loaded("job", attempt(0), small, small, 0.0)
+    assert effects == [offer(0, Samples(inputs=small, targets=small))]
+    assert role.on_loaded("job", attempt(1), large, small, 0.0) == []
+    assert grant(role, 0, arrived=True) == [offer(1)]  # nothing more of the first one, and the second is too large
+    (forward, *rest) = grant(role, 1)
+    assert isinstance(forward, Send)
+    assert isinstance(forward.message, Forward)
+    assert forward.message.inputs is large
+    assert rest == []
+
+
+def test_a_grant_of_what_was_offered_whole_sends_nothing_whatever_became_of_the_lease() -> None:
+    role = ready_role(window=1, prefetch=1, offered_bytes=1 << 20)
+    samples = Samples(inputs=DATA, targets=DATA)
+    lease(role, 1, 2)
+    assert loaded(role, 2) == [offer(2, samples)]
+    assert loaded(role, 1) == [offer(1, samples)]
+    # An even lower one takes the room of the first: nothing of it is loaded any more, and its grant is on its way.
+    message = Lease(job="job", kind=LeaseKind.TRAIN, attempts=(attempt(0),))
+    assert role.on_message("coordinator", message, 0.0) == []
+    assert role.take_requests() == [Load(job="job", attempt=attempt(0))]
+    assert grant(role, 2, arrived=True) == []
+    assert role.take_requests() == []
+    assert loaded(role, 0) == [offer(0, samples)]
+    closed = Closed(job="job", attempt=attempt(2), outcome=Outcome.APPLIED, life=LIFE, loss=0.5)
+    role.on_message("shard-0", closed, 1.0)
+    assert role.num_leases == 2
 
 
 def test_a_lower_microbatch_takes_the_place_of_a_higher_one_that_waits() -> None:
@@ -306,7 +343,7 @@ def test_a_worker_that_waited_for_its_link_uses_that_of_the_new_route_at_once() 
 
 
 def test_a_worker_whose_data_are_not_there_yet_answers_for_the_newest_route_once_they_are() -> None:
-    role = ForwardRole(prefetch=2)
+    role = ForwardRole(prefetch=2, offered_bytes=-1)
     role.on_message("coordinator", ASSIGNMENT, 0.0)
     assert role.on_message("coordinator", reroute("shard-5"), 0.5) == [Disconnect("shard-0")]
     assert role.on_prepared("job", 1, 1.0) == [Connect("shard-5", "there:shard-5"), ready(4), ask(3)]

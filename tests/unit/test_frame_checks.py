@@ -12,6 +12,7 @@ from layerwise.errors import NotFoundError
 from layerwise.ids import Attempt, Microbatch
 from layerwise.job import parse_job
 from layerwise.messages import (
+    MAX_OFFERED_BYTES,
     Abort,
     BoundaryGradient,
     Closed,
@@ -22,8 +23,10 @@ from layerwise.messages import (
     LeaseRequest,
     Message,
     NamedTensors,
+    Offer,
     Outcome,
     PushGradient,
+    Samples,
     TaskFinished,
     TaskRequest,
     Tensors,
@@ -86,6 +89,13 @@ def evaluate(inputs: Any, targets: Any, start: int = 0, stop: int = 4) -> Evalua
     )
 
 
+def offered(inputs: Any, targets: Any = None, dropped: str = "") -> Offer:
+    """An offer that brings what `forward` would."""
+    message = forward(inputs, targets)
+    samples = Samples(inputs=message.inputs, targets=message.targets, dropped=dropped)
+    return Offer(job="x-1", attempt=message.attempt, life=1, samples=samples)
+
+
 SAMPLES, HIDDEN, CLASSES = torch.zeros(4, 64), torch.zeros(4, 6), torch.arange(4)
 NAMES = ("weight", "bias")
 
@@ -95,6 +105,8 @@ NAMES = ("weight", "bias")
     [
         (0, forward(SAMPLES)),
         (0, forward(SAMPLES, torch.tensor([-100, 0, 9, 1]))),
+        (0, offered(SAMPLES)),
+        (0, replace(offered(SAMPLES), samples=None)),
         (0, forward(torch.zeros(2, 64), torch.arange(2), attempt=Attempt(Microbatch(0, 12, 14)))),
         (1, forward(HIDDEN)),
         (1, forward(torch.zeros(1, 6), torch.arange(1), attempt=Attempt(Microbatch(0, 12, 13)))),
@@ -142,6 +154,9 @@ def test_what_fits_passes(profile: Profile, start: int, message: Message) -> Non
         (1, push(1, NAMES, torch.zeros(6, 5), None), "the gradient of weight is float32[6, 5], the parameter float32[5, 6]"),
         (1, push(1, NAMES, torch.zeros(5, 6).double(), None), "the gradient of weight is float64[5, 6]"),
         (1, finished(torch.zeros(4, 5)), "gradient 0 is float32[4, 5], expected float32[4, 6]"),
+        (0, offered(SAMPLES.double()), "input 0 is float64[4, 64]"),
+        (0, offered(SAMPLES, torch.tensor([0, 1, 2, 10])), "a class is 10, expected 0 to 9"),
+        (0, offered(SAMPLES, dropped="a torn file"), "a dropped microbatch came with tensors"),
         (0, evaluate(SAMPLES, CLASSES, 0, 5), "expected float32[5, 64] for 5 samples"),
         (0, evaluate(SAMPLES, CLASSES, 4, 4), "there are no validation samples 4 to 4"),
         (0, evaluate(SAMPLES, CLASSES, -4, 0), "there are no validation samples -4 to 0"),
@@ -235,6 +250,67 @@ def test_a_job_whose_workers_all_send_what_does_not_fit_ends_with_that_sentence(
     ((_, failure),) = sent(effects, Failure)
     assert isinstance(failure, Failure)
     assert "does not fit the job's model (input 0 is float64)" in failure.message
+
+
+def whole(index: int, life: int) -> Offer:
+    samples = Samples(inputs=activation(index, -1), targets=target(index))
+    return Offer(job="job", attempt=attempt(index), life=life, samples=samples)
+
+
+def test_samples_that_came_with_the_offer_are_computed_once_there_is_room() -> None:
+    bench = Bench(0, window=2)
+    bench.start()
+    for index in range(3):
+        ((_, grant),) = sent(bench.hears("forward-0", whole(index, bench.place.life)), Grant) or [(None, None)]
+        assert (grant is None) == (index == 2)
+        assert grant is None or (isinstance(grant, Grant) and grant.arrived)
+    bench.work()
+    bench.boundary(0, 0)
+    bench.work()
+    bench.closed_by(1, 0, 0)
+    effects = bench.closed_by(2, 0, 0)
+    ((_, grant),) = sent(effects, Grant)
+    assert isinstance(grant, Grant)
+    assert (grant.attempt, grant.number, grant.arrived) == (attempt(2), 2, True)
+    assert [one.number for _, one in sent(bench.work(), Forward) if isinstance(one, Forward)] == [2]
+    # Sent once more after all, they change nothing.
+    assert bench.hears("forward-0", tensors_for(grant, bench)) == []
+    assert len(bench.queue) == 0
+
+
+def test_samples_that_do_not_fit_cost_the_offer_its_number() -> None:
+    bench = Bench(0)
+    bench.start()
+    effects = bench.role.on_unfit("forward-0", whole(0, bench.place.life), "input 0 is float64", 0.0)
+    ((_, grant),) = sent(effects, Grant)
+    ((_, abort),) = sent(effects, Abort)
+    assert isinstance(grant, Grant)
+    assert isinstance(abort, Abort)
+    assert (grant.number, grant.arrived) == (abort.number, True)
+    assert len(bench.queue) == 0
+
+
+def test_samples_of_a_worker_that_is_lost_before_the_grant_are_forgotten() -> None:
+    bench = Bench(0, window=2)
+    bench.start()
+    for index in range(3):
+        bench.hears(f"forward-{index}", whole(index, bench.place.life))
+    bench.role.on_lost("forward-2", 0.0)
+    bench.work()
+    bench.boundary(0, 0)
+    bench.work()
+    bench.closed_by(1, 0, 0)
+    assert sent(bench.closed_by(2, 0, 0), Grant) == []
+    assert bench.role.num_open == 1
+
+
+def test_an_offer_with_more_than_may_wait_is_refused() -> None:
+    bench = Bench(0)
+    bench.start()
+    large = Samples(inputs=Tensors((torch.zeros(MAX_OFFERED_BYTES // 4),)), targets=Tensors((torch.zeros(1),)))
+    offer = replace(whole(0, bench.place.life), samples=large)
+    assert bench.hears("forward-0", offer) == []
+    assert (bench.role.num_refused, bench.role.num_open) == (1, 0)
 
 
 def test_only_the_worker_that_was_granted_a_number_brings_its_samples() -> None:
