@@ -156,17 +156,18 @@ def _conflicts(spec: JobSpec) -> list[str]:
     """Pairs of values that are fine alone and impossible together."""
     problems: list[str] = []
     model, data, options = spec.model, spec.data, spec.asynchrony
-    if not spec.cluster.attached and spec.cluster.num_detached == 0:
+    cluster = spec.cluster
+    if not cluster.attached and cluster.num_detached < cluster.shards:
         problems.append(
-            "cluster.backward.detached: got 0, expected at least 1 when attached is false: somebody must compute the "
-            "backward passes"
+            f"cluster.backward.detached: got {cluster.num_detached}, expected at least {cluster.shards}, the number of "
+            "shards, when attached is false: each detached worker serves one block"
         )
-    if spec.cluster.num_detached and options.backward_weights in ("latest", "stashed"):
+    if cluster.num_detached and options.backward_weights in ("latest", "stashed"):
         problems.append(
             f"async.backward_weights: got {describe(options.backward_weights)}, expected 'auto' or 'recompute' with "
             "detached backward workers: they hold no activations, so they always run the block's forward pass again"
         )
-    if spec.checkpoint.standby and spec.cluster.shards < 2:
+    if spec.checkpoint.standby and cluster.shards < 2:
         problems.append(
             "checkpoint.standby: got true, expected at least 2 cluster.shards with it: a copy in the memory of the same "
             "process would be lost with it"

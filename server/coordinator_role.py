@@ -17,7 +17,7 @@ from layerwise.server.job_record import JobEvent, JobRecord, JobState
 from layerwise.server.membership import Membership, node_of
 from layerwise.server.memory_store import JobStore
 from layerwise.server.node_document import node_document
-from layerwise.server.placement import Places, Shortage, check_can_be_placed, place, places_before, replacement
+from layerwise.server.placement import Places, Shortage, place, places_before, replacement
 from layerwise.server.resharding import with_shards
 from layerwise.server.run import Run
 
@@ -115,7 +115,6 @@ class CoordinatorRole:
             BusyError: too many jobs wait already.
         """
         spec = parse_job(spec_json)
-        check_can_be_placed(spec)
         self._check_queue()
         number = self._next_number
         self._next_number += 1

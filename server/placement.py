@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from layerwise.errors import ConfigError
 from layerwise.job import JobSpec
 from layerwise.messages import Role
 from layerwise.server.job_record import JobRecord
@@ -50,20 +49,6 @@ class Shortage:
 
     reason: str
     lacking: bool
-
-
-def check_can_be_placed(spec: JobSpec) -> None:
-    """Refuse what no cluster could place.
-
-    Raises:
-        ConfigError: a block would be without a backward worker.
-    """
-    cluster = spec.cluster
-    if not cluster.attached and cluster.num_detached < cluster.shards:
-        raise ConfigError(
-            f"cluster.backward.detached: got {cluster.num_detached}, expected at least {cluster.shards}, the number of "
-            "shards, when attached is false: each detached worker serves one block"
-        )
 
 
 def needed(spec: JobSpec) -> dict[Role, int]:

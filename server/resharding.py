@@ -7,7 +7,6 @@ from dataclasses import replace
 from layerwise.errors import ConfigError
 from layerwise.job import JobSpec, parse_job
 from layerwise.server.job_record import JobRecord
-from layerwise.server.placement import check_can_be_placed
 from layerwise.server.preparation import prepare, prepared_before
 from layerwise.settings import ResolvedSettings
 
@@ -25,7 +24,6 @@ def with_shards(record: JobRecord, num_shards: int) -> tuple[JobRecord, list[str
     if known.cluster.shards == num_shards:
         return record, []
     spec = known.with_shards(num_shards)
-    check_can_be_placed(spec)
     record = replace(record, spec_json=spec.to_json())
     before = prepared_before(record)
     if before is None:

@@ -310,7 +310,7 @@ def test_verify_refuses_a_window_above_one(tmp_path: Path) -> None:
 
 
 def test_detached_blocks_built_from_an_assignment_give_the_same_run(tmp_path: Path) -> None:
-    spec = job(tmp_path, MODELS["cnn"], cluster={"backward": {"attached": False, "detached": 1}})
+    spec = job(tmp_path, MODELS["cnn"], cluster={"backward": {"attached": False, "detached": 2}})
     run = Run(spec, tmp_path / "run")
     with run.blocks() as built:
         workers = [build_detached(run.assignment(block), device=CPU) for block in range(2)]
@@ -345,7 +345,7 @@ def test_detached_blocks_built_from_an_assignment_give_the_same_run(tmp_path: Pa
 
 
 def test_a_detached_worker_without_a_layers_state_refuses_the_task(tmp_path: Path) -> None:
-    spec = job(tmp_path, MODELS["mlp"], cluster={"backward": {"attached": False, "detached": 1}})
+    spec = job(tmp_path, MODELS["mlp"], cluster={"backward": {"attached": False, "detached": 2}})
     run = Run(spec, tmp_path / "run", num_blocks=1)
     with run.blocks() as (built,):
         block = built.block

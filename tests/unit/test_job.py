@@ -274,7 +274,11 @@ def test_global_norm_clipping_is_refused_with_the_reason(clip: object) -> None:
         ),
         (
             {"cluster": {"backward": {"attached": False}}},
-            "cluster.backward.detached: got 0, expected at least 1 when attached is false",
+            "cluster.backward.detached: got 0, expected at least 2, the number of shards, when attached is false",
+        ),
+        (
+            {"cluster": {"shards": 3, "backward": {"attached": False, "detached": 2}}},
+            "cluster.backward.detached: got 2, expected at least 3, the number of shards, when attached is false",
         ),
         (
             {"cluster": {"shards": 1}, "checkpoint": {"standby": True}},

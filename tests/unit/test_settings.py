@@ -90,7 +90,7 @@ def test_a_window_beyond_the_staleness_promised_is_refused_with_the_largest_one(
 
 
 def test_detached_backward_workers_recompute() -> None:
-    cluster = {"backward": {"attached": False, "detached": 1}}
+    cluster = {"backward": {"attached": False, "detached": 2}}
     assert settings(cluster=cluster).backward_weights == "recompute"
     assert settings(cluster=cluster, mode="synchronous").backward_weights == "recompute"
 
