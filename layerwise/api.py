@@ -32,12 +32,13 @@ def train(
         job: The path of a job file, or its content.
         overrides: Changes to it, such as ``"train.steps=100"``.
         allow_imports: Modules of your own that the job may import; each allows what lies below it too.
-        overwrite: Delete the run that lies at ``checkpoint.path``; otherwise a new run beside it gets a number.
+        overwrite: Delete the run that lies at ``checkpoint.path`` once this one begins; otherwise this one gets a number.
         threads: Of each shard's arithmetic; default: the cores divided by the shards.
         check: Raise for a job that fails; else its result says so.
 
     Raises:
         ConfigError: the job can't be meant.
+        NotAllowedError: it imports what is not allowed, or what is to be overwritten is no run of ours.
         JobFailedError: it failed. Its directory, named in the message, holds what was saved.
     """
     from layerwise.embedded import EmbeddedRun
@@ -45,7 +46,7 @@ def train(
 
     spec = _spec(job, overrides).with_absolute_paths(Path.cwd())
     directory = directory_for(spec.checkpoint_path, overwrite=overwrite)
-    run = EmbeddedRun(spec, directory, _Quiet(), allow_imports=allow_imports, threads=threads)
+    run = EmbeddedRun(spec, directory, _Quiet(), overwrite=overwrite, allow_imports=allow_imports, threads=threads)
     return _checked(run.run(), check=check)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from layerwise.client import CoordinatorClient, JobEvent
 from layerwise.cluster import LocalCluster
-from layerwise.errors import JobFailedError
+from layerwise.earlier_run import EarlierRun
+from layerwise.errors import BusyError, JobFailedError, sentence
 from layerwise.follow import JobFollower
 from layerwise.imports import check_allowed
 from layerwise.job import JobSpec
 from layerwise.progress import ProgressView
-from layerwise.run_directory import save_result, save_spec
+from layerwise.run_directory import DirectoryLock, save_result, save_spec
 from layerwise.supervision import HANG_SECONDS
 
 REFRESH_SECONDS = 0.5
@@ -28,8 +29,9 @@ class EmbeddedRun:
     """Starts a cluster as large as the job wants, has it train the job (or go on with it), and ends the cluster.
 
     ``directory`` is the job's: cuts, event logs, and here the coordinator's state and the processes' logs too, so
-    that the run can be resumed after everything has ended. `run` is called once; `interrupt` belongs into a signal
-    handler of the same thread.
+    that the run can be resumed after everything has ended. With ``overwrite`` the run that lies there goes as soon as
+    this one trains; if that does not come about it stays. `run` is called once; `interrupt` belongs into a signal handler
+    of the same thread.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class EmbeddedRun:
         view: ProgressView,
         *,
         resume: bool = False,
+        overwrite: bool = False,
         allow_imports: Sequence[str] = (),
         threads: int | None = None,
         devices: Sequence[str] = (),
@@ -52,6 +55,8 @@ class EmbeddedRun:
         self.interrupts = 0
         self._view = view
         self._resume = resume
+        self._overwrite = overwrite
+        self._earlier: EarlierRun | None = None
         self._allow_imports = tuple(allow_imports)
         self._follower: JobFollower | None = None
         self._job = ""
@@ -76,28 +81,63 @@ class EmbeddedRun:
         """Return the job's document at its end: done, failed or cancelled.
 
         Raises:
-            NotAllowedError: the job imports code that ``allow_imports`` does not cover; nothing was started.
+            NotAllowedError: the job imports code that ``allow_imports`` does not cover, or what is to be overwritten is no
+                run of ours; nothing was started.
             LayerwiseError: a process of the cluster can't be started, or the job is refused.
             KeyboardInterrupt: interrupted twice, or before the job was submitted.
         """
         for target in self.spec.imports:
             check_allowed(target, self._allow_imports)
-        if not self._resume:
-            save_spec(self.directory, self.spec)
+        if self._overwrite:
+            self._earlier = EarlierRun(self.directory)
+            self._earlier.set_aside()
         try:
-            self._view.note(self._starting())
-            with self._cluster as cluster, cluster.client() as client:
-                cluster.wait_for_nodes(self.spec.timeouts.start)
-                save_result(self.directory, None)
-                self._job, offset = self._begin(client)
-                watcher = _OwnWords(self._view, self._job, self.directory, self._on_document)
-                self._follower = JobFollower(client, self._job, watcher, offset=offset, refresh_seconds=REFRESH_SECONDS)
-                document = watcher.reword(self._follower.run())
-                self._over = True
-                save_result(self.directory, document)
-                return document
+            return self._run()
+        except BaseException as error:
+            self._over = True
+            if not self._job:
+                self._on_no_start(error)
+            raise
         finally:
             self._over = True
+
+    def _run(self) -> dict[str, Any]:
+        if not self._resume:
+            save_spec(self.directory, self.spec)
+        self._view.note(self._starting())
+        with self._cluster as cluster, cluster.client() as client:
+            cluster.wait_for_nodes(self.spec.timeouts.start)
+            self._job, offset = self._begin(client)
+            save_result(self.directory, None)
+            if self._earlier is not None:
+                self._earlier.delete()
+            watcher = _OwnWords(self._view, self._job, self.directory, self._on_document)
+            self._follower = JobFollower(client, self._job, watcher, offset=offset, refresh_seconds=REFRESH_SECONDS)
+            document = watcher.reword(self._follower.run())
+            self._over = True
+            save_result(self.directory, document)
+            return document
+
+    def _on_no_start(self, error: BaseException) -> None:
+        """Nothing was trained: what is left must not stand in the way of the next run."""
+        if self._earlier is not None and (where := self._earlier.put_back()):
+            self._view.say(where)
+        elif not self._resume:
+            self._save_failure(error)
+
+    def _save_failure(self, error: BaseException) -> None:
+        why = sentence(error) if isinstance(error, Exception) else "interrupted before it began"
+        document = {"job": self.spec.name, "state": "failed", "message": why, "directory": str(self.directory)}
+        try:
+            lock = DirectoryLock(self.directory)
+        except (BusyError, OSError):
+            return  # another run's directory, or none: the error that led here says so
+        try:
+            save_result(self.directory, document)
+        except OSError:
+            return  # likewise
+        finally:
+            lock.close()
 
     def interrupt(self) -> None:
         """Once: stop at the next update, with a cut there. Again: end everything at once. While that happens: nothing.

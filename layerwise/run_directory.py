@@ -12,33 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from layerwise import disk
-from layerwise.errors import BusyError, ConfigError, CorruptError, NotAllowedError, NotFoundError
+from layerwise.errors import BusyError, ConfigError, CorruptError, NotFoundError
 from layerwise.job import JobSpec, load_job, parse_job
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
-NAMES_BEFORE_TRAINING = {JOB_FILE, RESULT_FILE, "coordinator", "lock", "logs"}
-OWN_NAMES = (JOB_FILE, "coordinator", "cuts", "events")
+LOCK_FILE = "lock"
+NAMES_BEFORE_TRAINING = {JOB_FILE, RESULT_FILE, LOCK_FILE, "coordinator", "logs"}
 
 
 def directory_for(wanted: str | Path, *, overwrite: bool = False) -> Path:
     """The absolute directory that a new run gets: ``wanted``, or with a number behind it when a run lies there already.
 
-    So that training twice neither fails nor mixes two runs nor destroys one. With ``overwrite`` the run that lies
-    there is deleted. One that failed before it trained anything is deleted in any case: its job is mended now.
+    So that training twice neither fails nor mixes two runs nor destroys one. With ``overwrite`` it is ``wanted``: what
+    lies there is the `layerwise.earlier_run.EarlierRun`, which goes when the new one trains. A run that failed before it
+    trained anything is deleted: its job is mended now.
 
     Raises:
-        NotAllowedError: ``overwrite``, and what lies there is no run of ours.
         ConfigError: something that is no directory is in the way, or it may not be read.
     """
     first = Path(wanted).expanduser().absolute()
-    if overwrite and _taken(first):
-        if not any((first / name).exists() for name in OWN_NAMES):
-            raise NotAllowedError(
-                f"{first} was not made by layerwise, so --overwrite does not delete it; choose another path"
-            )
-        DirectoryLock(first).close()
-        shutil.rmtree(first)
+    if overwrite:
+        return first
     return next(one for one in _candidates(first) if not _taken(one) or _cleared(one))
 
 
@@ -149,7 +144,7 @@ class DirectoryLock:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

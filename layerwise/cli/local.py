@@ -38,7 +38,9 @@ from layerwise.cli.options import (
 @set_option
 @allow_import_option
 @click.option(
-    "--overwrite", is_flag=True, help="Delete the run that lies at checkpoint.path; else the new run gets a number."
+    "--overwrite",
+    is_flag=True,
+    help="Delete the run that lies at checkpoint.path once this one begins; else this one gets a number.",
 )
 @click.option(
     "--device",
@@ -76,16 +78,18 @@ def train_command(
     from layerwise.run_directory import directory_for
 
     job = read_job(spec, overrides).with_absolute_paths(Path.cwd())
+    metrics = metrics_address(metrics)
     directory = directory_for(job.checkpoint_path, overwrite=overwrite)
     note = "" if directory == Path(job.checkpoint_path) else earlier_run(Path(job.checkpoint_path), directory)
     return run_embedded(
         {
             "spec": job,
             "directory": directory,
+            "overwrite": overwrite,
             "allow_imports": allow_imports,
             "threads": threads,
             "devices": devices,
-            "metrics": metrics_address(metrics),
+            "metrics": metrics,
             "spare": spare,
             "hang_seconds": hang_timeout or None,
         },

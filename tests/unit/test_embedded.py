@@ -1,15 +1,20 @@
-"""When a run of its own starts a spare process: late, once, and only where it is wanted. Nothing is started here."""
+"""A run on a cluster of its own: when it starts a spare, and what is left where it does not begin. Nothing is started here."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from layerwise.embedded import SPARE_AFTER_SECONDS, EmbeddedRun
+from layerwise.errors import ConfigError, LayerwiseError
 from layerwise.job import parse_job
 from layerwise.progress import ProgressLines
+from layerwise.run_directory import DirectoryLock, directory_for, load_result, save_result, save_spec, spec_in
+
+SPEC = parse_job({"name": "tiny", "model": "mlp", "data": "digits"})
 
 
 class Clock:
@@ -35,8 +40,7 @@ def run_with(
 ) -> tuple[EmbeddedRun, Clock, FakeCluster]:
     clock, cluster = Clock(), FakeCluster()
     monkeypatch.setattr("layerwise.embedded.time", clock)
-    spec = parse_job({"name": "tiny", "model": "mlp", "data": "digits"})
-    run = EmbeddedRun(spec, directory, ProgressLines(io.StringIO(), quiet=True), spare=spare)
+    run = EmbeddedRun(SPEC, directory, ProgressLines(io.StringIO(), quiet=True), spare=spare)
     monkeypatch.setattr(run, "_cluster", cluster)
     return run, clock, cluster
 
@@ -64,3 +68,69 @@ def test_a_run_without_a_spare_starts_none(monkeypatch: pytest.MonkeyPatch, tmp_
         clock.now += 2 * SPARE_AFTER_SECONDS
         run._on_document({"steps": steps})
     assert cluster.spares == 0
+
+
+class NoCluster:
+    """Can't be started."""
+
+    def __enter__(self) -> NoCluster:
+        raise ConfigError("shard-0 ended with exit status 2")
+
+    def __exit__(self, *how: object) -> None:
+        pass
+
+
+def run_without_cluster(monkeypatch: pytest.MonkeyPatch, directory: Path, **arguments: Any) -> EmbeddedRun:
+    run = EmbeddedRun(SPEC, directory, ProgressLines(io.StringIO(), quiet=True), **arguments)
+    monkeypatch.setattr(run, "_cluster", NoCluster())
+    return run
+
+
+def test_a_run_that_could_not_be_started_does_not_keep_its_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="exit status 2"):
+        run_without_cluster(monkeypatch, tmp_path / "run").run()
+    assert (load_result(tmp_path / "run") or {})["message"] == "shard-0 ended with exit status 2"
+    assert directory_for(tmp_path / "run") == tmp_path / "run"
+
+
+def test_a_run_that_could_not_be_resumed_keeps_its_path_and_its_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_spec(tmp_path / "run", SPEC)
+    save_result(tmp_path / "run", {"state": "cancelled"})
+    with pytest.raises(ConfigError, match="exit status 2"):
+        run_without_cluster(monkeypatch, tmp_path / "run", resume=True).run()
+    assert load_result(tmp_path / "run") == {"state": "cancelled"}
+
+
+def test_a_run_whose_directory_another_one_took_meanwhile_leaves_its_result_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lock = DirectoryLock(tmp_path / "run")
+    with pytest.raises(ConfigError, match="exit status 2"):
+        run_without_cluster(monkeypatch, tmp_path / "run").run()
+    lock.close()
+    assert load_result(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("model", ["mlp", {"import": "own_model:build"}])
+def test_overwriting_destroys_nothing_where_the_new_run_is_refused_or_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: object
+) -> None:
+    save_spec(tmp_path / "run", SPEC)
+    (tmp_path / "run" / "cuts").mkdir()
+    run = EmbeddedRun(
+        parse_job({"name": "new", "model": model, "data": "digits"}),
+        tmp_path / "run",
+        ProgressLines(io.StringIO(), quiet=True),
+        overwrite=True,
+    )
+    monkeypatch.setattr(run, "_cluster", NoCluster())
+    with pytest.raises(LayerwiseError):
+        run.run()
+    assert spec_in(tmp_path / "run") == SPEC
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"job.json", "cuts", "lock"} - (
+        set() if model == "mlp" else {"lock"}
+    )
