@@ -83,7 +83,7 @@ def check_may_listen(address: Address, *, insecure: bool) -> None:
                 " encryption or password; use a loopback address or a unix socket, or say --insecure on a network"
                 " that you trust"
             )
-        if reason := _why_not(address):
+        if reason := _try_to_listen(address)[1]:
             raise ConfigError(
                 f"can't listen on {address}: {reason}; choose another address (port 0 takes a port that is free)"
             )
@@ -103,8 +103,22 @@ def check_may_listen(address: Address, *, insecure: bool) -> None:
         raise ConfigError(f"{address} is taken: another process listens there; stop it or choose another address")
 
 
-def _why_not(address: TcpAddress) -> str:
-    """Why nobody can listen at ``address`` now; empty where one can.
+def with_free_port(address: Address) -> Address:
+    """``address`` with a port that is free now in the place of port 0, for one that others are told before anybody listens.
+
+    Raises:
+        ConfigError: nobody can listen there.
+    """
+    if not isinstance(address, TcpAddress) or address.port:
+        return address
+    port, reason = _try_to_listen(address)
+    if reason:
+        raise ConfigError(f"can't listen on {address}: {reason}; choose another address")
+    return TcpAddress(host=address.host, port=port)
+
+
+def _try_to_listen(address: TcpAddress) -> tuple[int, str]:
+    """The port that a socket at ``address`` has, and why nobody can listen there now; that is empty where one can.
 
     gRPC would say so too, but with lines of its own on standard error, and only after everything else was loaded.
     """
@@ -118,12 +132,12 @@ def _why_not(address: TcpAddress) -> str:
                     # As gRPC does, so that connections that have just ended are not in the way.
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     probe.bind(place)
-                return ""
+                    return int(probe.getsockname()[1]), ""
             except OSError as error:
                 reason = _in_words(error)
     except OSError as error:  # no such name
         reason = _in_words(error)
-    return reason
+    return 0, reason
 
 
 def _in_words(error: OSError) -> str:

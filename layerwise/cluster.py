@@ -13,10 +13,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from layerwise.address import parse_address, with_free_port
 from layerwise.child import Program, last_lines
-from layerwise.errors import DeadlineError, NotFoundError, RetryableError, UnreachableError
+from layerwise.errors import (
+    ConfigError,
+    DeadlineError,
+    LayerwiseError,
+    NotAllowedError,
+    NotFoundError,
+    RetryableError,
+    UnreachableError,
+)
 from layerwise.run_directory import DirectoryLock
-from layerwise.supervision import Supervision
+from layerwise.supervision import NOT_ALLOWED_STATUS, USAGE_STATUS, Supervision
 from layerwise.supervisor import SPARE, Problem, ProcessRecord, Supervisor
 
 if TYPE_CHECKING:
@@ -33,7 +42,8 @@ class LocalCluster:
     Use it as a context manager; entering starts all processes at once and returns when the coordinator answers.
     ``directory`` holds the coordinator's state (``coordinator/``) and each process's log (``logs/<name>.log``);
     without one both live in a temporary folder and go with the cluster. ``threads`` is for each shard's arithmetic
-    (default: the cores divided by the shards and detached workers). ``devices`` are given out in turn.
+    (default: the cores divided by the shards and detached workers). ``devices`` are given out in turn. With port 0 in
+    ``listen`` the coordinator gets one that is free when the cluster is entered, and keeps it when it is started again.
 
     A process that ends by itself is started again under its name with ``restart``, unless it died at once several
     times. One that is stopped for ``hang_seconds``, or gives no sign of life for four times as long, counts as ended
@@ -81,6 +91,7 @@ class LocalCluster:
         self._supervisor: Supervisor | None = None
         self._gone = threading.Event()
         self._problems: list[str] = []
+        self._end: Problem | None = None
         self._killed: set[str] = set()
         self._folder: Path | None = None
         self._directory_lock: DirectoryLock | None = None
@@ -90,6 +101,8 @@ class LocalCluster:
     def __enter__(self) -> Self:
         self._folder = socket_folder()
         try:
+            if self._listen is not None:
+                self._listen = str(with_free_port(parse_address(self._listen)))
             if self._wanted_directory is not None:
                 self._directory_lock = DirectoryLock(self._wanted_directory)
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -187,13 +200,14 @@ class LocalCluster:
 
         Raises:
             DeadlineError: after ``seconds`` (default: ``start_seconds``), naming those that are missing.
+            ConfigError, NotAllowedError: one of them can't run as it was told to, by its own word.
             UnreachableError: one of them ended for good.
         """
         deadline = time.monotonic() + (seconds or self.start_seconds)
         with self.client() as client:
             while missing := self._missing_nodes(client):
                 if self._gone.wait(0.05):
-                    raise UnreachableError(self.problems[-1])
+                    raise self._why_gone()
                 if time.monotonic() > deadline:
                     raise DeadlineError(
                         f"these processes did not reach the coordinator in time: {', '.join(sorted(missing))}; "
@@ -298,10 +312,18 @@ class LocalCluster:
     def _hear(self, problem: Problem) -> None:
         with self._lock:
             self._problems.append(problem.sentence)
-        if problem.for_good and problem.name != SPARE:
-            self._gone.set()
+            if problem.for_good and problem.name != SPARE:
+                self._end = self._end or problem
+                self._gone.set()
         if self._on_problem is not None:
             self._on_problem(problem.sentence, problem.for_good and problem.name != SPARE)
+
+    def _why_gone(self) -> LayerwiseError:
+        """The first end for good, as the error that its exit status stands for."""
+        with self._lock:
+            assert self._end is not None
+            kinds: dict[int, type[LayerwiseError]] = {USAGE_STATUS: ConfigError, NOT_ALLOWED_STATUS: NotAllowedError}
+            return kinds.get(self._end.status, UnreachableError)(self._end.sentence)
 
     def _running(self) -> Supervisor:
         if self._supervisor is None:
@@ -315,7 +337,7 @@ class LocalCluster:
         with self.client() as client, client.watch_ready(ready.set):
             while not ready.wait(0.05):
                 if self._gone.is_set():
-                    raise UnreachableError(self.problems[-1])
+                    raise self._why_gone()
                 if time.monotonic() > deadline:
                     words = last_lines(self.logs / "coordinator.log")
                     raise DeadlineError(

@@ -20,8 +20,9 @@ GAP_SECONDS = 5.0
 SPARE_DELAY_SECONDS = 30.0
 """After a spare was lost: most likely memory is short."""
 MOST_SPARE_FAILURES = 3
-CONFIGURATION_STATUSES = (2, 5)
-"""Exit statuses of a process that would end in the same way however often it was started: usage, not allowed."""
+USAGE_STATUS, NOT_ALLOWED_STATUS = 2, 5
+CONFIGURATION_STATUSES = (USAGE_STATUS, NOT_ALLOWED_STATUS)
+"""Exit statuses of a process that would end in the same way however often it was started."""
 
 
 class ProcessState(StrEnum):

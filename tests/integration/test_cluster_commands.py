@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import layerwise
 from layerwise.cli.main import run
 from layerwise.client import CoordinatorClient
 from layerwise.cluster import LocalCluster
-from layerwise.errors import DeadlineError, NotFoundError, UnreachableError
+from layerwise.errors import ConfigError, DeadlineError, NotFoundError, UnreachableError
 from layerwise.follow import JobFollower, Silent
 from tests.integration.command import Command, write_job
 
@@ -209,13 +210,14 @@ def test_up_is_found_by_other_commands_until_ctrl_c(
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
     monkeypatch.delenv("LAYERWISE_COORDINATOR", raising=False)
-    with Command("up", "--shards", "1", folder=tmp_path) as command:
+    # Port 0 is one that everybody is told.
+    with Command("up", "--shards", "1", "--listen", "127.0.0.1:0", folder=tmp_path) as command:
         command.wait_for("Ctrl-C ends them")
         nodes = shown(capsys, "nodes")
         assert [node["name"] for node in nodes] == ["coordinator", "forward-0", "shard-0"]
         command.interrupt()
         assert command.finish() == 0, command.errors
-        assert command.output.startswith("unix:")
+        assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d*\n", command.output)
     shown(capsys, "nodes", status=3)
 
 
@@ -239,7 +241,7 @@ def test_a_service_that_can_not_start_is_named_with_its_last_words(tmp_path: Pat
     cluster = LocalCluster(
         shards=1, forward=0, directory=tmp_path, devices=("cuda:99",), restart=True, on_problem=on_problem
     )
-    with pytest.raises(UnreachableError, match=r"shard-0 .* ended with exit status 2: .*cuda:99"), cluster:
+    with pytest.raises(ConfigError, match=r"shard-0 .* ended with exit status 2: .*cuda:99"), cluster:
         cluster.wait_for_nodes()
     assert problems
     assert problems[-1][1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.address import TcpAddress, UnixAddress, check_may_listen, parse_address
+from layerwise.address import TcpAddress, UnixAddress, check_may_listen, parse_address, with_free_port
 from layerwise.errors import ConfigError
 
 
@@ -55,3 +55,15 @@ def test_an_address_of_another_machine_is_refused() -> None:
         check_may_listen(TcpAddress(host="192.0.2.1", port=0), insecure=True)
     with pytest.raises(ConfigError, match=r"can't listen on no-such-host\.invalid:0: "):
         check_may_listen(TcpAddress(host="no-such-host.invalid", port=0), insecure=True)
+
+
+def test_port_0_becomes_one_that_others_can_be_told() -> None:
+    found = with_free_port(TcpAddress(host="127.0.0.1", port=0))
+    assert isinstance(found, TcpAddress)
+    assert found.host == "127.0.0.1"
+    with socket.create_server(("127.0.0.1", found.port)):
+        pass
+    for address in (found, UnixAddress(path=Path("/a.sock"))):
+        assert with_free_port(address) == address
+    with pytest.raises(ConfigError, match=r"can't listen on 192\.0\.2\.1:0: "):
+        with_free_port(TcpAddress(host="192.0.2.1", port=0))
