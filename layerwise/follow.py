@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from layerwise.client import FINAL_STATES, CoordinatorClient, JobEvent
+from layerwise.client import FINAL_STATES, RECONNECT_SECONDS, CoordinatorClient, JobEvent
 from layerwise.errors import DeadlineError, LayerwiseError, RetryableError
+
+RETRY_SECONDS = 0.2
 
 
 class Watcher(Protocol):
@@ -56,12 +58,16 @@ class JobFollower:
         *,
         offset: int = 0,
         refresh_seconds: float = 1.0,
+        reconnect_seconds: float = RECONNECT_SECONDS,
     ) -> None:
         self._client = client
         self._job = job
         self._watcher = watcher
         self._offset = offset
         self._refresh_seconds = refresh_seconds
+        self._reconnect_seconds = reconnect_seconds
+        self.document: dict[str, Any] | None = None
+        """The job as it was last seen."""
         # A SimpleQueue may be filled from a signal handler: its put is reentrant.
         self._wakes: queue.SimpleQueue[_Wake] = queue.SimpleQueue()
 
@@ -86,9 +92,20 @@ class JobFollower:
             finally:
                 stream_client.close()
                 reader.join()
-        document = self._client.get_job(self._job)
-        self._watcher.on_document(document)
-        return document
+        return self._last_document(deadline)
+
+    def _last_document(self, deadline: float | None) -> dict[str, Any]:
+        """The document of the job that has ended, however long the coordinator is away just now."""
+        give_up = time.monotonic() + self._reconnect_seconds
+        until = give_up if deadline is None else min(give_up, deadline)
+        while True:
+            try:
+                return self._see()
+            except RetryableError:
+                now = time.monotonic()
+                if now >= until:
+                    raise
+                self._wait(min(RETRY_SECONDS, until - now))
 
     def _loop(self, deadline: float | None) -> None:
         refresh = time.monotonic()
@@ -101,24 +118,33 @@ class JobFollower:
             if deadline is not None and now >= deadline:
                 raise DeadlineError(f"job {self._job} has not ended in time; it goes on")
             until = refresh if deadline is None else min(refresh, deadline)
-            try:
-                wake = self._wakes.get(timeout=max(0.0, until - now))
-            except queue.Empty:
-                continue
-            if wake.error is not None:
-                raise wake.error
-            if wake.ended:
+            if self._wait(max(0.0, until - now)):
                 return
-            if wake.call is not None:
-                wake.call()
-            if wake.event is not None:
-                self._watcher.on_event(wake.event)
+
+    def _wait(self, seconds: float) -> bool:
+        """Take what comes next within so many seconds; tells whether it is the end of the job."""
+        try:
+            wake = self._wakes.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        if wake.error is not None:
+            raise wake.error
+        if wake.call is not None:
+            wake.call()
+        if wake.event is not None:
+            self._watcher.on_event(wake.event)
+        return wake.ended
 
     def _refresh(self) -> None:
         try:
-            self._watcher.on_document(self._client.get_job(self._job))
+            self._see()
         except RetryableError:
             return  # the reader of events looks for the coordinator, and gives up when it stays away
+
+    def _see(self) -> dict[str, Any]:
+        self.document = self._client.get_job(self._job)
+        self._watcher.on_document(self.document)
+        return self.document
 
     def _read(self, client: CoordinatorClient) -> None:
         try:
