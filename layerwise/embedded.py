@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layerwise.client import CoordinatorClient, JobEvent
+from layerwise.client import CoordinatorClient
 from layerwise.cluster import LocalCluster
 from layerwise.earlier_run import EarlierRun
 from layerwise.errors import BusyError, JobFailedError, sentence
 from layerwise.follow import JobFollower
 from layerwise.imports import check_allowed
 from layerwise.job import JobSpec
+from layerwise.own_words import OwnWords, resume_command
 from layerwise.progress import ProgressView
 from layerwise.run_directory import DirectoryLock, save_result, save_spec
 from layerwise.supervision import HANG_SECONDS
@@ -30,8 +29,8 @@ class EmbeddedRun:
 
     ``directory`` is the job's: cuts, event logs, and here the coordinator's state and the processes' logs too, so
     that the run can be resumed after everything has ended. With ``overwrite`` the run that lies there goes as soon as
-    this one trains; if that does not come about it stays. `run` is called once; `interrupt` belongs into a signal handler
-    of the same thread.
+    this one trains; if that does not come about it stays. Of a ``temporary`` one nobody is told how to resume it. `run`
+    is called once; `interrupt` belongs into a signal handler of the same thread.
     """
 
     def __init__(
@@ -42,6 +41,7 @@ class EmbeddedRun:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        temporary: bool = False,
         allow_imports: Sequence[str] = (),
         threads: int | None = None,
         devices: Sequence[str] = (),
@@ -53,12 +53,17 @@ class EmbeddedRun:
         self.spec = spec.model_copy(update={"checkpoint": checkpoint})
         self.directory = directory
         self.interrupts = 0
+        self.document: dict[str, Any] | None = None
+        """What is known of the job when `run` has raised after it started something."""
+        self.how_to_resume = "" if temporary else resume_command(directory, allow_imports, devices, threads)
+        """The command that goes on with this run; empty for one that is gone afterwards."""
         self._view = view
         self._resume = resume
         self._overwrite = overwrite
         self._earlier: EarlierRun | None = None
         self._allow_imports = tuple(allow_imports)
         self._follower: JobFollower | None = None
+        self._words: OwnWords
         self._job = ""
         self._over = False
         self._spare = spare
@@ -95,8 +100,7 @@ class EmbeddedRun:
             return self._run()
         except BaseException as error:
             self._over = True
-            if not self._job:
-                self._on_no_start(error)
+            self._on_error(error)
             raise
         finally:
             self._over = True
@@ -111,23 +115,32 @@ class EmbeddedRun:
             save_result(self.directory, None)
             if self._earlier is not None:
                 self._earlier.delete()
-            watcher = _OwnWords(self._view, self._job, self.directory, self._on_document)
-            self._follower = JobFollower(client, self._job, watcher, offset=offset, refresh_seconds=REFRESH_SECONDS)
-            document = watcher.reword(self._follower.run())
+            self._words = OwnWords(self._view, self._job, self.how_to_resume, self._on_document)
+            self._follower = JobFollower(client, self._job, self._words, offset=offset, refresh_seconds=REFRESH_SECONDS)
+            document = self._words.reword(self._follower.run())
             self._over = True
             save_result(self.directory, document)
             return document
 
-    def _on_no_start(self, error: BaseException) -> None:
-        """Nothing was trained: what is left must not stand in the way of the next run."""
+    def _on_error(self, error: BaseException) -> None:
+        """Keep what is known; where nothing was trained, what is left must not stand in the way of the next run."""
+        last = self._follower.document if self._follower is not None else None
+        if last is not None:
+            self.document = self._words.reword(last)
+        else:
+            self.document = {"job": self._job or self.spec.name, "directory": str(self.directory)}
+        if isinstance(error, Exception):
+            self.document |= {"state": "failed", "message": sentence(error)}
+        elif last is None:
+            self.document |= {"state": "failed", "message": "interrupted before it began"}
+        if self._job:
+            return
         if self._earlier is not None and (where := self._earlier.put_back()):
             self._view.say(where)
         elif not self._resume:
-            self._save_failure(error)
+            self._save_failure(self.document)
 
-    def _save_failure(self, error: BaseException) -> None:
-        why = sentence(error) if isinstance(error, Exception) else "interrupted before it began"
-        document = {"job": self.spec.name, "state": "failed", "message": why, "directory": str(self.directory)}
+    def _save_failure(self, document: dict[str, Any]) -> None:
         try:
             lock = DirectoryLock(self.directory)
         except (BusyError, OSError):
@@ -155,9 +168,9 @@ class EmbeddedRun:
         self._follower.interrupt(self._stop)
 
     @property
-    def how_to_resume(self) -> str:
-        """The command that goes on with this run."""
-        return _resume_command(self.directory)
+    def resumable(self) -> bool:
+        """Whether there is something to go on with."""
+        return self._resume or bool(self._job)
 
     def _starting(self) -> str:
         counts = {
@@ -196,7 +209,7 @@ class EmbeddedRun:
             self._spare = False
             self._cluster.keep_spare()
 
-    def _on_problem(self, sentence: str, for_good: bool) -> None:
+    def _on_problem(self, problem: str, for_good: bool) -> None:
         """From a thread of the cluster: a process ended by itself."""
         follower = self._follower
         if follower is None:
@@ -204,39 +217,7 @@ class EmbeddedRun:
 
         def tell() -> None:
             if for_good:
-                raise JobFailedError(f"{sentence}; go on with `{self.how_to_resume}`")
-            self._view.say(f"warning: {sentence}")
+                raise JobFailedError(problem + (f"; go on with `{self.how_to_resume}`" if self.how_to_resume else ""))
+            self._view.say(f"warning: {problem}")
 
         follower.interrupt(tell)
-
-
-class _OwnWords:
-    """Hands a job's news on, with the directory where the coordinator says how to resume by the job's id.
-
-    After this cluster only the directory is left.
-    """
-
-    def __init__(
-        self, view: ProgressView, job: str, directory: Path, on_document: Callable[[dict[str, Any]], None]
-    ) -> None:
-        self._view = view
-        self._on_document = on_document
-        self._theirs, self._ours = f"layerwise resume {job}", _resume_command(directory)
-
-    def on_event(self, event: JobEvent) -> None:
-        """Hand it on."""
-        self._view.on_event(replace(event, message=event.message.replace(self._theirs, self._ours)))
-
-    def on_document(self, document: dict[str, Any]) -> None:
-        """Hand it on."""
-        self._on_document(document)
-        self._view.on_document(self.reword(document))
-
-    def reword(self, document: dict[str, Any]) -> dict[str, Any]:
-        """The document with our words in its message."""
-        return {**document, "message": str(document.get("message") or "").replace(self._theirs, self._ours)}
-
-
-def _resume_command(directory: Path) -> str:
-    relative = os.path.relpath(directory)
-    return f"layerwise resume {directory if relative.startswith('..') else relative}"

@@ -15,6 +15,7 @@ import click
 from layerwise.cli import exit_codes
 from layerwise.cli.output import job_facts, print_facts, print_json
 from layerwise.client import CoordinatorClient
+from layerwise.errors import LayerwiseError
 from layerwise.follow import JobFollower
 from layerwise.progress import ProgressView, progress_view
 
@@ -49,30 +50,43 @@ def shown_progress(*, quiet: bool = False) -> Iterator[ProgressView]:
 
 def follow_job(
     client: CoordinatorClient,
-    job: str,
+    document: dict[str, Any],
     output: str,
     *,
     offset: int = 0,
     quiet: bool = False,
     timeout: float | None = None,
 ) -> int:
-    """Show a cluster's job until it has ended, its events from ``offset`` on; an interrupt ends the showing only.
+    """Show a cluster's job, by its ``document``, until it has ended, its events from ``offset`` on.
 
-    Returns the exit status.
+    An interrupt ends the showing only. With JSON, what was last seen of the job is printed however this ends. Returns
+    the exit status.
     """
 
     def leave() -> None:
         raise KeyboardInterrupt
 
+    job = str(document["job"])
     with shown_progress(quiet=quiet) as view, signals_call(leave):
+        follower = JobFollower(client, job, view, offset=offset, refresh_seconds=0.5)
         try:
-            document = JobFollower(client, job, view, offset=offset, refresh_seconds=0.5).run(timeout=timeout)
+            document = follower.run(timeout=timeout)
         except KeyboardInterrupt:
+            show_last(follower.document or document, output)
             view.say(
                 f"job {job} goes on; follow it with `layerwise logs -f {job}`, stop it with `layerwise cancel {job}`"
             )
             return exit_codes.INTERRUPTED
+        except LayerwiseError:
+            show_last(follower.document or document, output)
+            raise
     return show_result(document, output)
+
+
+def show_last(document: dict[str, Any] | None, output: str) -> None:
+    """Print what is known of a job whose end was not seen, for programs: people have seen its progress."""
+    if output == "json" and document is not None:
+        print_json(document)
 
 
 def show_result(document: dict[str, Any], output: str, *, remedy: str = "") -> int:

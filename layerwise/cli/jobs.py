@@ -71,7 +71,7 @@ def submit_command(
         if follow:
             from layerwise.cli.following import follow_job
 
-            return follow_job(client, str(document["job"]), output, timeout=timeout)
+            return follow_job(client, document, output, timeout=timeout)
     if output == "json":
         print_json(document)
     else:
@@ -200,18 +200,28 @@ def print_event(event: JobEvent, output: str) -> None:
 @coordinator_option
 @output_option
 def cancel_command(job: str, wait: bool, timeout: float | None, coordinator: str | None, output: str) -> int:
-    """Stop JOB at its next update and save a cut there, from which `resume` goes on."""
+    """Stop JOB at its next update and save a cut there, from which `resume` goes on.
+
+    With --wait the exit status is 1 when it has failed instead.
+    """
     with coordinator_client(coordinator) as client:
         document = client.cancel(job)
         if wait:
+            from layerwise.cli.following import show_last
+            from layerwise.errors import LayerwiseError
             from layerwise.follow import JobFollower, Silent
 
-            document = JobFollower(client, job, Silent(), refresh_seconds=60.0).run(timeout=timeout)
+            follower = JobFollower(client, job, Silent(), refresh_seconds=60.0)
+            try:
+                document = follower.run(timeout=timeout)
+            except LayerwiseError:
+                show_last(follower.document or document, output)
+                raise
     if output == "json":
         print_json(document)
     else:
         click.echo(f"{document['job']} {document['state']}")
-    return exit_codes.DONE
+    return exit_codes.FAILED if wait and document["state"] == "failed" else exit_codes.DONE
 
 
 @command("nodes", examples=["layerwise nodes", "layerwise nodes --output json"])

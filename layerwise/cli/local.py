@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
@@ -102,15 +103,16 @@ def train_command(
 def earlier_run(wanted: Path, directory: Path) -> str:
     """What to say when a run lies where this one would have gone."""
     return (
-        f"{short(wanted)} holds an earlier run (go on with it: layerwise resume {short(wanted)}); "
+        f"{short(wanted)} holds an earlier run (go on with it: layerwise resume {quote(short(wanted))}); "
         f"this run goes to {short(directory)}"
     )
 
 
 def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: str = "") -> int:
     """Run a job on a cluster of its own (arguments of `EmbeddedRun`) and show it; returns the exit status."""
-    from layerwise.cli.following import show_result, shown_progress, signals_call
+    from layerwise.cli.following import show_last, show_result, shown_progress, signals_call
     from layerwise.embedded import EmbeddedRun
+    from layerwise.errors import LayerwiseError
 
     with shown_progress(quiet=quiet) as view:
         if note:
@@ -121,9 +123,14 @@ def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: s
             try:
                 document = run.run()
             except KeyboardInterrupt:
-                view.say(f"ended at once; what was saved before stays: {again}")
+                show_last(run.document, output)
+                saved = f"; what was saved before stays: {again}" if run.resumable else " before the job began"
+                view.say(f"ended at once{saved}")
                 return exit_codes.INTERRUPTED
-    stopped = bool(run.interrupts) and document["state"] != "done"
+            except LayerwiseError:
+                show_last(run.document, output)
+                raise
+    stopped = bool(run.interrupts) and document["state"] == "cancelled"
     status = show_result(document, output, remedy=remedy_of(document, run.how_to_resume, run.directory))
     if document["state"] == "cancelled":
         steps = f"{document.get('steps') or 0} of {document.get('total_steps') or '?'}"

@@ -204,11 +204,13 @@ def verify_command(
     with tempfile.TemporaryDirectory(prefix="layerwise-verify-") as folder:
         directory = Path(folder) / "run"
         with shown_progress(quiet=quiet) as view:
-            run = EmbeddedRun(job, directory, view, allow_imports=allow_imports, threads=1, devices=(device,))
+            run = EmbeddedRun(
+                job, directory, view, temporary=True, allow_imports=allow_imports, threads=1, devices=(device,)
+            )
             with signals_call(run.interrupt):
                 document = run.run()
         if document["state"] != "done":
-            if run.interrupts:
+            if run.interrupts and document["state"] == "cancelled":
                 return exit_codes.INTERRUPTED
             raise JobFailedError(f"the run to compare with failed: {document.get('message')}")
         import torch

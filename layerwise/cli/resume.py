@@ -98,7 +98,7 @@ def resume_command(
         if follow:
             from layerwise.cli.following import follow_job
 
-            return follow_job(client, str(document["job"]), output, offset=offset, quiet=quiet, timeout=timeout)
+            return follow_job(client, document, output, offset=offset, quiet=quiet, timeout=timeout)
     if output == "json":
         print_json(document)
     else:

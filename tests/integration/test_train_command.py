@@ -117,7 +117,7 @@ def test_ctrl_c_stops_with_a_cut_and_resume_goes_on_from_it(tmp_path: Path) -> N
 
 def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path) -> None:
     # A job that waits for what never comes has no update to stop at; so the first Ctrl-C does not end it, whatever the machine's speed.
-    with Command("train", write_job(tmp_path, train=ENDLESS), folder=tmp_path) as command:
+    with Command("train", write_job(tmp_path, train=ENDLESS), "-o", "json", folder=tmp_path) as command:
         command.wait_for("training begins")
         shard = command.child("shard-1")
         children = psutil.Process(command.process.pid).children()
@@ -127,6 +127,7 @@ def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path) -> None:
         command.interrupt()
         assert command.finish() == 130, command.errors
         assert psutil.wait_procs(children, timeout=30)[1] == []
+        assert command.document["job"] == "tiny-1"
     assert "layerwise resume runs/tiny" in command.errors
 
 

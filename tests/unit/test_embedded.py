@@ -11,6 +11,7 @@ import pytest
 from layerwise.embedded import SPARE_AFTER_SECONDS, EmbeddedRun
 from layerwise.errors import ConfigError, LayerwiseError
 from layerwise.job import parse_job
+from layerwise.job_result import JobResult
 from layerwise.progress import ProgressLines
 from layerwise.run_directory import DirectoryLock, directory_for, load_result, save_result, save_spec, spec_in
 
@@ -89,9 +90,12 @@ def run_without_cluster(monkeypatch: pytest.MonkeyPatch, directory: Path, **argu
 def test_a_run_that_could_not_be_started_does_not_keep_its_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    run = run_without_cluster(monkeypatch, tmp_path / "run")
     with pytest.raises(ConfigError, match="exit status 2"):
-        run_without_cluster(monkeypatch, tmp_path / "run").run()
-    assert (load_result(tmp_path / "run") or {})["message"] == "shard-0 ended with exit status 2"
+        run.run()
+    assert run.document == load_result(tmp_path / "run")
+    assert JobResult.from_document(run.document or {}).message == "shard-0 ended with exit status 2"
+    assert not run.resumable
     assert directory_for(tmp_path / "run") == tmp_path / "run"
 
 
