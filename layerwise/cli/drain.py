@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from layerwise.cli import exit_codes
-from layerwise.cli.options import command, coordinator_option, output_option, timeout_option
+from layerwise.cli.options import command, coordinator_option, output_option, refuse_given, timeout_option
 from layerwise.cli.output import print_json
 from layerwise.errors import DeadlineError
 
@@ -39,6 +39,8 @@ def drain_command(node: str, undo: bool, timeout: float | None, coordinator: str
     """
     from layerwise.cli.jobs import coordinator_client
 
+    if undo:
+        refuse_given(["timeout"], "a drain without --undo")
     with coordinator_client(coordinator) as client:
         document = client.drain(node, undo=undo)
         if not undo:

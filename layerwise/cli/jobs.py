@@ -16,6 +16,7 @@ from layerwise.cli.options import (
     coordinator_address,
     coordinator_option,
     output_option,
+    refuse_given,
     set_option,
     timeout_option,
 )
@@ -63,6 +64,8 @@ def submit_command(
     """
     from layerwise.overrides import read_job
 
+    if not follow:
+        refuse_given(["timeout"], "--follow")
     job = read_job(spec, overrides)
     with coordinator_client(coordinator) as client:
         if client.address.startswith("unix:"):
@@ -204,6 +207,8 @@ def cancel_command(job: str, wait: bool, timeout: float | None, coordinator: str
 
     With --wait the exit status is 1 when it has failed instead.
     """
+    if not wait:
+        refuse_given(["timeout"], "--wait")
     with coordinator_client(coordinator) as client:
         document = client.cancel(job)
         if wait:

@@ -18,6 +18,7 @@ from layerwise.cli.options import (
     forget_coordinator,
     listen_address,
     metrics_address,
+    metrics_option,
     output_option,
     record_coordinator,
     set_option,
@@ -52,9 +53,7 @@ from layerwise.cli.options import (
     help="Devices of the shards, given out in turn.",
 )
 @threads_option
-@click.option(
-    "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
-)
+@metrics_option
 @supervision_options
 @click.option("--quiet", is_flag=True, help="No progress.")
 @output_option
@@ -171,9 +170,7 @@ def short(path: Path) -> str:
 )
 @threads_option
 @allow_import_option
-@click.option(
-    "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
-)
+@metrics_option
 @supervision_options
 @click.option("--insecure", is_flag=True, help="Agree to listen beyond this machine without encryption or password.")
 @output_option

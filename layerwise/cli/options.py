@@ -118,6 +118,28 @@ def supervision_options(function: Function) -> Function:
     return function
 
 
+def refuse_given(names: Sequence[str], where: str) -> None:
+    """Refuse the options of the running command whose parameters are in ``names``: they go with ``where`` only.
+
+    Raises:
+        click.UsageError: one was given on the command line, whatever its value.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is click.core.ParameterSource.COMMANDLINE:
+            turned_off = parameter.secondary_opts and context.params[parameter.name] is False
+            option = (parameter.secondary_opts if turned_off else parameter.opts)[-1]
+            raise click.UsageError(f"{option} goes with {where} only")
+
+
+def metrics_option(function: Function) -> Function:
+    """``--metrics ADDRESS`` of a cluster that the command starts itself, as ``metrics``; see `metrics_address`."""
+    return click.option(
+        "--metrics", metavar="ADDRESS", help="Where the coordinator serves /metrics.  [default: a free loopback port]"
+    )(function)
+
+
 def listen_address(given: str | None, *, insecure: bool) -> str | None:
     """``--listen`` of a cluster that the command starts itself, checked before any process is.
 

@@ -8,11 +8,16 @@ import click
 
 from layerwise.cli import exit_codes
 from layerwise.cli.options import (
+    COORDINATOR_VARIABLE,
     allow_import_option,
     command,
     coordinator_option,
     device_name,
+    metrics_address,
+    metrics_option,
     output_option,
+    refuse_given,
+    supervision_options,
     threads_option,
     timeout_option,
 )
@@ -43,6 +48,8 @@ from layerwise.cli.options import (
     help="Devices of the shards (with a DIRECTORY).",
 )
 @threads_option
+@metrics_option
+@supervision_options
 @timeout_option
 @click.option("--quiet", is_flag=True, help="No progress.")
 @output_option
@@ -54,6 +61,9 @@ def resume_command(
     allow_imports: tuple[str, ...],
     devices: tuple[str, ...],
     threads: int | None,
+    metrics: str | None,
+    spare: bool,
+    hang_timeout: float,
     timeout: float | None,
     quiet: bool,
     output: str,
@@ -62,16 +72,19 @@ def resume_command(
 
     A DIRECTORY (anything with a slash in it, or an existing folder) is trained on by a cluster of its own, as `train`
     does, unless --coordinator names one. A JOB is queued again by the coordinator that knows it. With --shards its layers
-    are spread anew; everything else stays as it was.
+    are spread anew; everything else stays as it was. Options of a cluster's processes go with a DIRECTORY that is
+    trained on so.
     """
     directory = Path(job).expanduser().absolute()
     is_directory = "/" in job or directory.is_dir()
     embedded = is_directory and coordinator is None
-    misplaced = {"--timeout": timeout} if embedded else {"--device": devices, "--threads": threads}
-    for name, value in misplaced.items():
-        if value:
-            where = "a job of a cluster" if embedded else "a DIRECTORY without --coordinator"
-            raise click.UsageError(f"{name} goes with {where} only")
+    if embedded:
+        refuse_given(["timeout"], "a job of a cluster")
+    else:
+        own = ["allow_imports", "devices", "threads", "metrics", "spare", "hang_timeout"]
+        refuse_given(own, f"a DIRECTORY without --coordinator and {COORDINATOR_VARIABLE}")
+        if not follow:
+            refuse_given(["timeout", "quiet"], "--follow")
     if embedded:
         from layerwise.cli.local import run_embedded
         from layerwise.run_directory import spec_in
@@ -84,6 +97,9 @@ def resume_command(
             "allow_imports": allow_imports,
             "threads": threads,
             "devices": devices,
+            "metrics": metrics_address(metrics),
+            "spare": spare,
+            "hang_seconds": hang_timeout or None,
         }
         return run_embedded(arguments, output, quiet=quiet)
 

@@ -23,6 +23,8 @@ from layerwise.errors import (
     NotFoundError,
     UnreachableError,
 )
+from layerwise.job import load_job
+from layerwise.run_directory import save_spec
 
 JOB = "name: tiny\nmodel: mlp\ndata: digits\n"
 
@@ -124,6 +126,17 @@ def test_states_have_exit_statuses() -> None:
         (["resume", "./nothing"], 4, "no run in"),
         (["resume", "./nothing", "--timeout", "3"], 2, "--timeout goes with"),
         (["resume", "digits-1", "--device", "cpu"], 2, "--device goes with"),
+        (["resume", "digits-1", "--allow-import", "own"], 2, "--allow-import goes with a DIRECTORY"),
+        (["resume", "digits-1", "--metrics", "127.0.0.1:0"], 2, "--metrics goes with a DIRECTORY"),
+        (["resume", "digits-1", "--no-spare"], 2, "--no-spare goes with a DIRECTORY"),
+        (["resume", "digits-1", "--hang-timeout", "15"], 2, "--hang-timeout goes with a DIRECTORY"),
+        (["resume", "digits-1", "--timeout", "3"], 2, "--timeout goes with --follow only"),
+        (["resume", "digits-1", "--quiet"], 2, "--quiet goes with --follow only"),
+        (["submit", "job.yaml", "--timeout", "3"], 2, "--timeout goes with --follow only"),
+        (["cancel", "digits-1", "--timeout", "3"], 2, "--timeout goes with --wait only"),
+        (["drain", "here", "--undo", "--timeout", "3"], 2, "--timeout goes with a drain without --undo only"),
+        (["resume", "./run", "--metrics", "0.0.0.0:0"], 5, "serves on loopback addresses only"),
+        (["resume", "./run", "--no-spare", "--hang-timeout", "0", "--metrics", "unix:/m"], 2, "expected host:port"),
         (["evaluate", "./nothing"], 4, "no directory"),
         (["evaluate", "."], 4, "no saved cut"),
         (["evaluate", "job.yaml"], 2, "job.yaml is a file; expected the directory of a run"),
@@ -139,6 +152,7 @@ def test_what_goes_wrong_is_one_sentence_with_its_exit_status(
     arguments: list[str], code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "job.yaml").write_text(JOB, encoding="utf-8")
+    save_spec(tmp_path / "run", load_job(tmp_path / "job.yaml"))
     assert run(arguments) == code
     shown = capsys.readouterr()
     assert text in shown.err
