@@ -45,6 +45,14 @@ class TcpAddress:
         except ValueError:
             return False
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether it stands for all addresses of the machine that listens there."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
+
 
 Address = UnixAddress | TcpAddress
 
@@ -67,6 +75,34 @@ def parse_address(text: str) -> Address:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"address {text!r} is neither host:port (port 0 to 65535) nor unix:/path")
     return TcpAddress(host=host, port=int(port))
+
+
+def check_can_be_dialed(address: Address) -> None:
+    """Refuse what a process may listen at but nobody can call.
+
+    Raises:
+        ConfigError: it stands for every address of a machine, or has no port.
+    """
+    if isinstance(address, TcpAddress) and (address.everywhere or not address.port):
+        reason = "stands for all addresses of a machine" if address.everywhere else "has no port"
+        raise ConfigError(f"nobody can call {address}, which {reason}; say a host and port under which others reach it")
+
+
+def check_advertised(listen: str, advertise: str) -> None:
+    """Refuse a shard that nobody could call: its address is ``advertise``, or else ``listen`` with the port it gets.
+
+    Raises:
+        ConfigError: that is no address, or stands for all addresses of the machine.
+    """
+    if advertise:
+        check_can_be_dialed(parse_address(advertise))
+        return
+    address = parse_address(listen)
+    if isinstance(address, TcpAddress) and address.everywhere:
+        raise ConfigError(
+            f"--listen {address} stands for all addresses of this machine, so nobody knows where to call; say --advertise "
+            "with the host and port under which others reach it"
+        )
 
 
 def check_may_listen(address: Address, *, insecure: bool) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from layerwise.address import TcpAddress, UnixAddress, parse_address
+from layerwise.address import TcpAddress, UnixAddress, check_advertised, parse_address
 from layerwise.child import Program
 from layerwise.cluster import num_cores
 from layerwise.errors import ConfigError
@@ -66,8 +66,11 @@ class NodeSettings:
         """The command line of each process.
 
         Raises:
-            ConfigError: nothing is to run, an address can't be read, or there are not enough ports after one.
+            ConfigError: nothing is to run, an address can't be read or not be called by others, or there are not enough
+                ports after one.
         """
+        if self.shards:
+            check_advertised(self.listen, self.advertise)
         if not self.names:
             raise ConfigError(
                 "a node without shards and workers has nothing to do; say --shards, --forward or --backward"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from layerwise.address import parse_address
+from layerwise.address import check_advertised, parse_address
 from layerwise.errors import RejectedError, UnreachableError
 from layerwise.lifetime import Lifetime
 from layerwise.memory import keep_freed_memory
@@ -105,10 +105,12 @@ class Service:
         Raises:
             UnreachableError: the coordinator was not found, or stayed away, for ``reach_seconds``.
             RejectedError: it is of another wire version.
-            ConfigError: an address can't be read, or is taken.
+            ConfigError: an address can't be read, is taken, or can't be called by others.
         """
         keep_freed_memory()
         parse_address(self.settings.coordinator)
+        if self.settings.listen:
+            check_advertised(self.settings.listen, self.settings.advertise)
         self.loop = asyncio.get_running_loop()
         self._lifetime = Lifetime(exit_with_parent=self.settings.exit_with_parent)
         self._handler = self._make_handler(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from layerwise.address import parse_address
+from layerwise.address import check_can_be_dialed, parse_address
 from layerwise.errors import ConfigError
 from layerwise.messages import Hello, Role
 
@@ -31,7 +31,9 @@ def hello_fault(peer: str, hello: Hello) -> str:
     for name, address in (("address", hello.address), ("metrics address", hello.metrics_address)):
         try:
             if address:
-                parse_address(address)
+                parsed = parse_address(address)
+                if name == "address":
+                    check_can_be_dialed(parsed)
         except ConfigError as error:
             return f"its {name} can't be used: {error}"
     return ""

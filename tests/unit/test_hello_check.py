@@ -18,7 +18,12 @@ HELLO = Hello(
 
 @pytest.mark.parametrize(
     "hello",
-    [HELLO, replace(HELLO, role=Role.FORWARD, address=""), replace(HELLO, role=Role.BACKWARD, metrics_address="")],
+    [
+        HELLO,
+        replace(HELLO, metrics_address="0.0.0.0:9000"),
+        replace(HELLO, role=Role.FORWARD, address=""),
+        replace(HELLO, role=Role.BACKWARD, metrics_address=""),
+    ],
 )
 def test_a_process_that_says_what_it_is_comes_in(hello: Hello) -> None:
     assert hello_fault("shard-0", hello) == ""
@@ -34,6 +39,9 @@ def test_a_process_that_says_what_it_is_comes_in(hello: Hello) -> None:
         ({"address": ""}, "a shard without an address"),
         ({"address": "nonsense"}, "its address can't be used: address 'nonsense' is neither"),
         ({"address": "unix:" + "x" * 200}, "its address can't be used"),
+        ({"address": "0.0.0.0:7071"}, "its address can't be used: nobody can call 0.0.0.0:7071, which stands for all"),
+        ({"address": "[::]:7071"}, "its address can't be used: nobody can call [::]:7071"),
+        ({"address": "here:0"}, "nobody can call here:0, which has no port"),
         ({"metrics_address": "a:b"}, "its metrics address can't be used"),
         ({"host": "x" * (LONGEST_WORD + 1)}, "its host is no word"),
         ({"device": "cuda\x1b[2J"}, "its device is no word"),

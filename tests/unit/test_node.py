@@ -70,6 +70,21 @@ def test_a_node_with_nothing_to_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("addresses", "words"),
+    [
+        ({"listen": "0.0.0.0:7071"}, "say --advertise with the host and port"),
+        ({"listen": "[::]:0"}, "say --advertise with the host and port"),
+        ({"listen": "0.0.0.0:7071", "advertise": "0.0.0.0:7071"}, "nobody can call 0.0.0.0:7071"),
+        ({"listen": "0.0.0.0:7071", "advertise": "me:0"}, "nobody can call me:0, which has no port"),
+    ],
+)
+def test_shards_that_nobody_could_call_are_refused(addresses: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settings(**addresses).programs()
+    settings(**addresses, shards=0, forward=1).programs()
+
+
+@pytest.mark.parametrize(
     ("first", "second"),
     [
         ("127.0.0.1:0", "127.0.0.1:0"),

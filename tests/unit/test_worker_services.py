@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from layerwise.messages import Assignment, BlockPlace, Failure, Ready, Unassign
+from layerwise.errors import ConfigError
+from layerwise.messages import Assignment, BlockPlace, Failure, Ready, Role, Unassign
 from layerwise.roles import Send
-from layerwise.service import COORDINATOR, Service
+from layerwise.service import COORDINATOR, Service, ServiceSettings
 from layerwise.worker.backward import BackwardWorker
 from layerwise.worker.forward import ForwardWorker
 from tests.unit.played_service import PlayedService
@@ -91,3 +92,12 @@ def test_data_that_come_after_their_job_was_left_are_not_kept(monkeypatch: pytes
         await worker.close()
 
     asyncio.run(scene())
+
+
+def test_a_service_that_nobody_could_call_starts_nothing() -> None:
+    def make_handler(service: Service) -> Any:
+        raise AssertionError("it was started")
+
+    settings = ServiceSettings(role=Role.SHARD, coordinator="unix:/nowhere", listen="0.0.0.0:0", insecure=True)
+    with pytest.raises(ConfigError, match="say --advertise"):
+        asyncio.run(Service(settings, make_handler).run())
