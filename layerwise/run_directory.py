@@ -14,6 +14,7 @@ from typing import Any
 from layerwise import disk
 from layerwise.errors import BusyError, ConfigError, CorruptError, NotFoundError
 from layerwise.job import JobSpec, load_job, parse_job
+from layerwise.json_text import json_text
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
@@ -120,7 +121,7 @@ def save_result(directory: Path, document: dict[str, Any] | None) -> None:
     if document is None:
         disk.delete(path, "result")
     else:
-        disk.write_durably(path, (json.dumps(document, indent=2) + "\n").encode(), "result")
+        disk.write_durably(path, (json_text(document, indent=2) + "\n").encode(), "result")
 
 
 def load_result(directory: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 
 from layerwise.errors import MalformedMessageError, RejectedError
+from layerwise.json_text import json_text
 from layerwise.proto import layerwise_pb2 as pb2
 from layerwise.version import WIRE_VERSION
 
@@ -84,11 +85,11 @@ class ClientCall:
     def encode_reply(self, document: Any) -> bytes:
         """The answer's bytes: a JSON document, a `JobsPage`, or an `EventDocument`."""
         if isinstance(document, EventDocument):
-            return self.reply(offset=document.offset, event_json=json.dumps(document.event)).SerializeToString()
+            return self.reply(offset=document.offset, event_json=json_text(document.event)).SerializeToString()
         if isinstance(document, JobsPage):
-            jobs_json = json.dumps(document.documents)
+            jobs_json = json_text(document.documents)
             return self.reply(jobs_json=jobs_json, next_offset=document.next_offset).SerializeToString()
-        return self.reply(**{self.field: json.dumps(document)}).SerializeToString()
+        return self.reply(**{self.field: json_text(document)}).SerializeToString()
 
     def decode_reply(self, data: bytes) -> Any:
         """The inverse.

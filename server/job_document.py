@@ -7,6 +7,7 @@ seconds, durations seconds.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from layerwise.messages import Role
@@ -75,7 +76,7 @@ def _from_record(record: JobRecord) -> dict[str, Any]:
         "name": record.name,
         "state": str(record.state),
         "message": record.message,
-        "warnings": list(record.warnings),
+        "warnings": [*record.warnings, *_not_finite(record)],
         "created": record.created,
         "started": record.started,
         "finished": record.finished,
@@ -88,6 +89,15 @@ def _from_record(record: JobRecord) -> dict[str, Any]:
         "rollbacks": [dict(one) for one in record.rollbacks],
         "validation": {key: value for key, value in last.items() if key != "seconds"} if last else None,
     }
+
+
+def _not_finite(record: JobRecord) -> list[str]:
+    """What must be said of evaluations whose numbers can't be shown; the newest one stands for all."""
+    for evaluation in reversed(record.evaluations):
+        names = [name for name, value in evaluation.items() if isinstance(value, float) and not math.isfinite(value)]
+        if names:
+            return [f"the evaluation of version {evaluation['version']} gave no finite {', '.join(names)}"]
+    return []
 
 
 def _from_run(run: Run) -> dict[str, Any]:
