@@ -54,6 +54,9 @@ class PlayedClient:
     def cancel(self, job: str) -> dict[str, Any]:
         return {"job": job, "state": "stopping"}
 
+    def list_jobs(self) -> list[dict[str, Any]]:
+        return []
+
     def resume(self, **named: Any) -> dict[str, Any]:
         return {"job": "tiny-1", "state": "queued", "num_events": 0}
 

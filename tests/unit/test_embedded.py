@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from layerwise.embedded import SPARE_AFTER_SECONDS, EmbeddedRun
-from layerwise.errors import ConfigError, LayerwiseError
+from layerwise.errors import ConfigError, JobFailedError, LayerwiseError, NotAllowedError
 from layerwise.job import parse_job
 from layerwise.job_result import JobResult
 from layerwise.progress import ProgressLines
 from layerwise.run_directory import DirectoryLock, directory_for, load_result, save_result, save_spec, spec_in
+from tests.unit.played_client import PlayedClient
 
 SPEC = parse_job({"name": "tiny", "model": "mlp", "data": "digits"})
 
@@ -69,6 +70,24 @@ def test_a_run_without_a_spare_starts_none(monkeypatch: pytest.MonkeyPatch, tmp_
         clock.now += 2 * SPARE_AFTER_SECONDS
         run._on_document({"steps": steps})
     assert cluster.spares == 0
+
+
+class PlayedCluster:
+    """Runs, and has a coordinator whose answers are written down."""
+
+    stop_seconds = 0.0
+
+    def __init__(self, client: PlayedClient) -> None:
+        self.client = lambda: client
+
+    def __enter__(self) -> PlayedCluster:
+        return self
+
+    def __exit__(self, *how: object) -> None:
+        pass
+
+    def wait_for_nodes(self, seconds: float) -> None:
+        pass
 
 
 class NoCluster:
@@ -138,3 +157,47 @@ def test_overwriting_destroys_nothing_where_the_new_run_is_refused_or_does_not_s
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"job.json", "cuts", "lock"} - (
         set() if model == "mlp" else {"lock"}
     )
+
+
+class GivesUp(ProgressLines):
+    """A view that has a process of the run given up as soon as the job is seen."""
+
+    run: EmbeddedRun
+
+    def on_document(self, document: dict[str, Any]) -> None:
+        self.run._on_problem("shard-0 ended with exit status 1", True)
+
+
+@pytest.mark.parametrize("temporary", [False, True])
+def test_what_was_known_of_a_job_is_there_after_a_process_was_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, temporary: bool
+) -> None:
+    save_spec(tmp_path / "run", SPEC)
+    (tmp_path / "run" / "cuts").mkdir()
+    client = PlayedClient({"job": "tiny-1", "state": "running", "steps": 3}, endless=True).play(monkeypatch)
+    view = GivesUp(io.StringIO())
+    run = view.run = EmbeddedRun(SPEC, tmp_path / "run", view, temporary=temporary, overwrite=True)
+    monkeypatch.setattr(run, "_cluster", PlayedCluster(client))
+    with pytest.raises(JobFailedError) as caught:
+        run.run()
+    advice = "" if temporary else f"; go on with `layerwise resume {tmp_path / 'run'}`"
+    assert str(caught.value) == f"shard-0 ended with exit status 1{advice}"
+    assert run.document == {"job": "tiny-1", "state": "failed", "steps": 3, "message": str(caught.value)}
+    assert run.resumable
+    # It has begun, so that the run which it overwrites is gone, and this one can be resumed.
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"job.json", "lock"}
+
+
+def test_a_run_that_may_not_be_resumed_keeps_its_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(**named: Any) -> dict[str, Any]:
+        raise NotAllowedError("job tiny-1 is done")
+
+    save_spec(tmp_path / "run", SPEC)
+    save_result(tmp_path / "run", {"state": "done"})
+    run = EmbeddedRun(SPEC, tmp_path / "run", ProgressLines(io.StringIO()), resume=True)
+    client = PlayedClient({})
+    monkeypatch.setattr(client, "resume", refuse)
+    monkeypatch.setattr(run, "_cluster", PlayedCluster(client))
+    with pytest.raises(NotAllowedError):
+        run.run()
+    assert load_result(tmp_path / "run") == {"state": "done"}
