@@ -15,6 +15,7 @@ from typing import Protocol
 
 from layerwise.address import parse_address
 from layerwise.errors import RejectedError, UnreachableError
+from layerwise.ids import COORDINATOR
 from layerwise.lifetime import Lifetime
 from layerwise.memory import keep_freed_memory
 from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Welcome
@@ -24,7 +25,6 @@ from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
 from layerwise.version import VERSION
 
-COORDINATOR = "coordinator"
 TICK_SECONDS = 0.2
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ import torch
 from layerwise.background import Background
 from layerwise.device import resolve_device
 from layerwise.errors import CorruptError, MalformedMessageError, NotFoundError, sentence
+from layerwise.ids import COORDINATOR
 from layerwise.job import parse_job
 from layerwise.messages import (
     Assignment,
@@ -45,7 +46,7 @@ from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
 from layerwise.server.standby_copy import StandbyBytes, StandbyCopy
 from layerwise.server.standby_role import StandbyRole
-from layerwise.service import COORDINATOR, Service, ServiceSettings
+from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
 from layerwise.standby_bytes import ArrivingLayer, LayerBytes, most_bytes
 from layerwise.tasks import Task, TaskResult

@@ -15,10 +15,10 @@ import click
 
 from layerwise.cli import exit_codes
 from layerwise.cli.options import (
-    COORDINATOR_VARIABLE,
     allow_import_option,
     command,
     coordinator_address,
+    coordinator_option,
     device_name,
     output_option,
 )
@@ -49,17 +49,6 @@ def service_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
-
-
-def coordinator_of_service(function: Function) -> Function:
-    """``--coordinator`` of a service."""
-    return click.option(
-        "--coordinator",
-        metavar="ADDRESS",
-        envvar=COORDINATOR_VARIABLE,
-        show_envvar=True,
-        help="host:port or unix:/path of the coordinator.  [default: the cluster of `layerwise up`]",
-    )(function)
 
 
 def name_option(function: Function) -> Function:
@@ -106,7 +95,7 @@ def coordinator_command(
         "layerwise shard --coordinator host:7070 --listen 0.0.0.0:7071 --advertise me:7071 --insecure --device cuda:0",
     ],
 )
-@coordinator_of_service
+@coordinator_option
 @click.option("--listen", metavar="ADDRESS", default="127.0.0.1:0", show_default=True, help=LISTEN_HELP)
 @click.option("--advertise", metavar="ADDRESS", default="", help="Where others reach it.  [default: where it listens]")
 @click.option(
@@ -159,7 +148,7 @@ def shard_command(
     "forward",
     examples=["layerwise forward", "layerwise forward --coordinator host:7070 --insecure --allow-import my_data"],
 )
-@coordinator_of_service
+@coordinator_option
 @name_option
 @allow_import_option
 @service_options
@@ -192,7 +181,7 @@ def forward_command(
 @command(
     "backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --insecure --device cuda:1"]
 )
-@coordinator_of_service
+@coordinator_option
 @click.option(
     "--device",
     type=device_name,

@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from layerwise.ids import COORDINATOR
 from layerwise.messages import Assignment, BlockPlace, Failure, Ready, Unassign
 from layerwise.roles import Send
-from layerwise.service import COORDINATOR, Service
+from layerwise.service import Service
 from layerwise.worker.backward import BackwardWorker
 from layerwise.worker.forward import ForwardWorker
 from tests.unit.played_service import PlayedService
