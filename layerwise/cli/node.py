@@ -25,7 +25,7 @@ from layerwise.cli.services import LISTEN_HELP, service_options, start_logging
     "node",
     examples=[
         "layerwise node --coordinator host:7070 --insecure --device cuda:0 --device cuda:1 --listen 0.0.0.0:7071 --advertise me:7071",
-        "layerwise node --coordinator host:7070 --insecure --shards 0 --forward 2",
+        "layerwise node --coordinator host:7070 --shards 0 --forward 2",
     ],
 )
 @coordinator_option

@@ -41,7 +41,9 @@ def service_options(function: Function) -> Function:
         ),
         click.option("--exit-with-parent", is_flag=True, help="End when standard input ends."),
         click.option(
-            "--insecure", is_flag=True, help="Agree to links beyond this machine without encryption or password."
+            "--insecure",
+            is_flag=True,
+            help="Agree to listen beyond this machine, --metrics included, without encryption or password.",
         ),
         click.option(
             "--metrics", metavar="ADDRESS", default="", help="host:port to serve /metrics on.  [default: nowhere]"
@@ -146,7 +148,7 @@ def shard_command(
 
 @command(
     "forward",
-    examples=["layerwise forward", "layerwise forward --coordinator host:7070 --insecure --allow-import my_data"],
+    examples=["layerwise forward", "layerwise forward --coordinator host:7070 --allow-import my_data"],
 )
 @coordinator_option
 @name_option
@@ -178,9 +180,7 @@ def forward_command(
     return exit_codes.DONE
 
 
-@command(
-    "backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --insecure --device cuda:1"]
-)
+@command("backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --device cuda:1"])
 @coordinator_option
 @click.option(
     "--device",
