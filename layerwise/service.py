@@ -23,6 +23,7 @@ from layerwise.metrics_server import serve_metrics
 from layerwise.roles import Connect, Disconnect, Effect, Send
 from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
+from layerwise.transport_metrics import transport_metrics
 from layerwise.version import VERSION
 
 TICK_SECONDS = 0.2
@@ -184,7 +185,7 @@ class Service:
         self.loop.call_soon_threadsafe(self.fail, error)
 
     def _collect(self) -> Iterable[object]:
-        return [*self._handler.collect(), *self.transport.refusals.collect()]
+        return [*self._handler.collect(), *transport_metrics(self.transport)]
 
     def _reach_coordinator(self) -> None:
         self._welcomed = False
