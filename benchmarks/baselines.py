@@ -23,11 +23,12 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleGPipe, 
 
 from layerwise.data import load_dataset, microbatch_indices
 from layerwise.ids import Microbatch
-from layerwise.job import JobSpec, load_job
+from layerwise.job import JobSpec
 from layerwise.losses import build_loss
 from layerwise.memory import keep_freed_memory
 from layerwise.models import build_model
 from layerwise.optimizers import build_optimizer
+from layerwise.overrides import read_job
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "zero-bubble": ScheduleInterleavedZeroBubble}
 
@@ -134,7 +135,7 @@ def member(rank: int, arguments: argparse.Namespace, store: str) -> None:
     """One of two ranks in a process of its own; rank 0 prints."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    spec = load_job(arguments.spec)
+    spec = read_job(arguments.spec)
     speed = ddp(rank, spec, arguments) if arguments.peer == "ddp" else pipeline(rank, spec, arguments)
     if rank == 0:
         print(json.dumps({"peer": arguments.peer, "samples_per_second": speed}))
@@ -159,7 +160,7 @@ def main() -> None:
     if arguments.keep_memory:
         keep_freed_memory()
     if arguments.peer == "plain":
-        speed = plain(load_job(arguments.spec), arguments)
+        speed = plain(read_job(arguments.spec), arguments)
         print(json.dumps({"peer": "plain", "threads": arguments.threads, "samples_per_second": speed}))
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -13,18 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.cpu import processor_seconds
+from benchmarks.live_job import live_job, python_path
 from benchmarks.report import spread, table, write_section
 from benchmarks.runs import STDLIB_LM
-from layerwise.client import CoordinatorClient
 from layerwise.cluster import LocalCluster
-from layerwise.overrides import read_job
 
 UNGUARDED = Path(__file__).parent / "unguarded"
 WARMUP = 4
@@ -32,7 +27,7 @@ WARMUP = 4
 REST = 4
 """Updates behind them: what a run does at its end must not begin before."""
 AIM = 1.02
-POLL_SECONDS = 0.5
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -63,41 +58,21 @@ def main(arguments: Sequence[str]) -> None:
 
 def _measure(updates: int, *, guarded: bool) -> float:
     """CPU seconds a training sample of all processes."""
-    environment = {} if guarded else {"PYTHONPATH": os.pathsep.join([str(UNGUARDED), *_python_path()])}
+    environment = {} if guarded else {"PYTHONPATH": python_path(UNGUARDED)}
     steps = WARMUP + updates + REST
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LocalCluster(shards=2, forward=1, environment=environment) as cluster,
-        cluster.client() as client,
-    ):
-        job = [
-            f"train.steps={steps}",
-            # The cut lies in the middle of what is measured, so that writing it does too.
-            f"checkpoint.every={WARMUP + updates // 2 if guarded else 10 * steps}",
-            "data.validation=0.0005",
-            f"checkpoint.path={folder}/run",
-        ]
-        name = str(client.submit(read_job(STDLIB_LM, job).to_json())["job"])
-        document = _wait(client, name, WARMUP)
-        before, first = _seconds(cluster), int(document["samples"])
-        document = _wait(client, name, WARMUP + updates)
-        after, last = _seconds(cluster), int(document["samples"])
-        _check(Path(folder) / "run", guarded=guarded)
+    job = [
+        f"train.steps={steps}",
+        # The cut lies in the middle of what is measured, so that writing it does too.
+        f"checkpoint.every={WARMUP + updates // 2 if guarded else 10 * steps}",
+        "data.validation=0.0005",
+    ]
+    with live_job(STDLIB_LM, *job, environment=environment) as live:
+        document = live.until(WARMUP)
+        before, first = _seconds(live.cluster), int(document["samples"])
+        document = live.until(WARMUP + updates)
+        after, last = _seconds(live.cluster), int(document["samples"])
+        _check(live.directory, guarded=guarded)
         return (after - before) / (last - first)
-
-
-def _python_path() -> list[str]:
-    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-
-
-def _wait(client: CoordinatorClient, job: str, step: int) -> dict[str, Any]:
-    while True:
-        document = client.get_job(job)
-        if document["state"] not in ("queued", "preparing", "running"):
-            raise SystemExit(f"the job is {document['state']} before update {step}: {document.get('message')}")
-        if document["steps"] >= step:
-            return document
-        time.sleep(POLL_SECONDS)
 
 
 def _check(directory: Path, *, guarded: bool) -> None:
@@ -108,4 +83,9 @@ def _check(directory: Path, *, guarded: bool) -> None:
 
 
 def _seconds(cluster: LocalCluster) -> float:
-    return sum(processor_seconds(Path(f"/proc/{pid}/stat")) for pid in cluster.pids.values())
+    return sum(_processor_seconds(Path(f"/proc/{pid}/stat")) for pid in cluster.pids.values())
+
+
+def _processor_seconds(stat: Path) -> float:
+    fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS

@@ -11,7 +11,7 @@ from typing import Any, Self
 from layerwise.address import UnixAddress, parse_address
 from layerwise.client import CoordinatorClient, JobEvent
 from layerwise.errors import JobFailedError
-from layerwise.follow import JobFollower, Silent
+from layerwise.follow import JobFollower, Quiet, Silent
 from layerwise.job import JobSpec
 from layerwise.job_result import JobResult
 from layerwise.overrides import read_job
@@ -46,7 +46,7 @@ def train(
 
     spec = _spec(job, overrides).with_absolute_paths(Path.cwd())
     directory = directory_for(spec.checkpoint_path, overwrite=overwrite)
-    run = EmbeddedRun(spec, directory, _Quiet(), overwrite=overwrite, allow_imports=allow_imports, threads=threads)
+    run = EmbeddedRun(spec, directory, Quiet(), overwrite=overwrite, allow_imports=allow_imports, threads=threads)
     return _checked(run.run(), check=check)
 
 
@@ -172,19 +172,6 @@ class Job:
             yield from self._client.follow_events(self.id)
         else:
             yield from self._client.events(self.id)
-
-
-class _Quiet(Silent):
-    """A progress view for programs: shows nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _spec(job: str | Path | Mapping[str, Any] | JobSpec, overrides: Iterable[str]) -> JobSpec:

@@ -13,10 +13,11 @@ from math import frexp
 from pathlib import Path
 
 from layerwise.applied import AppliedSet
-from layerwise.audit_report import AuditReport, DroppedMicrobatch, Findings, LayerFacts
+from layerwise.audit_report import AuditReport, Findings, LayerFacts
 from layerwise.block_audit import AttemptNumbers, BlockEvents, log_name, replay_block
 from layerwise.block_audit import StoredEvents as StoredEvents
 from layerwise.cuts import durable_cuts, layer_files, load_manifest
+from layerwise.dropped import DroppedMicrobatch
 from layerwise.errors import CorruptCutError, CorruptError, NotFoundError
 from layerwise.events import RestoreEvent
 from layerwise.layer_audit import CutState, LayerAudit

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from layerwise.errors import AuditError
-from layerwise.ids import Microbatch
+from layerwise.dropped import DroppedMicrobatch
 
 CLAIMS: dict[str, str] = {
     "log": "the logs of all blocks can be read, number their records without gaps, belong together and reach as far as the cuts",
@@ -72,22 +71,6 @@ class LayerFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DroppedMicrobatch:
-    """A microbatch that was given up, and why.
-
-    ``missing_from`` is the lowest layer that dropped it, where others have applied it (``None``: all layers dropped it).
-    """
-
-    microbatch: Microbatch
-    reason: str
-    missing_from: int | None = None
-
-    def __str__(self) -> str:
-        where = "" if self.missing_from is None else f" (layer {self.missing_from} dropped it, others applied it)"
-        return f"samples {self.microbatch} are dropped: {self.reason}{where}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditReport:
     """The outcome of an audit. ``dropped`` is what the layers' last lives hold as dropped, in position order."""
 
@@ -120,15 +103,6 @@ class AuditReport:
             for check in self.checks
         )
         return replace(self, checks=checks)
-
-    def raise_for_failure(self) -> None:
-        """Raise `AuditError` with the first contradiction of each failed check."""
-        failed = [check for check in self.checks if not check.passed]
-        if failed:
-            sentences = "; ".join(f"{check.name}: {check.failures[0]}" for check in failed)
-            raise AuditError(
-                f"the audit of job {self.job} failed {len(failed)} of {len(self.checks)} checks: {sentences}"
-            )
 
     def to_json(self) -> dict[str, object]:
         """Plain values for ``--output json``."""

@@ -49,6 +49,11 @@ class CutWriter:
         except queue.Full:
             done((), f"cut {version} was not saved: {MAX_WAITING} cuts wait for a slow disk already")
 
+    @property
+    def num_waiting(self) -> int:
+        """Cuts that wait for the disk."""
+        return self._queue.qsize()
+
     def close(self, timeout_seconds: float = 60.0) -> None:
         """Save what waits, then end the thread."""
         try:

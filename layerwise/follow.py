@@ -37,6 +37,19 @@ class Silent:
         """Nothing."""
 
 
+class Quiet(Silent):
+    """A progress view that shows nothing, for programs."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Wake:
     """What the following thread is woken for."""

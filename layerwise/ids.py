@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NewType
 
+COORDINATOR = "coordinator"
+"""What every other process calls the coordinator."""
+
 JobId = NewType("JobId", str)
 LayerIndex = NewType("LayerIndex", int)
 Version = NewType("Version", int)

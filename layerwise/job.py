@@ -1,6 +1,6 @@
 """The job file: what a user writes to have a model trained.
 
-`load_job` and `parse_job` turn YAML or JSON into a `JobSpec`, or refuse it with one sentence for each problem. What the
+`parse_job` turns YAML or JSON into a `JobSpec`, or refuses it with one sentence for each problem. What the
 ``auto`` values come to is decided by `resolve` once the number of samples and shards is known. No
 torch here: the coordinator and the command line read jobs too.
 """
@@ -42,7 +42,7 @@ from layerwise.sections import (
 from layerwise.settings import ResolvedSettings, resolve
 from layerwise.specification import EXPECTED, describe, plain, read_mapping, sentences
 
-__all__ = ["JobSpec", "ResolvedSettings", "job_schema", "load_job", "parse_job", "resolve"]
+__all__ = ["JobSpec", "ResolvedSettings", "job_schema", "parse_job", "resolve"]
 
 DEFAULT_CONTEXT = 128
 
@@ -110,21 +110,6 @@ class JobSpec(Section):
         values["cluster"]["shards"] = num_shards
         values["checkpoint"]["standby"] &= num_shards > 1
         return parse_job(values, source=f"job {self.name} on {num_shards} shards")
-
-
-def load_job(path: str | Path) -> JobSpec:
-    """Read and check the job file at ``path``.
-
-    Raises:
-        ConfigError: the file can't be read, or says something that can't be meant.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"no job file at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the job file {path} can't be read: {error}") from None
-    return parse_job(text, source=str(path))
 
 
 def parse_job(job: str | Mapping[str, Any], source: str = "job") -> JobSpec:

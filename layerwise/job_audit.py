@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.audit import SampleLedgerSummary, audit_directory
-from layerwise.audit_report import AuditReport, DroppedMicrobatch
+from layerwise.audit_report import AuditReport
 from layerwise.cuts import durable_cuts, load_manifest
+from layerwise.dropped import DroppedMicrobatch
 from layerwise.errors import CorruptError, NotFoundError
 from layerwise.event_log import LogReader, find_logs
 from layerwise.events import UpdateEvent
-from layerwise.ids import Microbatch
 from layerwise.job import JobSpec, parse_job
 from layerwise.policies import delay_policy
 from layerwise.schedules import learning_rate_factor
@@ -97,14 +97,7 @@ def _ledger(document: Mapping[str, Any]) -> SampleLedgerSummary | None:
             samples_leased=ledger["samples_leased"],
             samples_applied=ledger["samples_applied"],
             samples_dropped=ledger["samples_dropped"],
-            dropped=tuple(
-                DroppedMicrobatch(
-                    microbatch=Microbatch(one["epoch"], one["start"], one["stop"]),
-                    reason=one["reason"],
-                    missing_from=one["missing_from"],
-                )
-                for one in ledger.get("dropped", ())
-            ),
+            dropped=tuple(DroppedMicrobatch.from_json(one) for one in ledger.get("dropped", ())),
             num_dropped=ledger.get("num_dropped", -1),
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -102,16 +102,6 @@ class Link:
         return self._received
 
     @property
-    def outbox_messages(self) -> int:
-        """How many messages wait for room."""
-        return len(self._outbox)
-
-    @property
-    def unacknowledged_size(self) -> int:
-        """The size of all that is sent and not acknowledged."""
-        return self._unacknowledged_size
-
-    @property
     def idle(self) -> bool:
         """Nothing waits and nothing is unacknowledged."""
         return not self._outbox and not self._unacknowledged

@@ -144,11 +144,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, T
         optimizer.state[parameter][key] = placed
 
 
-def reset_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Forget momentum and step counters, as if nothing had been trained yet."""
-    optimizer.state.clear()
-
-
 def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     groups: list[dict[str, Any]] = optimizer.param_groups
     return {

@@ -7,6 +7,7 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from layerwise.errors import ConfigError
 
@@ -35,6 +36,6 @@ def delay_policy(name: str) -> DelayPolicy:
     return policy
 
 
-def automatic_policy(staleness: int) -> str:
+def automatic_policy(staleness: int) -> Literal["constant", "inverse"]:
     """The name that ``auto`` stands for in a run whose expected staleness is ``staleness`` updates."""
     return "constant" if staleness <= 1 else "inverse"

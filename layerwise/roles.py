@@ -7,7 +7,6 @@ argument, and carries out the effects in order. The same objects run on gRPC and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from layerwise.messages import Message
 
@@ -36,19 +35,3 @@ class Disconnect:
 
 
 Effect = Send | Connect | Disconnect
-
-
-class LinkRole(Protocol):
-    """A role as the transport sees it."""
-
-    def on_message(self, peer: str, message: Message, now: float) -> list[Effect]:
-        """A message from ``peer`` arrived."""
-        ...
-
-    def on_lost(self, peer: str, now: float) -> list[Effect]:
-        """The link to ``peer`` is gone for good: that incarnation was killed, left, or stayed unreachable past the grace."""
-        ...
-
-    def on_tick(self, now: float) -> list[Effect]:
-        """Called about ten times a second."""
-        ...

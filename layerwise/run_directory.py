@@ -13,8 +13,9 @@ from typing import Any
 
 from layerwise import disk
 from layerwise.errors import BusyError, ConfigError, CorruptError, NotFoundError
-from layerwise.job import JobSpec, load_job, parse_job
+from layerwise.job import JobSpec, parse_job
 from layerwise.json_text import json_text
+from layerwise.overrides import read_job
 
 JOB_FILE = "job.json"
 RESULT_FILE = "result.json"
@@ -103,7 +104,7 @@ def spec_in(directory: Path) -> JobSpec:
         NotFoundError: no run lies there.
     """
     if (directory / JOB_FILE).is_file():
-        return load_job(directory / JOB_FILE)
+        return read_job(directory / JOB_FILE)
     from layerwise.cuts import load_manifest, newest_cut
 
     version = newest_cut(directory) if directory.is_dir() else None

@@ -75,7 +75,6 @@ class TransformerLm(Section):
     vocabulary: Annotated[int, Field(ge=2)] | None = Field(default=None, description="default: the data's, or 256")
 
 
-BuiltinModel: TypeAlias = Mlp | Cnn | Resnet | TransformerLm
 ModelSpec: TypeAlias = Annotated[
     Annotated[Mlp, Tag("mlp")]
     | Annotated[Cnn, Tag("cnn")]

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from layerwise.address import check_advertised, parse_address
 from layerwise.errors import RejectedError, UnreachableError
+from layerwise.ids import COORDINATOR
 from layerwise.lifetime import Lifetime
 from layerwise.memory import keep_freed_memory
 from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Welcome
@@ -22,9 +23,9 @@ from layerwise.metrics_server import serve_metrics
 from layerwise.roles import Connect, Disconnect, Effect, Send
 from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
+from layerwise.transport_metrics import transport_metrics
 from layerwise.version import VERSION
 
-COORDINATOR = "coordinator"
 TICK_SECONDS = 0.2
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ class Service:
         self.loop.call_soon_threadsafe(self.fail, error)
 
     def _collect(self) -> Iterable[object]:
-        return [*self._handler.collect(), *self.transport.refusals.collect()]
+        return [*self._handler.collect(), *transport_metrics(self.transport)]
 
     def _reach_coordinator(self) -> None:
         self._welcomed = False

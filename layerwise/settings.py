@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from layerwise.errors import ConfigError, MalformedMessageError
 from layerwise.plan import TrainingPlan
+from layerwise.policies import automatic_policy
 from layerwise.sections import Muon, Sgd
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def resolve(
         window=window,
         accumulation=accumulation,
         backward_weights=weights if weights != "auto" else ("recompute" if spec.cluster.num_detached else "latest"),
-        delay_policy=policy if policy != "auto" else ("constant" if expected <= 1 else "inverse"),
+        delay_policy=policy if policy != "auto" else automatic_policy(expected),
         max_staleness=promised,
         expected_staleness=expected,
         steps=steps,

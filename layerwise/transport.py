@@ -109,7 +109,7 @@ class Transport:
         self._credit_bytes = credit_bytes
         self._max_outbox_bytes = max_outbox_bytes
         self._max_message_bytes = max_message_bytes
-        self._pool = pool or BufferPool()
+        self.pool = pool or BufferPool()
         self._faults = frame_faults_of(name)
         self._peers = Peers(credit_bytes=credit_bytes, on_lost=lambda peer: self._call(on_lost, peer))
         self._servers: list[grpc.aio.Server] = []
@@ -328,7 +328,7 @@ class Transport:
         return admitted
 
     def _reader(self) -> FrameReader:
-        return FrameReader(self._pool, max_message_bytes=self._max_message_bytes)
+        return FrameReader(self.pool, max_message_bytes=self._max_message_bytes)
 
     def _carrier(self, state: Peer, stream: Stream, reader: FrameReader) -> Carrier:
         make: Callable[..., Carrier] = Carrier

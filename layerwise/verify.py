@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from layerwise.cuts import layer_files, load_manifest
+from layerwise.data import load_dataset
 from layerwise.errors import ConfigError
 from layerwise.job import JobSpec
 from layerwise.layer_file import load_layer
 from layerwise.reference import train_reference
-from layerwise.settings import ResolvedSettings
+from layerwise.settings import ResolvedSettings, resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,19 @@ class Verification:
     def equal(self) -> bool:
         """Whether every bit is the same."""
         return self.difference is None
+
+
+def updates_to_verify(spec: JobSpec, most: int, allowed_imports: Sequence[str] = ()) -> int:
+    """``most``, or how many updates the job has if those are fewer. Loads the data of a job that is given in epochs.
+
+    Raises:
+        ConfigError, NotAllowedError: such a job's data can't be loaded, or contradicts its settings.
+    """
+    updates = spec.train.steps
+    if updates is None:
+        num_samples = len(load_dataset(spec.data, allowed_imports).train)
+        updates = resolve(spec, num_samples, spec.cluster.shards).steps
+    return min(updates, most)
 
 
 def verify(

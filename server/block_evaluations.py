@@ -66,11 +66,6 @@ class BlockEvaluations:
         """There will be no answer; nobody need be remembered who waits for it."""
         self._workers.pop((task.version, task.start, task.stop), None)
 
-    @property
-    def num_awaited(self) -> int:
-        """Answers that workers wait for."""
-        return len(self._workers)
-
     def relay(self, answer: Evaluated) -> list[Effect]:
         """Hand an answer on upstream, to the worker in the end."""
         upstream = self._context.upstream

@@ -25,10 +25,11 @@ from layerwise.server.hello_check import hello_fault
 from layerwise.server.job_record import JobEvent
 from layerwise.server.job_store import SqliteJobStore
 from layerwise.server.memory_store import MemoryJobStore
-from layerwise.server.metrics import coordinator_metrics
+from layerwise.server.metrics import coordinator_metrics, job_store_metrics
 from layerwise.server.node_document import coordinator_document
 from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
+from layerwise.transport_metrics import transport_metrics
 
 NAME = "coordinator"
 TICK_SECONDS = 0.2
@@ -116,7 +117,7 @@ class Coordinator:
         if metrics:
             self._metrics = MetricsServer(
                 metrics,
-                lambda: [*coordinator_metrics(self._role, self._now()), *transport.refusals.collect()],
+                self._collect,
                 insecure=insecure,
             )
             self.metrics_address = self._metrics.address
@@ -216,6 +217,11 @@ class Coordinator:
     def _now(self) -> float:
         """Unix seconds that never go back."""
         return self._epoch + time.monotonic()
+
+    def _collect(self) -> list[Any]:
+        assert self._transport is not None
+        about_everything = coordinator_metrics(self._role, self._now())
+        return [*about_everything, *transport_metrics(self._transport), *job_store_metrics(self._store)]
 
     def _on_message(self, peer: str, message: Message) -> None:
         assert self._transport is not None

@@ -106,6 +106,11 @@ class HostedBlock:
         return self._slots.num_slots
 
     @property
+    def num_unsaved(self) -> int:
+        """Cuts that wait for the disk."""
+        return self._built.writer.num_waiting
+
+    @property
     def events(self) -> EventLog:
         """The block's event log."""
         return self._built.events

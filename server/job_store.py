@@ -167,6 +167,11 @@ class SqliteJobStore:
 
         self._enqueue(write)
 
+    @property
+    def num_waiting(self) -> int:
+        """Writes that wait for the disk."""
+        return self._writes.qsize()
+
     def flush(self) -> None:
         """Wait until everything written so far is on disk.
 

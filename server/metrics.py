@@ -20,6 +20,8 @@ from prometheus_client.core import (
 from layerwise.messages import Role
 from layerwise.server.coordinator_role import CoordinatorRole
 from layerwise.server.job_record import JobState
+from layerwise.server.job_store import SqliteJobStore
+from layerwise.server.memory_store import JobStore
 from layerwise.server.run import Run
 from layerwise.server.training import Training
 
@@ -169,3 +171,13 @@ def _layers(trained: list[tuple[Run, Training]]) -> Iterable[Metric]:
             life.add_metric(where, layer.life)
             rate.add_metric(where, layer.learning_rate)
     return staleness, misalignment, version, life, rate
+
+
+def job_store_metrics(store: JobStore) -> list[Metric]:
+    """The family about the coordinator's own store; nothing ever waits for one in memory."""
+    waiting = store.num_waiting if isinstance(store, SqliteJobStore) else 0
+    return [
+        GaugeMetricFamily(
+            "layerwise_job_store_queue_tasks", "Writes that wait for the job store's disk.", value=waiting
+        )
+    ]

@@ -7,9 +7,10 @@ import socket
 import time
 from typing import Any
 
+from layerwise.ids import COORDINATOR
 from layerwise.messages import Role
 from layerwise.server.membership import Process, node_of
-from layerwise.service import COORDINATOR, resident_bytes
+from layerwise.service import resident_bytes
 from layerwise.version import VERSION
 
 

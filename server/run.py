@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from layerwise.dropped import DroppedMicrobatch
 from layerwise.errors import LayerwiseError
 from layerwise.ids import first_attempt
 from layerwise.job import JobSpec
@@ -59,7 +60,6 @@ from layerwise.server.preparation import Prepared, partial_drops, prepare, prepa
 from layerwise.server.recovery import Recovery
 from layerwise.server.rollback import course_after
 from layerwise.server.routing import Routing
-from layerwise.server.sample_ledger import DroppedMicrobatch
 from layerwise.server.shard_places import ShardPlaces
 from layerwise.server.standby_copies import HeldCopy, StandbyCopies, first_whole_cut, next_evaluation
 from layerwise.server.training import Training

@@ -5,42 +5,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from layerwise.applied import AppliedSet
+from layerwise.dropped import DroppedMicrobatch
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import Outcome
 from layerwise.plan import TrainingPlan
 
 ALREADY_APPLIED, STILL_OPEN, STOPPING, OUT_OF_ORDER = "applied", "open", "stopping", "order"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DroppedMicrobatch:
-    """A microbatch whose gradient is missing: on every layer, or on some of which ``missing_from`` is the lowest."""
-
-    microbatch: Microbatch
-    reason: str
-    missing_from: int | None = None
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values, for the job document and the manifest of a cut."""
-        return {
-            "epoch": self.microbatch.epoch,
-            "start": self.microbatch.start,
-            "stop": self.microbatch.stop,
-            "reason": self.reason,
-            "missing_from": self.missing_from,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> DroppedMicrobatch:
-        """The inverse of `to_json`."""
-        return cls(
-            microbatch=Microbatch(value["epoch"], value["start"], value["stop"]),
-            reason=value["reason"],
-            missing_from=value["missing_from"],
-        )
 
 
 @dataclass(slots=True)
@@ -152,11 +124,6 @@ class SampleLedger:
     def samples_leased(self) -> int:
         """Unique samples leased and not given back: applied + dropped + open."""
         return self._closed_samples + self._open_samples
-
-    def num_held(self, worker: str) -> int:
-        """How many leases ``worker`` holds, void ones included."""
-        held = self._workers.get(worker)
-        return len(held.held) if held else 0
 
     def closed(self) -> AppliedSet:
         """A copy of the set of closed microbatches."""

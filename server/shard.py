@@ -14,6 +14,7 @@ import torch
 from layerwise.background import Background
 from layerwise.device import resolve_device
 from layerwise.errors import CorruptError, MalformedMessageError, NotFoundError, sentence
+from layerwise.ids import COORDINATOR
 from layerwise.job import parse_job
 from layerwise.messages import (
     Assignment,
@@ -45,7 +46,7 @@ from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
 from layerwise.server.standby_copy import StandbyBytes, StandbyCopy
 from layerwise.server.standby_role import StandbyRole
-from layerwise.service import COORDINATOR, Service, ServiceSettings
+from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
 from layerwise.standby_bytes import ArrivingLayer, LayerBytes, most_bytes
 from layerwise.tasks import Task, TaskResult
@@ -143,8 +144,12 @@ class ShardServer:
         waiting = GaugeMetricFamily(
             "layerwise_queue_depth_tasks", "Passes that wait for a slot.", labels=[*labels, "direction"]
         )
+        copies_of_cuts = GaugeMetricFamily("layerwise_cut_copies_bytes", "Cuts in memory.", labels=labels)
+        unsaved = GaugeMetricFamily("layerwise_cut_queue_tasks", "Cuts that wait for the disk.", labels=labels)
         for job, block in list(self._blocks.items()):
             where = [job, self._service.name]
+            copies_of_cuts.add_metric(where, block.block.shelf.num_bytes)
+            unsaved.add_metric(where, block.num_unsaved)
             store.add_metric(where, block.block.store_bytes)
             waiting.add_metric([*where, "forward"], block.queue.forward_depth)
             waiting.add_metric([*where, "backward"], block.queue.backward_depth)
@@ -156,9 +161,7 @@ class ShardServer:
         for job in {*self._blocks, *self._standby}:  # copies may come before the block of one's own is built
             copies = self._standby.get(job)
             standby.add_metric([job, self._service.name], 0 if copies is None else copies.num_bytes)
-        yield store
-        yield waiting
-        yield standby
+        yield from (store, waiting, copies_of_cuts, unsaved, standby)
 
     async def close(self) -> None:
         """End slots and writers, close the logs."""

@@ -27,6 +27,7 @@ from dataclasses import replace
 
 from layerwise.applied import AppliedSet
 from layerwise.errors import BusyError, NotFoundError, RejectedError, sentence
+from layerwise.ids import COORDINATOR
 from layerwise.messages import (
     Abort,
     BlockClosed,
@@ -88,7 +89,6 @@ from layerwise.tasks import (
     TaskResult,
 )
 
-COORDINATOR = "coordinator"
 REPORT_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
@@ -186,11 +186,6 @@ class ShardRole:
     def num_open(self) -> int:
         """Attempts that hold a place here: admitted ones at the first shard, those under way at the others."""
         return self.first.admission.num_open if self.first else len(self._passes)
-
-    @property
-    def final_version(self) -> int:
-        """Where training ends: the plan's end, or the version of a stop."""
-        return self._schedule.final
 
     def begin(self, applied: Sequence[AppliedSet], now: float) -> list[Effect]:
         """The block's state is built or restored; ``applied`` has each layer's set."""

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from layerwise.errors import CorruptError
+from layerwise.ids import COORDINATOR
 from layerwise.messages import (
     BlockPlace,
     LayerFile,
@@ -37,7 +38,6 @@ from layerwise.messages import (
 from layerwise.roles import Connect, Effect, Send
 from layerwise.server.standby_copy import StandbyBytes, StandbyCopy, StandbyPull, StandbySink
 
-COORDINATOR = "coordinator"
 KEPT_COPIES = 2
 """Copies of one block that its keeper holds: while the newest one is being told of, the one before may be asked for."""
 

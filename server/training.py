@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from layerwise.applied import AppliedSet
+from layerwise.dropped import DroppedMicrobatch
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import (
     AttemptClosed,
@@ -45,7 +46,7 @@ from layerwise.server.evaluation_round import Evaluation, EvaluationRound
 from layerwise.server.job_record import CutRecord
 from layerwise.server.membership import natural_order
 from layerwise.server.preparation import Prepared
-from layerwise.server.sample_ledger import DroppedMicrobatch, SampleLedger
+from layerwise.server.sample_ledger import SampleLedger
 from layerwise.server.training_loss import TrainingLoss
 
 LOAD_FAILED = "load-failed"

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 
+from layerwise.ids import COORDINATOR
 from layerwise.messages import (
     Assignment,
     BlockPlace,
@@ -36,7 +37,6 @@ from layerwise.messages import (
 )
 from layerwise.roles import Connect, Disconnect, Effect, Send
 
-COORDINATOR = "coordinator"
 ASK_SECONDS = 1.0
 """How often an idle worker asks again: its shard may not have known the job yet. A repeat changes nothing there."""
 RETRY_SECONDS = 1.0

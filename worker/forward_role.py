@@ -28,7 +28,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from layerwise.ids import Attempt, Microbatch
+from layerwise.ids import COORDINATOR, Attempt, Microbatch
 from layerwise.messages import (
     MAX_OFFERED_BYTES,
     Assignment,
@@ -56,7 +56,6 @@ from layerwise.messages import (
 )
 from layerwise.roles import Connect, Disconnect, Effect, Send
 
-COORDINATOR = "coordinator"
 PREFETCH = 8
 """Leases beyond the window: they cover the coordinator's answer and the loading."""
 MAX_EVALUATIONS = 2

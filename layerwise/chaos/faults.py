@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from layerwise.ids import COORDINATOR
+
 EVERYBODY = "all"
-COORDINATOR = "coordinator"
 
 
 class ProcessFaultKind(StrEnum):

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from layerwise.chaos.faults import COORDINATOR, EVERYBODY, ProcessFault, ProcessFaultKind
+from layerwise.chaos.faults import EVERYBODY, ProcessFault, ProcessFaultKind
 from layerwise.errors import ConfigError
 from layerwise.faults import FrameFault, FrameFaultKind
+from layerwise.ids import COORDINATOR
 
 if TYPE_CHECKING:
     from layerwise.job import JobSpec, ResolvedSettings

@@ -163,20 +163,14 @@ def _announce(plan: ChaosPlan) -> None:
 
 def _calm_document(job: JobSpec, allow_imports: tuple[str, ...], threads: int | None) -> dict[str, Any]:
     from layerwise.embedded import EmbeddedRun
-    from layerwise.follow import Silent
+    from layerwise.follow import Quiet
 
-    class Quiet(Silent):
-        def note(self, text: str) -> None:
-            """Nothing."""
-
+    class Spoken(Quiet):
         def say(self, text: str) -> None:
             click.echo(text, err=True)
 
-        def close(self) -> None:
-            """Nothing is open."""
-
     directory = Path(job.checkpoint_path)
-    return EmbeddedRun(job, directory, Quiet(), allow_imports=allow_imports, threads=threads).run()
+    return EmbeddedRun(job, directory, Spoken(), allow_imports=allow_imports, threads=threads).run()
 
 
 def _seconds(value: float | None) -> str:

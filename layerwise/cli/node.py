@@ -13,21 +13,22 @@ from layerwise.cli.options import (
     allow_import_option,
     command,
     coordinator_address,
+    coordinator_option,
     device_name,
     supervision_options,
     threads_option,
 )
-from layerwise.cli.services import LISTEN_HELP, coordinator_of_service, service_options, start_logging
+from layerwise.cli.services import LISTEN_HELP, service_options, start_logging
 
 
 @command(
     "node",
     examples=[
         "layerwise node --coordinator host:7070 --insecure --device cuda:0 --device cuda:1 --listen 0.0.0.0:7071 --advertise me:7071",
-        "layerwise node --coordinator host:7070 --insecure --shards 0 --forward 2",
+        "layerwise node --coordinator host:7070 --shards 0 --forward 2",
     ],
 )
-@coordinator_of_service
+@coordinator_option
 @click.option("--shards", type=click.IntRange(min=0), help="Shard servers.  [default: one for each --device, else one]")
 @click.option("--forward", type=click.IntRange(min=0), default=0, show_default=True, help="Forward workers.")
 @click.option("--backward", type=click.IntRange(min=0), default=0, show_default=True, help="Detached backward workers.")

@@ -111,7 +111,7 @@ def supervision_options(function: Function) -> Function:
             "--spare/--no-spare",
             default=True,
             show_default=True,
-            help="Keep a process with torch loaded (about 240 MB) that takes the place of one that ends.",
+            help="Keep a process with torch loaded (about 275 MB) that takes the place of one that ends.",
         ),
     ):
         function = option(function)

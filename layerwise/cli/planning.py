@@ -161,7 +161,7 @@ def settings_on_slow_links(prepared: Prepared) -> ResolvedSettings:
     type=click.IntRange(min=1),
     default=VERIFIED_STEPS,
     show_default=True,
-    help="Updates, if the job has no fewer.",
+    help="Updates; all of the job's, if it has fewer.",
 )
 @click.option(
     "--device",
@@ -192,15 +192,14 @@ def verify_command(
     from layerwise.errors import JobFailedError
     from layerwise.overrides import read_job
 
-    job = read_job(spec, (*overrides, "train.evaluate_every=null", "checkpoint.every=null"))
-    changes = (
-        []
-        if job.train.steps is not None and job.train.steps <= steps
-        else ["train.epochs=null", f"train.steps={steps}"]
-    )
+    changes = ["train.evaluate_every=null", "checkpoint.every=null"]
+    job = read_job(spec, (*overrides, *changes)).with_absolute_paths(Path.cwd())
+    from layerwise.verify import updates_to_verify, verify
+
+    changes = ["train.epochs=null", f"train.steps={updates_to_verify(job, steps, allow_imports)}"]
     if job.mode == "asynchronous":
         changes.append("async.window=1")
-    job = read_job(json.loads(job.to_json()), changes).with_absolute_paths(Path.cwd())
+    job = read_job(json.loads(job.to_json()), changes)
     with tempfile.TemporaryDirectory(prefix="layerwise-verify-") as folder:
         directory = Path(folder) / "run"
         with shown_progress(quiet=quiet) as view:
@@ -218,7 +217,6 @@ def verify_command(
         from layerwise.cuts import load_manifest, newest_cut
         from layerwise.device import resolve_device
         from layerwise.settings import ResolvedSettings
-        from layerwise.verify import verify
 
         torch.set_num_threads(1)
         version = newest_cut(directory) or 0

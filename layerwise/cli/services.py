@@ -15,10 +15,10 @@ import click
 
 from layerwise.cli import exit_codes
 from layerwise.cli.options import (
-    COORDINATOR_VARIABLE,
     allow_import_option,
     command,
     coordinator_address,
+    coordinator_option,
     device_name,
     output_option,
 )
@@ -41,7 +41,9 @@ def service_options(function: Function) -> Function:
         ),
         click.option("--exit-with-parent", is_flag=True, help="End when standard input ends."),
         click.option(
-            "--insecure", is_flag=True, help="Agree to links beyond this machine without encryption or password."
+            "--insecure",
+            is_flag=True,
+            help="Agree to listen beyond this machine, --metrics included, without encryption or password.",
         ),
         click.option(
             "--metrics", metavar="ADDRESS", default="", help="host:port to serve /metrics on.  [default: nowhere]"
@@ -49,17 +51,6 @@ def service_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
-
-
-def coordinator_of_service(function: Function) -> Function:
-    """``--coordinator`` of a service."""
-    return click.option(
-        "--coordinator",
-        metavar="ADDRESS",
-        envvar=COORDINATOR_VARIABLE,
-        show_envvar=True,
-        help="host:port or unix:/path of the coordinator.  [default: the cluster of `layerwise up`]",
-    )(function)
 
 
 def name_option(function: Function) -> Function:
@@ -106,7 +97,7 @@ def coordinator_command(
         "layerwise shard --coordinator host:7070 --listen 0.0.0.0:7071 --advertise me:7071 --insecure --device cuda:0",
     ],
 )
-@coordinator_of_service
+@coordinator_option
 @click.option("--listen", metavar="ADDRESS", default="127.0.0.1:0", show_default=True, help=LISTEN_HELP)
 @click.option("--advertise", metavar="ADDRESS", default="", help="Where others reach it.  [default: where it listens]")
 @click.option(
@@ -157,9 +148,9 @@ def shard_command(
 
 @command(
     "forward",
-    examples=["layerwise forward", "layerwise forward --coordinator host:7070 --insecure --allow-import my_data"],
+    examples=["layerwise forward", "layerwise forward --coordinator host:7070 --allow-import my_data"],
 )
-@coordinator_of_service
+@coordinator_option
 @name_option
 @allow_import_option
 @service_options
@@ -189,10 +180,8 @@ def forward_command(
     return exit_codes.DONE
 
 
-@command(
-    "backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --insecure --device cuda:1"]
-)
-@coordinator_of_service
+@command("backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --device cuda:1"])
+@coordinator_option
 @click.option(
     "--device",
     type=device_name,

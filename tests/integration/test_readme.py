@@ -31,12 +31,15 @@ LOOKS = (
     "layerwise evaluate runs/digits",
     "layerwise export runs/digits model",
     "layerwise audit runs/digits",
+    "layerwise replay runs/digits",
     "layerwise plan examples/digits.yaml",
 )
 """Commands that look at what a run has left, run inside this process."""
 TRAINS = {
     "make train": ["train.epochs=1"],
     "layerwise train spirals.yaml --allow-import spirals": ["train.epochs=1"],
+    "layerwise verify examples/digits.yaml --steps 5": [],
+    "layerwise train examples/digits.yaml --set train.epochs=2 --output json": ["train.steps=4"],
 }
 """Commands that start a cluster of their own, with what is changed so that they end soon."""
 CLUSTER = (
@@ -47,12 +50,13 @@ CLUSTER = (
     "layerwise logs -f digits-1",
     "layerwise cancel digits-1 --wait",
     "layerwise resume digits-1",
+    "layerwise drain rack-2",
     "layerwise jobs --output json",
 )
 """One after the other, on the cluster of the first."""
 NOT_RUN = re.compile(
-    r"make test|cd examples/own_model|docker compose .*|layerwise train .* --output json"
-    r"|layerwise (coordinator|node|shard|forward|backward|replay|chaos|drain|verify) .*|layerwise submit .*--coordinator head:7070.*"
+    r"make test|cd examples/own_model|docker compose .*|layerwise (coordinator|node|shard|forward|backward|chaos) .*"
+    r"|layerwise submit .*--coordinator head:7070.*"
 )
 """`tests.unit.test_docs` parses these; what they would do is tested elsewhere."""
 
@@ -121,7 +125,9 @@ def test_what_a_run_has_left_can_be_looked_at(inside: Path, capsys: pytest.Captu
     assert (inside / "model" / "model.safetensors").is_file()
     promises = re.search(r"recompute (\d+) promises", README.read_text(encoding="utf-8"))
     assert promises
-    assert f"{promises[1]} of {promises[1]} checks passed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{promises[1]} of {promises[1]} checks passed" in said
+    assert "every hash is the recorded one" in said
 
 
 def test_plain_pytorch_loads_the_export_and_finds_the_same_accuracy(
@@ -148,6 +154,21 @@ def test_the_example_of_a_model_of_ones_own_trains(folder: Path) -> None:
         assert "Traceback" not in command.errors
 
 
+def test_a_job_is_verified(folder: Path) -> None:
+    [line] = [line for line in TRAINS if " verify " in line]
+    with Command(*words(line, TRAINS[line]), folder=folder) as command:
+        assert command.finish() == 0, command.errors
+        assert command.output.startswith("equal bit for bit after 5 updates")
+
+
+def test_a_run_is_a_document_for_programs(folder: Path) -> None:
+    [line] = [line for line in TRAINS if "--output json" in line]
+    with Command(*words(line, TRAINS[line]), folder=folder) as command:
+        assert command.finish() == 0, command.errors
+        document = command.document
+    assert (document["state"], document["steps"]) == ("done", 4)
+
+
 @pytest.fixture
 def cluster(inside: Path) -> Iterator[Command]:
     """What ``up`` starts, and a detached backward worker more."""
@@ -168,7 +189,7 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.timeout(240)
 def test_a_cluster_that_stays(cluster: Command, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, nodes, submit, status, logs, cancel, resume, jobs = CLUSTER
+    _, nodes, submit, status, logs, cancel, resume, drain, jobs = CLUSTER
     assert (
         len(output(capsys, *words(nodes)).splitlines()) == 1 + 1 + 2 + 1 + 1
     )  # the header, the coordinator, and what the fixture starts
@@ -181,8 +202,12 @@ def test_a_cluster_that_stays(cluster: Command, inside: Path, capsys: pytest.Cap
         assert "cancelled" in follower.output.splitlines()[-1]
     assert cancelled.strip() == "digits-1 cancelled"
     assert output(capsys, *words(resume)).strip() == "digits-1"
-    check_metrics(json.loads(output(capsys, "nodes", "--output", "json")))
+    processes = json.loads(output(capsys, "nodes", "--output", "json"))
+    check_metrics(processes)
     output(capsys, *words(cancel))
+    idle = next(one["name"] for one in processes if one["role"] == "backward")
+    output(capsys, *words(drain.replace("rack-2", idle)))
+    output(capsys, *words(drain.replace("rack-2", idle)), "--undo")
     assert [one["state"] for one in json.loads(output(capsys, *words(jobs)))] == ["cancelled"]
     [source] = [block for block in blocks(README, "python") if "layerwise.connect" in block]
     address = cluster.output.splitlines()[0]

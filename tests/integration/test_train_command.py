@@ -203,7 +203,9 @@ def test_code_of_ones_own_is_not_run_unless_it_is_allowed(tmp_path: Path) -> Non
 
 
 def test_verify_finds_no_different_bit(tmp_path: Path) -> None:
-    with Command("verify", write_job(tmp_path), "--steps", "3", folder=tmp_path) as command:
+    """With no more updates than the job has, also where it is given in epochs."""
+    job = write_job(tmp_path, data={"name": "digits", "batch": 500}, train={"epochs": 1, "optimizer": "adamw"})
+    with Command("verify", job, folder=tmp_path) as command:
         assert command.finish() == 0, command.errors
         assert command.output.startswith("equal bit for bit after 3 updates")
     assert not (tmp_path / "runs").exists()

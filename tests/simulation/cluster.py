@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layerwise.audit import SampleLedgerSummary, StoredEvents, audit
-from layerwise.audit_report import DroppedMicrobatch
+from layerwise.dropped import DroppedMicrobatch
 from layerwise.errors import NotAllowedError, NotFoundError
 from layerwise.ids import Microbatch
 from layerwise.messages import Hello, Message, Role

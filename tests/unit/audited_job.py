@@ -9,7 +9,8 @@ from functools import partial
 from typing import TypeVar
 
 from layerwise.audit import SampleLedgerSummary, StoredEvents
-from layerwise.audit_report import AuditReport, DroppedMicrobatch
+from layerwise.audit_report import AuditReport
+from layerwise.dropped import DroppedMicrobatch
 from layerwise.event_log import LogHeader
 from layerwise.events import Event, MemoryEventLog, Record, WeightMode
 from layerwise.ids import Attempt

@@ -9,7 +9,6 @@ import pytest
 
 from layerwise.audit import StoredEvents, audit
 from layerwise.audit_report import CLAIMS
-from layerwise.errors import AuditError
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
@@ -343,8 +342,6 @@ def test_tampered_log_fails_exactly_the_check_it_breaks(name: str, tamper: Tampe
     world = honest()
     report = audit(tamper(world.blocks), ledger=world.ledger)
     assert failed(report) == [name], report.lines()
-    with pytest.raises(AuditError, match=name):
-        report.raise_for_failure()
 
 
 def test_every_check_has_a_log_that_breaks_it() -> None:

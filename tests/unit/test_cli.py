@@ -23,7 +23,7 @@ from layerwise.errors import (
     NotFoundError,
     UnreachableError,
 )
-from layerwise.job import load_job
+from layerwise.overrides import read_job
 from layerwise.run_directory import save_spec
 
 JOB = "name: tiny\nmodel: mlp\ndata: digits\n"
@@ -152,7 +152,7 @@ def test_what_goes_wrong_is_one_sentence_with_its_exit_status(
     arguments: list[str], code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "job.yaml").write_text(JOB, encoding="utf-8")
-    save_spec(tmp_path / "run", load_job(tmp_path / "job.yaml"))
+    save_spec(tmp_path / "run", read_job(tmp_path / "job.yaml"))
     assert run(arguments) == code
     shown = capsys.readouterr()
     assert text in shown.err

@@ -18,7 +18,9 @@ import pytest
 import yaml
 
 from layerwise.child import Program
+from layerwise.cli.main import cli
 from layerwise.node import NodeSettings
+from tests.unit.command_line import parse
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def children(service: dict[str, Any]) -> tuple[Program, ...]:
     words = service["command"][1:]
     if words[0] != "node":
         return ()
-    given = parse(root_command(), words)
+    given = parse(words)
     devices = given["devices"] or ("auto",)
     shards = given["shards"] if given["shards"] is not None else len(devices)
     names = ("coordinator", "name", "forward", "backward", "listen", "advertise", "metrics", "insecure")
@@ -81,24 +83,6 @@ def command_lines(repository: Path) -> list[list[str]]:
     return [words for words in found if words[0] == "layerwise"]
 
 
-def root_command() -> click.Group:
-    """The group of commands behind the console script."""
-    import layerwise.cli.main as module  # here, so that the rest of this file holds without the command line
-
-    groups = [value for value in vars(module).values() if isinstance(value, click.Group)]
-    assert len(groups) == 1, groups
-    return groups[0]
-
-
-def parse(group: click.Group, words: list[str]) -> dict[str, Any]:
-    """Parse as the console script would, without running the command; raises ``click.UsageError`` as it would."""
-    context = click.Context(group, info_name="layerwise")
-    command = group.get_command(context, words[0])
-    if command is None:
-        raise click.UsageError(f"no such command: {words[0]}")
-    return command.make_context(words[0], words[1:], parent=context).params
-
-
 def test_the_compose_file_follows_the_compose_specification(repository: Path) -> None:
     command = [
         sys.executable,
@@ -116,22 +100,20 @@ def test_every_command_line_is_one_that_the_command_line_accepts(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(repository)
-    group = root_command()
     lines = command_lines(repository)
     assert {"coordinator", "node", "forward", "backward", "healthcheck", "submit"} <= {words[1] for words in lines}
     for words in lines:
         if words[1:] == ["--help"]:
             with pytest.raises(click.exceptions.Exit):
-                group.make_context("layerwise", ["--help"])
+                cli.make_context("layerwise", ["--help"])
         else:
-            parse(group, words[1:])
+            parse(words[1:])
 
 
 def test_the_parse_of_command_lines_refuses_what_does_not_exist() -> None:
-    group = root_command()
     for words in (["no-such-command"], ["node", "--no-such-option"]):
         with pytest.raises(click.UsageError):
-            parse(group, words)
+            parse(words)
 
 
 def test_every_address_points_at_the_service_that_listens_there(services: dict[str, Any]) -> None:
@@ -144,7 +126,7 @@ def test_every_address_points_at_the_service_that_listens_there(services: dict[s
             assert advertise == f"{name}:{port(listen)}"
         for program in children(service):
             assert name in program.name
-            parse(root_command(), list(program.command))
+            parse(list(program.command))
         health = service["healthcheck"]["test"]
         if listen:
             assert health == ["CMD", "layerwise", "healthcheck", f"127.0.0.1:{port(listen)}"], name

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 import yaml
 
 from layerwise.audit_report import CLAIMS
 from layerwise.cli import exit_codes
-from layerwise.cli.main import COMMANDS, cli
+from layerwise.cli.main import COMMANDS
 from layerwise.server.coordinator_role import CoordinatorRole
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.server.metrics import coordinator_metrics
+from tests.unit.command_line import parse
 from tests.unit.documented_keys import Key, keys_by_section, table_rows
 from tests.unit.markdown import anchors, blocks, commands, layerwise_lines, links, table
 
@@ -128,12 +127,3 @@ def test_make_and_compose_know_what_the_readme_asks_of_them() -> None:
             if inside:
                 assert inside[1] in services
                 parse(inside[2].split())
-
-
-def parse(words: list[str]) -> dict[str, Any]:
-    """Parse as the console script would, without running the command; raises ``click.UsageError`` as it would."""
-    context = click.Context(cli, info_name="layerwise")
-    command = cli.get_command(context, words[0])
-    if command is None:
-        raise click.UsageError(f"no such command: {words[0]}")
-    return command.make_context(words[0], words[1:], parent=context).params

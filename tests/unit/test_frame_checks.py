@@ -16,6 +16,7 @@ from layerwise.messages import (
     Abort,
     BoundaryGradient,
     Closed,
+    Evaluated,
     EvaluateForward,
     Failure,
     Forward,
@@ -347,5 +348,6 @@ def test_evaluations_of_cuts_that_are_not_held_are_forgotten() -> None:
         task = bench.queue.try_pop()
         assert isinstance(task, EvaluateTask)
         assert bench.role.on_task_failed(task, NotFoundError("it is not held"), 0.0) == []
-    assert bench.role._evaluations.num_awaited == 0
+    late = Evaluated(job="job", version=999, start=0, stop=4, life=bench.place.life, loss=1.0, metrics=())
+    assert bench.hears("shard-1", late) == [], "nobody waits for it any more"
     assert not bench.role.failed

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from layerwise.errors import ConfigError
-from layerwise.job import JobSpec, job_schema, load_job, parse_job
+from layerwise.job import JobSpec, job_schema, parse_job
+from layerwise.overrides import read_job
 from layerwise.section import Import
 from layerwise.sections import Accuracy, Cosine, Muon, Sgd, Text, TransformerLm
 
@@ -82,7 +83,7 @@ def test_json_gives_the_same_job_back(text: str) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_jobs_and_follow_the_schema(path: Path) -> None:
-    load_job(path)
+    read_job(path)
     jsonschema.Draft202012Validator(job_schema()).validate(yaml.safe_load(path.read_text()))
 
 
@@ -357,9 +358,9 @@ def test_a_small_file_that_means_a_huge_one_is_refused() -> None:
 
 def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no job file at .*missing\.yaml"):
-        load_job(tmp_path / "missing.yaml")
+        read_job(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="can't be read"):
-        load_job(tmp_path)
+        read_job(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
     with pytest.raises(ConfigError, match=r"latin\.yaml can't be read"):
-        load_job(tmp_path / "latin.yaml")
+        read_job(tmp_path / "latin.yaml")

@@ -10,7 +10,6 @@ from layerwise.optimizers import (
     leave_to_adam,
     load_optimizer_state,
     optimizer_state,
-    reset_moments,
     set_learning_rate,
 )
 from layerwise.sections import AdamW, Muon, OptimizerSettings, Sgd
@@ -82,15 +81,6 @@ def test_state_of_another_parameter_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"elsewhere/step"):
         load_optimizer_state(optimizer, {"elsewhere/step": torch.zeros(())})
     assert list(optimizer_state(optimizer)) == list(before)
-
-
-def test_reset_moments_forgets_everything() -> None:
-    named = parameters()
-    optimizer = build_optimizer(Muon(), named.items())
-    train(optimizer, named, 0, 1)
-    assert optimizer_state(optimizer)
-    reset_moments(optimizer)
-    assert optimizer_state(optimizer) == {}
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])

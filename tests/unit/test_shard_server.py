@@ -12,13 +12,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from layerwise.ids import Attempt, Microbatch
+from layerwise.ids import COORDINATOR, Attempt, Microbatch
 from layerwise.messages import Assignment, BlockPlace, CommitCut, LayerFile, Tensors, Unassign, Unassigned
 from layerwise.roles import Effect, Send
 from layerwise.server.shard import ShardServer
 from layerwise.server.slots import Slots
 from layerwise.server.task_queue import TaskQueue
-from layerwise.service import COORDINATOR, Service
+from layerwise.service import Service
 from layerwise.tasks import BackwardResult, BackwardTask, BlockCompute, InputGradient, Steps, Task, TaskResult
 from tests.unit.played_service import PlayedService
 

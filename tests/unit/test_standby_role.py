@@ -26,7 +26,6 @@ from layerwise.server.standby_copy import StandbyCopy
 from layerwise.server.standby_role import KEPT_COPIES, StandbyRole, holder_of
 from layerwise.standby_bytes import PART_BYTES, ArrivingLayer, LayerBytes
 
-COORDINATOR = "coordinator"
 LIMIT = 4 * PART_BYTES
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from layerwise.cuts import file_digest
+from layerwise.ids import COORDINATOR
 from layerwise.job import parse_job
 from layerwise.layer_file import read_layer
 from layerwise.messages import (
@@ -29,7 +30,7 @@ from layerwise.messages import (
 from layerwise.roles import Connect, Effect, Send
 from layerwise.server.preparation import prepare
 from layerwise.server.shard import ShardServer
-from layerwise.service import COORDINATOR, Service
+from layerwise.service import Service
 from layerwise.standby_bytes import LayerBytes
 from tests.unit.played_cluster import profile, spec
 from tests.unit.played_service import PlayedService

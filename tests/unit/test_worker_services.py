@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from layerwise.errors import ConfigError
+from layerwise.ids import COORDINATOR
 from layerwise.messages import Assignment, BlockPlace, Failure, Ready, Role, Unassign
 from layerwise.roles import Send
-from layerwise.service import COORDINATOR, Service, ServiceSettings
+from layerwise.service import Service, ServiceSettings
 from layerwise.worker.backward import BackwardWorker
 from layerwise.worker.forward import ForwardWorker
 from tests.unit.played_service import PlayedService
