@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -108,6 +109,7 @@ class Coordinator:
             on_message=self._on_message,
             on_lost=self._on_lost,
             on_error=self._fail,
+            silence_seconds=math.inf,  # processes are given up by their heartbeats, under the time limit of their job
             max_outbox_bytes=MAX_OUTBOX_BYTES,
             max_message_bytes=0,  # no tensors come here: to decode one would import torch
         )
