@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from layerwise import disk
 from layerwise.errors import ConfigError, CorruptError, DeadlineError, NotFoundError, RetryableError
 from layerwise.fault_points import Operation, points
 from layerwise.messages import Role
@@ -78,7 +79,8 @@ Write = Callable[[sqlite3.Connection], None]
 class SqliteJobStore:
     """A `JobStore` in ``folder``. Writes return at once; a thread takes what has gathered to disk in one transaction.
 
-    Any thread may call it. After `flush` everything before it is on disk. While the disk is full or refuses, writes gather
+    Any thread may call it. After `flush` everything before it is on disk, also after a power cut: each batch costs a sync.
+    While the disk is full or refuses, writes gather
     and are tried again every ``retry_seconds``: jobs go on meanwhile, and only who waits for `flush` hears of it.
 
     Raises:
@@ -91,9 +93,10 @@ class SqliteJobStore:
         self._path = Path(folder) / FILE
         self._retry_seconds = retry_seconds
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(self._path.parent, "job-store")
             with closing(self._open()) as connection:
                 self._migrate(connection)
+            disk.sync_folder(self._path.parent, "job-store")
         except OSError as error:
             raise ConfigError(f"--state {folder}: the folder can't be used: {error.strerror}") from error
         except sqlite3.DatabaseError as error:
@@ -258,7 +261,8 @@ class SqliteJobStore:
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
         connection.row_factory = sqlite3.Row
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+        # FULL: else a commit is on the disk at the next checkpoint only, and a power cut takes back what `flush` has promised.
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
