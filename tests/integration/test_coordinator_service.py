@@ -24,6 +24,7 @@ from layerwise.metrics_server import MetricsServer
 from layerwise.proto import layerwise_pb2 as pb2
 from layerwise.server.coordinator import Coordinator
 from layerwise.transport import Transport
+from layerwise.version import WIRE_VERSION
 from tests.unit.played_cluster import PlayedCluster, spec
 
 Answer = TypeVar("Answer")
@@ -222,7 +223,7 @@ def test_a_client_of_another_wire_version_is_told_so(socket_folder: Path) -> Non
 
     async def scenario() -> None:
         async with running(socket_folder) as coordinator:
-            with pytest.raises(grpc.RpcError, match="speaks wire version 999, this coordinator 1"):
+            with pytest.raises(grpc.RpcError, match=f"speaks wire version 999, this coordinator {WIRE_VERSION}"):
                 await asyncio.to_thread(call, coordinator.address)
 
     asyncio.run(scenario())
