@@ -19,7 +19,7 @@ from layerwise.messages import Hello, Message
 from layerwise.metrics_server import MetricsServer
 from layerwise.refusals import Refused
 from layerwise.roles import Connect, Disconnect, Effect, Send
-from layerwise.server.adopted_job import read_job, unused_directory, with_cuts_on_disk
+from layerwise.server.adopted_job import look_at_directories, read_job, unused_directory, with_cuts_on_disk
 from layerwise.server.client_service import ClientService
 from layerwise.server.coordinator_role import EVENTS_AT_ONCE, CoordinatorRole
 from layerwise.server.held_effects import HeldEffects
@@ -62,7 +62,8 @@ def run_coordinator(
     """
 
     async def serve() -> None:
-        coordinator = Coordinator(state=state, heartbeat_timeout=heartbeat_timeout)
+        # It may have to read cuts, which is no work for an event loop.
+        coordinator = await asyncio.to_thread(Coordinator, state=state, heartbeat_timeout=heartbeat_timeout)
         lifetime = Lifetime(exit_with_parent=exit_with_parent)
         try:
             await coordinator.open(listen=listen, metrics=metrics, insecure=insecure)
@@ -93,6 +94,7 @@ class Coordinator:
         self._store = SqliteJobStore(state) if state is not None else MemoryJobStore()
         self._epoch = time.time() - time.monotonic()
         self._started = self._now()
+        look_at_directories(self._store, self._started)
         self._role = CoordinatorRole(self._store, now=self._now(), heartbeat_timeout=heartbeat_timeout)
         self._transport: Transport | None = None
         self._metrics: MetricsServer | None = None
