@@ -215,7 +215,13 @@ def _check_chain(chain: list[LayerAudit], findings: Findings) -> None:
             samples=restored.samples, digest=restored.digest, applied=restored.applied, buffers=restored.buffers
         )
         if not saved:
-            findings.fail("lives", f"{who} begins at version {restored.version}, which no earlier life saved")
+            fenced = [one.header.life for one in chain[:number] if restored.version in one.cuts]
+            why = (
+                f"which life {fenced[-1]} saved and a later one began below"
+                if fenced
+                else "which no earlier life saved"
+            )
+            findings.fail("lives", f"{who} begins at version {restored.version}, {why}")
         elif state not in saved:
             findings.fail(
                 "lives",
@@ -271,10 +277,15 @@ def _check_cuts(
 def _saved(chain: list[LayerAudit], version: int) -> list[CutState]:
     """The states at ``version`` that a life after ``chain`` may begin with, oldest first.
 
-    Not only the newest: a cut may become durable with the files of a life that was lost meanwhile, while the next life has
-    begun below it and will pass the version once more.
+    What a life has saved counts unless a later one has begun below it: the history of a layer is one line, each life's part of it
+    ending where the next begins (see `layerwise.fences`).
     """
-    saved = [layer.cuts[version] for layer in chain if version in layer.cuts]
+    saved: list[CutState] = []
+    for layer in chain:
+        if layer.restored is not None and layer.restored.version < version:
+            saved.clear()
+        if version in layer.cuts:
+            saved.append(layer.cuts[version])
     initial = CutState(samples=0, digest="", applied=AppliedSet(), buffers=AppliedSet())
     return [initial, *saved] if version == 0 else saved
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from layerwise.link import Link, Packet
 from layerwise.proto.frames import Frame, FrameHeader, FrameReader, FrameWriter
-from layerwise.streams import DialedStream, Stream
+from layerwise.streams import BrokenStreamError, DialedStream, Stream
 
 
 class Carrier:
@@ -31,6 +31,8 @@ class Carrier:
         self.dialed = isinstance(stream, DialedStream)
         self.received_bytes = 0
         """Received since the last frame that left; every frame acknowledges."""
+        self.sent_bytes = 0
+        """Handed to the stream since it was opened."""
         self._name = name
         self._link = link
         self._stream = stream
@@ -46,6 +48,8 @@ class Carrier:
         self._carries = True
         self._farewell: FrameHeader | None = None
         self._ended = False
+        self._broken: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._patience: asyncio.TimerHandle | None = None
 
     def push(self, packets: list[Packet]) -> None:
         """Queue packets of the link; one without a message makes a frame due, which acknowledges."""
@@ -66,6 +70,20 @@ class Carrier:
         self._asks = self._frame_due = True
         self._wake.set()
 
+    def give_up(self, reason: str) -> None:
+        """End the stream as a broken one: nothing comes out of it any more."""
+        if not self._broken.done():
+            self._broken.set_result(reason)
+
+    def end_when_stuck(self, seconds: float, moved: int = -1) -> None:
+        """The link has left: let the stream end when nothing has left on it for ``seconds``, whatever is queued."""
+        if self._ended:
+            return
+        if moved == self.sent_bytes:
+            self.give_up(f"nothing has left on this stream for {seconds:g} s")
+            return
+        self._patience = asyncio.get_running_loop().call_later(seconds, self.end_when_stuck, seconds, self.sent_bytes)
+
     def release(self, farewell: Packet | None = None) -> None:
         """The link leaves this stream: for another one, or with a ``farewell`` that follows what is queued."""
         self._carries = False
@@ -82,13 +100,15 @@ class Carrier:
         """Move frames both ways until the stream ends or the link has left it; ``take`` gets each frame and its size.
 
         Raises:
-            BrokenStreamError: the stream broke, or was refused.
+            BrokenStreamError: the stream broke, was refused, or was given up.
             RejectedError: the peer sent what can't be understood.
         """
         reading = asyncio.create_task(self._read(take), name=f"layerwise read {self._name}")
         writing = asyncio.create_task(self._write(), name=f"layerwise write {self._name}")
         try:
-            await asyncio.wait((reading, writing), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((reading, writing, self._broken), return_when=asyncio.FIRST_COMPLETED)
+            if self._broken.done():
+                raise BrokenStreamError(self._broken.result())
             if not reading.done():
                 # Writing ended first: the peer has yet to read our last frames, or reading tells why the stream broke.
                 await asyncio.wait((reading,), timeout=self._linger_seconds)
@@ -98,6 +118,8 @@ class Carrier:
         finally:
             self._ended = True
             self._wake.set()
+            if self._patience is not None:
+                self._patience.cancel()
             reading.cancel()
             # gRPC can't take back a write that it has begun, and refuses to end the stream meanwhile.
             await asyncio.wait((writing,), timeout=self._linger_seconds)
@@ -129,6 +151,7 @@ class Carrier:
             )
             data = writer.next_frame(header)
             self._named, self._frame_due, self._asks, self.received_bytes = True, False, False, 0
+            self.sent_bytes += len(data)
             self._on_written(len(data))
             await self._stream.write(data)
         if self._ended:

@@ -4,7 +4,7 @@ Every such operation goes through `layerwise.disk`, and each is a *point* called
 
     what   cut, manifest, fence, rollback               a cut's layer files, its manifest, who owns a block, what went back
            event-log, log-summary                       the event log and what replaces its removed part
-           job-store                                    the coordinator's database (``begin``, ``commit``, ``committed``)
+           job-store                                    the coordinator's database (``begin``, ``commit``, ``committed``; its folder)
            spec, result, export                         single files beside a run
     kind   make-folder, create, write, sync, rename, sync-folder, delete, delete-folder, reserve
 

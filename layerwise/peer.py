@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from layerwise.address import Address
 from layerwise.carrier import Carrier
 from layerwise.link import Link, Packet
+from layerwise.silence import Silence, Verdict
+
+log = logging.getLogger(__name__)
 
 
 class Peer:
@@ -30,6 +34,8 @@ class Peer:
         """Why the last stream ended."""
         self._loop = loop
         self._asked_at: float | None = None
+        self._silence = Silence()
+        self._seen_bytes = 0
         self._loss_timer: asyncio.TimerHandle | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
 
@@ -40,6 +46,7 @@ class Peer:
             older.release()
         self.down.clear()
         self.up, self._asked_at = False, None
+        self._silence, self._seen_bytes = Silence(), 0
         self.push(self.link.reconnect(self._loop.time()))
 
     def detach(self, carrier: Carrier) -> bool:
@@ -58,6 +65,20 @@ class Peer:
             self._asked_at = now
             self.carrier.ask()
         return 0.0 if self._asked_at is None else now - self._asked_at
+
+    def look(self, seconds: float) -> None:
+        """One of the looks at whether the peer is there still, ``seconds`` of silence being too much (see `Silence`)."""
+        carrier = self.carrier
+        if carrier is None or not self.up:
+            return  # it is waited for already, and not for as long
+        sent, self._seen_bytes = carrier.sent_bytes - self._seen_bytes, carrier.sent_bytes
+        match self._silence.look(waiting=not self.link.idle or self._asked_at is not None, sent_bytes=sent):
+            case Verdict.ASK:
+                carrier.ask()
+            case Verdict.GIVE_UP:
+                reason = f"{self.name} was asked for a sign of life and gave none for {seconds:g} s"
+                log.warning("%s; its stream is given up", reason)
+                carrier.give_up(reason)
 
     def push(self, packets: list[Packet]) -> None:
         """Hand packets to the carrier. Without one nothing is lost: `Link.reconnect` gives them again."""
@@ -83,13 +104,17 @@ class Peer:
     def hear(self) -> None:
         """A frame has arrived."""
         self.heard = self.up = True
+        self._silence.hear()
         self._asked_at = None
         if self._loss_timer is not None:
             self._loss_timer.cancel()
             self._loss_timer = None
 
-    def close(self, farewell: str) -> None:
-        """Leave the link: what is queued still goes, then the other side is told ``farewell``."""
+    def close(self, farewell: str, *, stuck_seconds: float) -> None:
+        """Leave the link: what is queued still goes, then the other side is told ``farewell``.
+
+        Its stream ends when for ``stuck_seconds`` nothing has left on it.
+        """
         for timer in (self._loss_timer, self._tick_timer):
             if timer is not None:
                 timer.cancel()
@@ -97,5 +122,6 @@ class Peer:
         self.down.set()
         if carrier is not None:
             carrier.release(self.link.farewell(farewell))
+            carrier.end_when_stuck(stuck_seconds)
         if self.dialing is not None and not (carrier is not None and carrier.dialed):
             self.dialing.cancel()  # otherwise dialing ends by itself, after the farewell

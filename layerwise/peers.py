@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -10,10 +11,14 @@ from collections.abc import Callable, Iterator
 from layerwise.link import Admission, Link, LinkTable, Packet
 from layerwise.peer import Peer
 from layerwise.proto.frames import MAX_FRAME_PACKETS
+from layerwise.silence import LOOKS
 
 ACKNOWLEDGE_SECONDS = 0.25
 """How long what has arrived waits for a message of ours to be acknowledged along with. A frame for it alone costs both sides about a
 quarter of a millisecond; much data and many messages are acknowledged sooner, so nobody waits for this."""
+
+LONGEST_STUCK_SECONDS = 60.0
+"""How long a stream that its link has left may be stuck, where silence has no limit."""
 
 MAX_REASONS = 256
 LONGEST_REASON = 500
@@ -23,10 +28,13 @@ LONGEST_REASON = 500
 class Peers:
     """Links by the names of the peers. ``on_lost(name)`` is called once when one is gone for good.
 
-    Event loop's thread only.
+    A peer that owes us something and gives no sign of life for ``silence_seconds`` (``inf``: however long) loses its stream. One
+    timer looks at all of them, so that a frame costs nothing for it. Event loop's thread only.
     """
 
-    def __init__(self, *, credit_bytes: int, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, *, credit_bytes: int, silence_seconds: float, on_lost: Callable[[str], None]) -> None:
+        self.silence_seconds = silence_seconds
+        self._look_timer: asyncio.TimerHandle | None = None
         self._credit_bytes = credit_bytes
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
@@ -86,7 +94,10 @@ class Peers:
         del self._peers[state.name]
         if self._table.get(state.name) is state.link:
             self._table.drop(state.name)
-        state.close(farewell)
+        if not self._peers and self._look_timer is not None:
+            self._look_timer.cancel()
+            self._look_timer = None
+        state.close(farewell, stuck_seconds=min(self.silence_seconds, LONGEST_STUCK_SECONDS))
 
     def lost_reason(self, name: str) -> str:
         """Why the last link to ``name`` was lost."""
@@ -108,4 +119,15 @@ class Peers:
     def _add(self, name: str, link: Link) -> Peer:
         state = self._peers[name] = Peer(name, link, self._loop)
         self._reasons.pop(name, None)
+        self._look_later()
         return state
+
+    def _look_later(self) -> None:
+        if self._look_timer is None and self._peers and math.isfinite(self.silence_seconds):
+            self._look_timer = self._loop.call_later(self.silence_seconds / LOOKS, self._look)
+
+    def _look(self) -> None:
+        self._look_timer = None
+        for state in self:
+            state.look(self.silence_seconds)
+        self._look_later()

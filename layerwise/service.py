@@ -18,9 +18,10 @@ from layerwise.errors import RejectedError, UnreachableError
 from layerwise.ids import COORDINATOR
 from layerwise.lifetime import Lifetime
 from layerwise.memory import keep_freed_memory
-from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Welcome
+from layerwise.messages import Assignment, Heartbeat, Hello, Hosting, Message, Role, Welcome
 from layerwise.metrics_server import serve_metrics
 from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.silence import patience
 from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
 from layerwise.transport_metrics import transport_metrics
@@ -200,6 +201,8 @@ class Service:
         if peer == COORDINATOR and isinstance(message, Welcome):
             self._welcomed, self._unreached_since = True, None
             self._heartbeat_seconds = message.heartbeat_seconds
+        elif peer == COORDINATOR and isinstance(message, Assignment):
+            self.transport.be_patient(patience(message.spec_json))
         self.guard(lambda: self._handler.on_message(peer, message, time.monotonic()))
 
     def _on_lost(self, peer: str) -> None:

@@ -1,7 +1,7 @@
 """All links of one process over gRPC: who is connected, what is sent, what is lost.
 
 connect(peer) ──► dialing ──► up ◄──────────────── a peer's stream is accepted
-                     │         │ stream breaks
+                     │         │ stream breaks, or for silence_seconds nothing comes of one that owes us something
                      │         ▼
                      │       down ── dialed or accepted again within grace_seconds ──► up (nothing lost or twice)
                      ▼         ▼
@@ -58,6 +58,9 @@ from layerwise.streams import (
     open_channel,
 )
 
+SILENCE_SECONDS = 20.0
+"""A third more than ``timeouts.heartbeat`` is by default, so that a process that is stopped for less than that keeps its links."""
+
 _BACKOFF_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -69,7 +72,9 @@ class Transport:
     each batch of frames leaves the process. An exception in a callback goes to ``on_error`` (default: the loop's
     exception handler). ``credit_bytes`` bounds what is sent and not acknowledged on a link; more waits in its outbox
     (`outbox_bytes`), at most ``max_outbox_bytes``, beyond which the link is given up: a peer that does not read costs
-    no more memory than that. ``limits`` bound what strangers can do; peers named in ``dialed_only`` never call.
+    no more memory than that. A peer that leaves something unacknowledged and, when asked, gives no sign of life for
+    ``silence_seconds`` has its stream broken (``inf``: never); one that is only busy answers. ``limits`` bound what
+    strangers can do; peers named in ``dialed_only`` never call.
     ``refusals`` counts what was not acted on.
 
     The tensors of a message that is sent must not change until the peer has it.
@@ -85,6 +90,7 @@ class Transport:
         on_error: Callable[[Exception], None] | None = None,
         grace_seconds: float = 0.5,
         connect_seconds: float = 5.0,
+        silence_seconds: float = SILENCE_SECONDS,
         credit_bytes: int = 32 << 20,
         max_outbox_bytes: int = 2 * MAX_MESSAGE_BYTES,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -111,7 +117,9 @@ class Transport:
         self._max_message_bytes = max_message_bytes
         self.pool = pool or BufferPool()
         self._faults = frame_faults_of(name)
-        self._peers = Peers(credit_bytes=credit_bytes, on_lost=lambda peer: self._call(on_lost, peer))
+        self._peers = Peers(
+            credit_bytes=credit_bytes, silence_seconds=silence_seconds, on_lost=lambda peer: self._call(on_lost, peer)
+        )
         self._servers: list[grpc.aio.Server] = []
         self._hooks: list[Callable[[grpc.aio.Server], None]] = []
         self._closings: set[asyncio.Task[Any]] = set()
@@ -201,6 +209,10 @@ class Transport:
     def refused(self, peer: str) -> bool:
         """Whether the last link to ``peer`` ended because one side rejects what the other says: dialing is pointless."""
         return self._peers.refused(peer)
+
+    def be_patient(self, seconds: float) -> None:
+        """Give no silent peer up before ``seconds``, from its next look on."""
+        self._peers.silence_seconds = max(self._peers.silence_seconds, seconds)
 
     @property
     def peers(self) -> list[str]:

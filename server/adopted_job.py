@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.cuts import durable_cuts, load_manifest, newest_sound_cut
-from layerwise.errors import CorruptCutError, CorruptError, NotFoundError
+from layerwise.errors import CorruptCutError, CorruptError, LayerwiseError, NotFoundError
 from layerwise.fences import fences_in
 from layerwise.rollbacks import rollbacks_in
-from layerwise.server.job_record import CutRecord, JobRecord, JobState
+from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState
+from layerwise.server.memory_store import JobStore
+
+log = logging.getLogger(__name__)
 
 _LIFE = re.compile(r"life-(\d+)")
 
@@ -90,6 +94,44 @@ def with_cuts_on_disk(record: JobRecord) -> JobRecord:
         rollbacks=_longest(record.rollbacks, rollbacks),
         warnings=(*record.warnings, *(one for one in warnings if one not in record.warnings)),
     )
+
+
+def look_at_directories(store: JobStore, now: float) -> None:
+    """Before a coordinator goes on with the jobs of the one before: let their records say what their directories have.
+
+    The record may be older than the directory, by a commit whose answer came too late, or by what a power cut took back. A block
+    that then began at an older cut would shut the newer ones out for good. Files of cuts are read only where the two differ.
+    """
+    for record in store.load():
+        if record.state.final:
+            continue
+        try:
+            found = _taken_over(record)
+        except (LayerwiseError, OSError) as error:
+            log.warning("the record of job %s stands, though its directory says otherwise: %s", record.job, error)
+            continue
+        if found == record:
+            continue
+        if found.cuts != record.cuts:
+            noted, there = (", ".join(str(cut.version) for cut in one.cuts) or "none" for one in (record, found))
+            message = f"the cuts in {record.directory} are {there}; noted were {noted}"
+            store.add_event(
+                record.job, JobEvent(sequence=record.num_events, time=now, level="warning", message=message)
+            )
+        store.put(found)
+
+
+def _taken_over(record: JobRecord) -> JobRecord:
+    folder = Path(record.directory)
+    there = durable_cuts(folder)
+    noted = tuple(cut.version for cut in record.cuts)
+    rollbacks = rollbacks_in(folder)
+    if there[-1:] == noted[-1:] and set(noted) <= set(there) and len(rollbacks) <= len(record.rollbacks):
+        return replace(record, next_life=max(record.next_life, _newest_life(folder) + 1))
+    found = with_cuts_on_disk(record)
+    # What the record has forgotten before its deletion, but for what is newer than all that it knew, may be going just now.
+    newest = max(noted, default=-1)
+    return replace(found, cuts=tuple(cut for cut in found.cuts if cut.version in noted or cut.version > newest))
 
 
 def unused_directory(directory: str | Path) -> str:

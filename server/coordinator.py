@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,16 +15,17 @@ from typing import IO, Any
 from layerwise.errors import ConfigError
 from layerwise.job import parse_job
 from layerwise.lifetime import Lifetime
-from layerwise.messages import Assignment, Hello, Message, Reroute
+from layerwise.messages import Hello, Message
 from layerwise.metrics_server import MetricsServer
 from layerwise.refusals import Refused
 from layerwise.roles import Connect, Disconnect, Effect, Send
-from layerwise.server.adopted_job import read_job, unused_directory, with_cuts_on_disk
+from layerwise.server.adopted_job import look_at_directories, read_job, unused_directory, with_cuts_on_disk
 from layerwise.server.client_service import ClientService
 from layerwise.server.coordinator_role import EVENTS_AT_ONCE, CoordinatorRole
+from layerwise.server.held_effects import HeldEffects
 from layerwise.server.hello_check import hello_fault
 from layerwise.server.job_record import JobEvent
-from layerwise.server.job_store import SqliteJobStore
+from layerwise.server.job_store import FLUSH_SECONDS, SqliteJobStore
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.server.metrics import coordinator_metrics, job_store_metrics
 from layerwise.server.node_document import coordinator_document
@@ -61,7 +63,8 @@ def run_coordinator(
     """
 
     async def serve() -> None:
-        coordinator = Coordinator(state=state, heartbeat_timeout=heartbeat_timeout)
+        # It may have to read cuts, which is no work for an event loop.
+        coordinator = await asyncio.to_thread(Coordinator, state=state, heartbeat_timeout=heartbeat_timeout)
         lifetime = Lifetime(exit_with_parent=exit_with_parent)
         try:
             await coordinator.open(listen=listen, metrics=metrics, insecure=insecure)
@@ -83,7 +86,8 @@ def run_coordinator(
 class Coordinator:
     """The role with its surroundings. Everything runs on the event loop's thread, but for the store's own.
 
-    A job's record is on disk before a client hears that it was taken, and its lives before a shard does.
+    A job's record is on disk before a client hears that it was taken, and its lives before a shard does. What must not be said
+    before the disk has answered is held back, with all that is later for the same process; the event loop never waits for it.
     """
 
     def __init__(self, *, state: str | Path | None = None, heartbeat_timeout: float = 30.0) -> None:
@@ -91,11 +95,17 @@ class Coordinator:
         self._store = SqliteJobStore(state) if state is not None else MemoryJobStore()
         self._epoch = time.time() - time.monotonic()
         self._started = self._now()
+        look_at_directories(self._store, self._started)
         self._role = CoordinatorRole(self._store, now=self._now(), heartbeat_timeout=heartbeat_timeout)
         self._transport: Transport | None = None
         self._metrics: MetricsServer | None = None
         self._ticks: asyncio.Task[None] | None = None
         self._ticked = asyncio.Event()
+        self._held = HeldEffects()
+        self._asked: tuple[int, float] | None = None
+        """The number of the effect for which the disk was asked last, and when; None: nothing is awaited of it."""
+        self._warned = False
+        self._closing = False
         self.address = ""
         self.metrics_address = ""
         self.error: Exception | None = None
@@ -109,6 +119,7 @@ class Coordinator:
             on_message=self._on_message,
             on_lost=self._on_lost,
             on_error=self._fail,
+            silence_seconds=math.inf,  # processes are given up by their heartbeats, under the time limit of their job
             max_outbox_bytes=MAX_OUTBOX_BYTES,
             max_message_bytes=0,  # no tensors come here: to decode one would import torch
         )
@@ -129,7 +140,8 @@ class Coordinator:
             log.info("its metrics are at http://%s/metrics", self.metrics_address)
 
     async def close(self) -> None:
-        """Close links, clients' calls and the store."""
+        """Close links, clients' calls and the store. What is held back still goes to nobody."""
+        self._closing = True
         if self._ticks is not None:
             self._ticks.cancel()
             await asyncio.gather(self._ticks, return_exceptions=True)
@@ -173,10 +185,8 @@ class Coordinator:
         turn = self._role.undrain if undo else self._role.drain
         document, effects = turn(node, self._now())
         # A shard that was told to stop, by a coordinator that does not remember why, would wait for ever.
-        try:
-            self._flush()
-        finally:
-            self._perform(effects)
+        self._perform(effects, all_wait=True)
+        await asyncio.to_thread(self._flush)
         return document
 
     def jobs(self, offset: int, limit: int) -> list[dict[str, Any]]:
@@ -204,10 +214,12 @@ class Coordinator:
         while True:
             record = self._role.record(job)
             if offset < record.num_events:
-                for event in await asyncio.to_thread(self._store.events, job, offset, EVENTS_AT_ONCE):
+                events = await asyncio.to_thread(self._store.events, job, offset, EVENTS_AT_ONCE)
+                for event in events:
                     yield event
                     offset = event.sequence + 1
-                continue
+                if events:
+                    continue  # else they were too many for a disk that refused
             if record.state.final or self._ticks is None or self._ticks.done():
                 return
             await self._ticked.wait()
@@ -239,22 +251,67 @@ class Coordinator:
         self._perform(self._role.on_message(peer, message, self._now()))
 
     def _on_lost(self, peer: str) -> None:
+        self._held.lose(peer)
         self._perform(self._role.on_lost(peer, self._now()))
 
     async def _tick(self) -> None:
         try:
             while True:
                 self._perform(self._role.on_tick(self._now()))
+                self._warn_of_a_slow_disk()
                 self._ticked.set()
                 self._ticked = asyncio.Event()
                 await asyncio.sleep(TICK_SECONDS)
         except Exception as error:
             self._fail(error)
 
-    def _perform(self, effects: list[Effect]) -> None:
-        if any(isinstance(effect, Send) and isinstance(effect.message, Assignment | Reroute) for effect in effects):
-            # A life that a shard has heard of must never be given again, not even after a crash.
-            self._flush()
+    def _perform(self, effects: list[Effect], *, all_wait: bool = False) -> None:
+        if isinstance(self._store, SqliteJobStore):
+            effects = self._held.admit(effects, all_wait=all_wait)
+            self._ask_the_disk(self._store)
+        self._do(effects)
+
+    def _ask_the_disk(self, store: SqliteJobStore) -> None:
+        """Have the store say when everything that held effects follow from is written; one question at a time."""
+        number = self._held.newest
+        if self._asked is not None or not number:
+            return
+        self._asked = (number, self._now())
+
+        def hear(error: Exception | None) -> None:
+            self._loop.call_soon_threadsafe(self._on_disk, store, number, error)
+
+        store.tell(hear)
+
+    def _on_disk(self, store: SqliteJobStore, number: int, error: Exception | None) -> None:
+        """The disk has all that was written before it was asked for ``number``, or never will."""
+        self._asked = None
+        if self._closing:
+            return
+        if error is not None:
+            self._fail(error)
+            return
+        if self._warned:
+            log.warning("the job store's disk takes what is written again")
+            self._warned = False
+        try:
+            self._do(self._held.release(number))
+            self._ask_the_disk(store)
+        except Exception as failure:
+            self._fail(failure)
+
+    def _warn_of_a_slow_disk(self) -> None:
+        if self._asked is None or self._warned or self._now() - self._asked[1] <= FLUSH_SECONDS:
+            return
+        self._warned = True
+        peers = ", ".join(self._held.peers)
+        log.warning(
+            "the job store's disk has not taken what was written for %g s: what %s must be told waits until it has; free the disk",
+            FLUSH_SECONDS,
+            peers,
+        )
+
+    def _do(self, effects: list[Effect]) -> None:
         assert self._transport is not None
         for effect in effects:
             match effect:

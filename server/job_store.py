@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -12,15 +11,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from layerwise import disk
 from layerwise.errors import ConfigError, CorruptError, DeadlineError, NotFoundError, RetryableError
 from layerwise.fault_points import Operation, points
 from layerwise.messages import Role
 from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState, PlacementRecord
+from layerwise.server.waiting_writes import Batch, WaitingWrites, Write
 from layerwise.threads import VitalThread
 
 FILE = "jobs.sqlite3"
 MAX_WAITING = 10_000
-"""Writes that may wait for the disk; with more, the one who writes waits too."""
+"""Lines of jobs' logs that may wait for the disk; more are dropped. Of each job the newest record waits, whatever happens."""
 FLUSH_SECONDS = 30.0
 BUSY_SECONDS = 10.0
 RETRY_SECONDS = 1.0
@@ -72,14 +73,14 @@ MIGRATIONS = (
 )
 """``MIGRATIONS[v]`` takes a store from schema ``v`` to ``v + 1``; ``PRAGMA user_version`` says which one it has."""
 
-Write = Callable[[sqlite3.Connection], None]
-
 
 class SqliteJobStore:
-    """A `JobStore` in ``folder``. Writes return at once; a thread takes what has gathered to disk in one transaction.
+    """A `JobStore` in ``folder``. Writes return at once, always; a thread takes what has gathered to disk in one transaction.
 
-    Any thread may call it. After `flush` everything before it is on disk. While the disk is full or refuses, writes gather
+    Any thread may call it. After `flush` everything before it is on disk, also after a power cut: each batch costs a sync.
+    While the disk is full or refuses, writes gather
     and are tried again every ``retry_seconds``: jobs go on meanwhile, and only who waits for `flush` hears of it.
+    What waits is bounded: of the lines of logs that are too many, the newest are lost, with a warning.
 
     Raises:
         ConfigError: the folder can't be used, or a newer layerwise wrote the store.
@@ -91,9 +92,10 @@ class SqliteJobStore:
         self._path = Path(folder) / FILE
         self._retry_seconds = retry_seconds
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(self._path.parent, "job-store")
             with closing(self._open()) as connection:
                 self._migrate(connection)
+            disk.sync_folder(self._path.parent, "job-store")
         except OSError as error:
             raise ConfigError(f"--state {folder}: the folder can't be used: {error.strerror}") from error
         except sqlite3.DatabaseError as error:
@@ -103,7 +105,7 @@ class SqliteJobStore:
         self._error: Exception | None = None
         self._problem = ""
         self._closing = threading.Event()
-        self._writes: queue.Queue[Write | threading.Event | None] = queue.Queue(MAX_WAITING)
+        self._waiting = WaitingWrites(MAX_WAITING)
         self._thread = VitalThread(target=self._write_all, name="layerwise-job-store", daemon=True)
         self._thread.start()
 
@@ -147,7 +149,8 @@ class SqliteJobStore:
 
     def put(self, record: JobRecord) -> None:
         """Write a job, its durable cuts and its placement."""
-        self._enqueue(lambda connection: _put(connection, record))
+        # All lives ever given stay on record, so a newer record takes the place of one that waits only if it has the same.
+        self._enqueue(lambda connection: _put(connection, record), key=f"job {record.job}", variant=_lives(record))
 
     def add_event(self, job: str, event: JobEvent) -> None:
         """Append to a job's log."""
@@ -165,7 +168,7 @@ class SqliteJobStore:
             connection.execute("DELETE FROM drained")
             connection.executemany("INSERT INTO drained VALUES (?)", [(node,) for node in sorted(nodes)])
 
-        self._enqueue(write)
+        self._enqueue(write, key="drained")
 
     @property
     def num_waiting(self) -> int:
@@ -180,40 +183,50 @@ class SqliteJobStore:
             RetryableError: a write failed; nothing after it was written.
         """
         written = threading.Event()
-        self._enqueue(written)
+        self._check()
+        self._waiting.tell(written.set)
         if not written.wait(FLUSH_SECONDS):
             why = f": {self._problem}" if self._problem else ""
             raise DeadlineError(
                 f"the job store {self._path} did not take what was written within {FLUSH_SECONDS:g} s{why}"
             )
-        if self._error is not None:
-            raise self._error
+        self._check()
+
+    def tell(self, hear: Callable[[Exception | None], None]) -> None:
+        """Call ``hear`` when everything written so far is on disk, or with the error for which it never will be; on another thread.
+
+        Raises:
+            RetryableError: a write failed; nothing after it was written.
+        """
+        self._check()
+        self._waiting.tell(lambda: hear(self._error))
 
     def close(self) -> None:
         """Write what waits, end the thread."""
         self._closing.set()
-        if self._thread.is_alive():
-            self._writes.put(None)
-            self._thread.join()
+        self._waiting.close()
+        self._thread.join()
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, write: Write | threading.Event) -> None:
+    def _check(self) -> None:
         if self._error is not None:
             raise self._error
-        self._writes.put(write)
+
+    def _enqueue(self, write: Write, *, key: str = "", variant: str = "") -> None:
+        self._check()
+        if not self._waiting.put(write, key=key, variant=variant) and self._waiting.num_dropped == 1:
+            log.warning("the job store %s: %d lines wait for the disk; newer ones are lost", self._path, MAX_WAITING)
 
     def _write_all(self) -> None:
         with closing(self._open()) as connection:
             ended = False
             while not ended:
-                batch = [self._writes.get()]
-                while len(batch) < MAX_WAITING and not self._writes.empty():
-                    batch.append(self._writes.get_nowait())
-                ended = None in batch
-                self._write_batch(connection, [one for one in batch if one is not None])
+                batch = self._waiting.take()
+                ended = batch.last
+                self._write_batch(connection, batch)
 
-    def _write_batch(self, connection: sqlite3.Connection, batch: list[Write | threading.Event]) -> None:
+    def _write_batch(self, connection: sqlite3.Connection, batch: Batch) -> None:
         """One transaction, tried until the disk takes it; on any other error the store takes nothing more.
 
         Then everybody who asks hears why.
@@ -234,16 +247,14 @@ class SqliteJobStore:
             else:
                 self._problem = ""
                 break
-        for one in batch:
-            if isinstance(one, threading.Event):
-                one.set()
+        for hear in batch.heard_by:
+            hear()
 
-    def _commit(self, connection: sqlite3.Connection, batch: list[Write | threading.Event]) -> None:
+    def _commit(self, connection: sqlite3.Connection, batch: Batch) -> None:
         self._point("begin")
         connection.execute("BEGIN IMMEDIATE")
-        for one in batch:
-            if not isinstance(one, threading.Event):
-                one(connection)
+        for write in batch.writes:
+            write(connection)
         self._point("commit")
         connection.execute("COMMIT")
         self._point("committed")
@@ -263,7 +274,8 @@ class SqliteJobStore:
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
         connection.row_factory = sqlite3.Row
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+        # FULL: else a commit is on the disk at the next checkpoint only, and a power cut takes back what `flush` has promised.
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
@@ -385,6 +397,10 @@ def _put(connection: sqlite3.Connection, record: JobRecord) -> None:
             if one.role is Role.SHARD
         ],
     )
+
+
+def _lives(record: JobRecord) -> str:
+    return str(sorted((one.life, one.process) for one in record.placement if one.role is Role.SHARD))
 
 
 def _json(value: object) -> str:

@@ -391,7 +391,11 @@ def test_a_paused_process_keeps_its_link(network: Callable[[Body], None]) -> Non
 
 
 class Proxy:
-    """Passes bytes on to ``target`` and can cut every connection at once."""
+    """Passes bytes on to ``target``, and can cut every connection at once, or swallow the bytes.
+
+    Of connections that were there when ``swallow`` was called nothing arrives any more, and nobody is told. Those that are made
+    while ``hole`` is set are no better.
+    """
 
     def __init__(self, target: str) -> None:
         self.host, _, port = target.rpartition(":")
@@ -399,6 +403,10 @@ class Proxy:
         self.tasks: set[asyncio.Task[Any]] = set()
         self.writers: set[asyncio.StreamWriter] = set()
         self.open = True
+        self.hole = False
+        self.swallowed: set[asyncio.StreamReader] = set()
+        self.readers: set[asyncio.StreamReader] = set()
+        self.swallowed_bytes = 0
 
     async def start(self) -> str:
         self.server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -411,6 +419,9 @@ class Proxy:
             return
         onward_reader, onward_writer = await asyncio.open_connection(self.host, self.port)
         self.writers |= {writer, onward_writer}
+        self.readers |= {reader, onward_reader}
+        if self.hole:
+            self.swallow()
         for source, sink in ((reader, onward_writer), (onward_reader, writer)):
             task = asyncio.ensure_future(self._pump(source, sink))
             self.tasks.add(task)
@@ -419,12 +430,18 @@ class Proxy:
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         try:
             while data := await source.read(1 << 16):
+                if source in self.swallowed:
+                    self.swallowed_bytes += len(data)
+                    continue
                 sink.write(data)
                 await sink.drain()
         except ConnectionError:
             return
         finally:
             sink.transport.abort()
+
+    def swallow(self) -> None:
+        self.swallowed |= self.readers
 
     def cut(self) -> None:
         for writer in self.writers:
@@ -514,6 +531,62 @@ def test_a_side_that_was_given_up_hears_so_when_it_comes_back(tcp: Callable[[Bod
         proxy.open = True
         assert await one.next_lost() == "two"
         assert two.got.empty()
+        await proxy.close()
+
+    tcp(body)
+
+
+# --- silence --------------------------------------------------------------------------------------------------------
+
+
+async def greet(one: Process, two: Process) -> Proxy:
+    """Connect both over a proxy; the link is up on both sides, and nothing is owed."""
+    proxy = Proxy(two.address)
+    one.transport.connect("two", await proxy.start())
+    for side, other in ((one, two), (two, one)):
+        side.transport.send(other.name, Stop(job="hello"))
+        assert await other.next() == Stop(job="hello")
+    return proxy
+
+
+@pytest.mark.parametrize("sent_bytes", [4, 16 << 20], ids=["little", "more than buffers take"])
+def test_a_network_that_swallows_everything_loses_the_link_on_both_sides(
+    sent_bytes: int, tcp: Callable[[Body], None]
+) -> None:
+    async def body(network: Network) -> None:
+        one = await network.start("one", silence_seconds=0.4, grace_seconds=0.2)
+        two = await network.start("two", silence_seconds=0.4, grace_seconds=0.2)
+        proxy = await greet(one, two)
+        proxy.hole = True
+        proxy.swallow()
+        for side, other in ((one, "two"), (two, "one")):
+            side.transport.send(other, forward(torch.zeros(sent_bytes // 4)))
+        assert await one.next_lost() == "two"
+        assert await two.next_lost() == "one"
+        assert "asked for a sign of life and gave none for 0.4 s" in two.transport.lost_reason("one")
+        assert (one.transport.peers, two.transport.peers) == ([], [])
+        assert proxy.swallowed_bytes > 0
+        await proxy.close()
+
+    tcp(body)
+
+
+def test_a_black_hole_that_ends_in_time_loses_and_doubles_nothing(tcp: Callable[[Body], None]) -> None:
+    async def body(network: Network) -> None:
+        one = await network.start("one", silence_seconds=0.2, grace_seconds=30.0)
+        two = await network.start("two", silence_seconds=0.2, grace_seconds=30.0)
+        proxy = await greet(one, two)
+        for round_number in range(3):
+            proxy.swallow()  # of these connections nothing is heard any more, but others can be made
+            versions = range(20 * round_number, 20 * round_number + 20)
+            for version in versions:
+                one.transport.send("two", stop_at(version))
+                two.transport.send("one", stop_at(version))
+            assert [(await two.next()).version for _ in versions] == list(versions)
+            assert [(await one.next()).version for _ in versions] == list(versions)
+        assert proxy.swallowed_bytes > 0
+        assert one.lost.empty()
+        assert two.lost.empty()
         await proxy.close()
 
     tcp(body)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
+import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,11 +18,13 @@ import pytest
 
 from layerwise.client import CoordinatorClient
 from layerwise.errors import ConfigError, NotAllowedError, NotFoundError
+from layerwise.fault_points import Operation, points
 from layerwise.messages import Hello, Message, Role, Welcome
 from layerwise.metrics_server import MetricsServer
 from layerwise.proto import layerwise_pb2 as pb2
 from layerwise.server.coordinator import Coordinator
 from layerwise.transport import Transport
+from layerwise.version import WIRE_VERSION
 from tests.unit.played_cluster import PlayedCluster, spec
 
 Answer = TypeVar("Answer")
@@ -36,10 +41,23 @@ async def running(folder: Path, **options: Any) -> AsyncIterator[Coordinator]:
 
 
 @asynccontextmanager
-async def played_processes(coordinator: Coordinator, *names: str) -> AsyncIterator[None]:
+async def played_processes(
+    coordinator: Coordinator, *names: str
+) -> AsyncIterator[tuple[PlayedCluster, dict[str, Transport]]]:
     """Processes on links of their own; together they behave as `PlayedCluster` does."""
     played = PlayedCluster()
     transports: dict[str, Transport] = {}
+    for name in names:
+        await present(coordinator, played, transports, name)
+    try:
+        yield played, transports
+    finally:
+        for transport in transports.values():
+            await transport.close()
+
+
+async def present(coordinator: Coordinator, played: PlayedCluster, transports: dict[str, Transport], name: str) -> None:
+    """A process begins, with nothing in it, and presents itself."""
 
     def answer(name: str) -> Callable[[str, Message], None]:
         def on_message(peer: str, message: Message) -> None:
@@ -51,18 +69,13 @@ async def played_processes(coordinator: Coordinator, *names: str) -> AsyncIterat
 
         return on_message
 
-    for name in names:
-        role = Role(name.partition("-")[0])
-        played.roles[name] = role
-        transports[name] = Transport(name, on_message=answer(name), on_lost=lambda peer: None)
-        transports[name].connect("coordinator", coordinator.address)
-        hello = Hello(role=role, name=name, address=f"unix:/{name}", device="cpu", host="here", pid=1, version="1")
-        transports[name].send("coordinator", hello)
-    try:
-        yield
-    finally:
-        for transport in transports.values():
-            await transport.close()
+    role = Role(name.partition("-")[0])
+    played.roles[name] = role
+    played.blocks.pop(name, None)
+    transports[name] = Transport(name, on_message=answer(name), on_lost=lambda peer: None)
+    transports[name].connect("coordinator", coordinator.address)
+    hello = Hello(role=role, name=name, address=f"unix:/{name}", device="cpu", host="here", pid=1, version="1")
+    transports[name].send("coordinator", hello)
 
 
 async def ask(coordinator: Coordinator, question: Callable[[CoordinatorClient], Answer]) -> Answer:
@@ -120,6 +133,64 @@ def test_jobs_and_their_events_survive_a_restart(socket_folder: Path) -> None:
     asyncio.run(scenario())
 
 
+class FullDisk:
+    """Refuses what the job store commits while it is `full`, and says when it was asked."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.asked = threading.Semaphore(0)
+
+    def before(self, operation: Operation) -> None:
+        if self.full and operation.point == "job-store.commit":
+            self.asked.release()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), operation.path)
+
+    def after(self, operation: Operation) -> None:
+        pass
+
+
+def test_a_shard_that_is_lost_while_the_disk_is_full_is_replaced_when_there_is_room(
+    socket_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The coordinator used to wait on its event loop for the disk, and to end when that took too long."""
+    disk = FullDisk()
+    monkeypatch.setattr(points, "watcher", disk)
+    monkeypatch.setattr("layerwise.server.job_store.FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr("layerwise.server.coordinator.FLUSH_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        async with (
+            running(socket_folder) as coordinator,
+            played_processes(coordinator, "shard-0", "shard-1", "forward-0") as (played, transports),
+        ):
+            played.hold = lambda worker, lease: len(played.leases) >= 20
+            job = (await coordinator.submit(job_in(socket_folder)))["job"]
+            await until(coordinator, lambda: bool(played.held))
+            disk.full = True
+            await transports["shard-1"].close()
+            await present(coordinator, played, transports, "shard-1")
+            await until(coordinator, lambda: "must be told waits" in caplog.text)
+            assert await asyncio.to_thread(disk.asked.acquire, timeout=60)
+            assert "shard-1" not in played.blocks  # nobody has heard of a life that is not on the disk
+            assert coordinator.job(job)["state"] == "running"  # and the coordinator answers
+            assert coordinator.error is None
+            disk.full = False
+            await until(coordinator, lambda: "shard-1" in played.blocks)
+            assert coordinator.error is None
+
+    asyncio.run(scenario())
+
+
+async def until(coordinator: Coordinator, reached: Callable[[], bool]) -> None:
+    """Wait for the coordinator's tick after which it is so."""
+
+    async def wait() -> None:
+        while not reached():
+            await coordinator._ticked.wait()
+
+    await asyncio.wait_for(wait(), 60)
+
+
 def test_refusals_reach_the_client_as_the_errors_they_are(socket_folder: Path) -> None:
     async def scenario() -> None:
         async with running(socket_folder) as coordinator:
@@ -152,7 +223,7 @@ def test_a_client_of_another_wire_version_is_told_so(socket_folder: Path) -> Non
 
     async def scenario() -> None:
         async with running(socket_folder) as coordinator:
-            with pytest.raises(grpc.RpcError, match="speaks wire version 999, this coordinator 1"):
+            with pytest.raises(grpc.RpcError, match=f"speaks wire version 999, this coordinator {WIRE_VERSION}"):
                 await asyncio.to_thread(call, coordinator.address)
 
     asyncio.run(scenario())

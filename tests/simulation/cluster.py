@@ -196,6 +196,8 @@ class SimulatedCluster:
         def happen() -> None:
             if fault.kind == "break":
                 self.world.break_stream(fault.target, fault.other, fault.seconds)
+            elif fault.kind == "blackhole":
+                self.world.blackhole(fault.target, fault.other, fault.seconds)
             elif fault.kind == "isolate":
                 self.world.isolate(fault.target, fault.seconds)
             elif fault.kind == "sever":

@@ -15,7 +15,8 @@ class Fault:
     """What goes wrong at ``at`` seconds.
 
     "kill" a process (a new one takes its name after ``seconds``), "pause" it, "break" the stream to ``other`` (the link survives), or
-    "sever" the link to ``other`` (both live on, and each hears that the other is lost), or "isolate" it from all others for a while.
+    "sever" the link to ``other`` (both live on, and each hears that the other is lost), let what it and ``other`` send
+    each other be swallowed by a "blackhole", of which nobody is told, or "isolate" it from all others for a while.
     """
 
     at: float
@@ -175,6 +176,15 @@ def _draw(seed: int) -> Scenario:
             faults.append(
                 Fault(at=at, kind="sever" if other else "pause", target=target, other=other, seconds=3 * seconds)
             )
+    swallows = random.Random(f"blackholes {seed}")
+    if swallows.random() < 0.12:
+        one, other = swallows.sample([*names, *names, *workers, "coordinator"], 2)
+        if one != other:
+            at = 0.1 + swallows.uniform(0, length)
+            # Between shards longer than a run may rest; elsewhere as long as there need be nobody in the other's place.
+            longest = 70.0 if {one, other} <= set(names) else 25.0
+            seconds = swallows.choice((swallows.uniform(0.1, 5.0), swallows.uniform(21.0, longest)))
+            faults.append(Fault(at=at, kind="blackhole", target=one, other=other, seconds=seconds))
     drops = worse.random() < 0.4
     moves = random.Random(f"drains {seed}")
     spare = moves.choice((0, 0, 0, 1, 2))

@@ -80,6 +80,18 @@ def test_blocks_of_lost_shards_go_on_from_standby_copies() -> None:
     assert restored > NUM_STANDBY_SEEDS // 3, f"{restored} copies were used in {NUM_STANDBY_SEEDS} runs"
 
 
+def test_a_network_that_swallows_what_two_shards_say_ends_no_run() -> None:
+    """Nobody is told, so that a silent peer must be found out before the run counts as one in which nothing moves."""
+    limit = 36.0  # timeouts.lease and four of timeouts.task
+    long = [
+        seed
+        for seed in range(1000)
+        if any(one.kind == "blackhole" and one.seconds > limit for one in draw(seed).faults)
+    ]
+    found_out = [run(seed).world.num_silent > 0 for seed in long]
+    assert sum(found_out) >= 3
+
+
 def test_drained_processes_really_leave() -> None:
     """What the runs with drains are worth: jobs do stop for them, and go on elsewhere."""
     drained = [seed for seed in range(40) if draw(seed).drains]

@@ -13,9 +13,11 @@ from typing import Any
 from layerwise.link import Link, LinkLost, LinkTable, Packet
 from layerwise.messages import Heartbeat, Hello, Hosting, Message
 from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.silence import LOOKS, Silence, Verdict
 
 TICK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 1.0
+LOOK_SECONDS = 20.0 / LOOKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class World:
         self.processes: dict[str, Process] = {}
         self.trace: list[str] | None = [] if trace else None
         self.num_events = 0
+        self.num_silent = 0
+        """Links given up because the other side gave no sign of life."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._incarnations = count(1)
@@ -76,6 +80,12 @@ class World:
                     process.on_stream(there)
 
         self.at(seconds, heal)
+
+    def blackhole(self, one: str, other: str, seconds: float) -> None:
+        """Nothing passes between the two for a while, and nobody is told."""
+        pair = frozenset((one, other))
+        self._broken[pair] = max(self._broken.get(pair, 0.0), self.now + seconds)
+        self.note(f"what {one} and {other} send each other is swallowed for {seconds:.2f} s")
 
     def sever(self, one: str, other: str) -> None:
         """The link between the two is given up by both, though both live."""
@@ -142,6 +152,8 @@ class Process:
     _next_heartbeat: float = math.inf
     _greeted: float = 0.0
     _wakes: dict[str, float] = field(default_factory=dict)
+    _silences: dict[str, Silence] = field(default_factory=dict)
+    _next_look: float = 0.0
 
     def __post_init__(self) -> None:
         self.links = LinkTable(lambda: Link(self.world.incarnation(), resend_seconds=0.05))
@@ -228,6 +240,8 @@ class Process:
         link = admission.link
         if link is None:
             return
+        if (silence := self._silences.get(peer)) is not None:
+            silence.hear()
         try:
             messages = link.receive(packet, self.world.now)
         except LinkLost as lost:
@@ -284,7 +298,19 @@ class Process:
         if self._next_heartbeat <= self.world.now:
             self._next_heartbeat = self.world.now + self.heartbeat_seconds
             self.send("coordinator", Heartbeat())
+        if self._next_look <= self.world.now:
+            self._next_look = self.world.now + LOOK_SECONDS
+            self._look()
         self.after(TICK_SECONDS, self._tick)
+
+    def _look(self) -> None:
+        """Look at the links as the transport does; the coordinator goes by heartbeats."""
+        before, self._silences = self._silences, {}
+        for peer, link in self.links if self.hello is not None else ():
+            silence = self._silences[peer] = before.get(peer) or Silence()
+            if silence.look(waiting=not link.idle) is Verdict.GIVE_UP:
+                self.world.num_silent += 1
+                self.on_peer_gone(peer, link, "it gave no sign of life")
 
     def _put(self, peer: str, packets: list[Packet]) -> None:
         for packet in packets:

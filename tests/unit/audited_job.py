@@ -40,6 +40,10 @@ class World:
     retries: dict[int, int] = field(default_factory=dict)
     dropped: list[DroppedMicrobatch] = field(default_factory=list)
     rate_factor: float = 1.0
+    saves: frozenset[int] = frozenset({CUT})
+    """At which versions the first life is cut."""
+    saved: dict[int, dict[int, LedgerState]] = field(default_factory=dict)
+    """All of its cuts; ``cuts`` is the one that the next life begins at, by default that at `CUT`."""
 
     def live(
         self,
@@ -127,8 +131,10 @@ class World:
         used = None if decision.empty else rate(ledger.layer, decision.samples_before, decision.staleness)
         used = None if used is None else self.rate_factor * used
         version = ledger.updated(used, f"{ledger.layer}-{ledger.life}-{decision.update + 1}")
-        if version == CUT and ledger.life == 0:
-            self.cuts[ledger.layer] = ledger.cut()
+        if version in self.saves and ledger.life == 0:
+            cut = self.saved.setdefault(version, {})[ledger.layer] = ledger.cut()
+            if version == CUT:
+                self.cuts[ledger.layer] = cut
 
     def _header(self, start: int, stop: int, life: int) -> LogHeader:
         return LogHeader(

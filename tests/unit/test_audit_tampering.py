@@ -25,7 +25,7 @@ from layerwise.events import (
     WeightMode,
 )
 from layerwise.ids import Attempt
-from tests.unit.audited_job import PLAN, edit, failed, find, honest, number, rate
+from tests.unit.audited_job import CUT, PLAN, World, edit, failed, find, honest, number, rate
 
 Tamper = Callable[[list[StoredEvents]], list[StoredEvents]]
 TAMPERED: dict[str, list[tuple[str, Tamper]]] = {name: [] for name in CLAIMS}
@@ -139,6 +139,52 @@ def life_begins_twice(blocks: list[StoredEvents]) -> list[StoredEvents]:
 @breaks("lives")
 def first_life_begins_at_a_version(blocks: list[StoredEvents]) -> list[StoredEvents]:
     return blocks[2:]
+
+
+def three_lives(second: int, third: int) -> list[StoredEvents]:
+    """A job whose first life is cut at 2 and at `CUT`; the others begin at those of its cuts, whatever counts."""
+    world = World(4, saves=frozenset({2, CUT}))
+    world.live(0, updates=CUT + 2)
+    world.cuts = world.saved[second]
+    world.live(1, updates=second + 1)
+    world.cuts = world.saved[third]
+    world.live(2, updates=PLAN.num_updates + 1, drop=frozenset({20}))
+    return world.blocks
+
+
+@breaks("lives")
+def life_begins_at_a_cut_that_another_one_has_fenced_off(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    return three_lives(second=2, third=CUT)
+
+
+def split_anew(blocks: list[StoredEvents], *ranges: tuple[int, int]) -> list[StoredEvents]:
+    """The same job on other blocks of layers in its second life, in which nothing was computed again."""
+    events = [event for block in blocks[2:] for _, event in block.records if not isinstance(event, WalkEvent)]
+
+    def block(start: int, stop: int) -> StoredEvents:
+        names = tuple(f"layer-{layer}" for layer in range(start, stop))
+        header = replace(blocks[2].header, start=start, stop=stop, layer_names=names)
+        return replace(
+            blocks[2], header=header, records=number(event for event in events if start <= event.layer < stop)
+        )
+
+    return [*blocks[:2], *(block(start, stop) for start, stop in ranges)]
+
+
+@breaks("lives")
+def blocks_are_split_anew_and_a_layer_gets_its_neighbours_state(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    restored = {layer: find(blocks, RestoreEvent, 2 + layer // 2, _is_of(layer)) for layer in (1, 2)}
+    wrong = edit(blocks, restored[2], replace(restored[2], digest=restored[1].digest))
+    return split_anew(wrong, (0, 3), (3, 4))
+
+
+def _is_of(layer: int) -> Callable[[RestoreEvent], bool]:
+    return lambda event: event.layer == layer
+
+
+@breaks("log")
+def blocks_are_split_anew_and_two_of_them_have_one_layer(blocks: list[StoredEvents]) -> list[StoredEvents]:
+    return split_anew(blocks, (0, 3), (2, 4))
 
 
 @breaks("exactly-once")
@@ -346,3 +392,13 @@ def test_tampered_log_fails_exactly_the_check_it_breaks(name: str, tamper: Tampe
 
 def test_every_check_has_a_log_that_breaks_it() -> None:
     assert [name for name in CLAIMS if not TAMPERED[name]] == ["ledger"]  # see test_audit.py
+
+
+def test_blocks_that_are_split_anew_break_nothing() -> None:
+    world = honest()
+    assert failed(audit(split_anew(world.blocks, (0, 3), (3, 4)), ledger=world.ledger)) == []
+
+
+@pytest.mark.parametrize(("second", "third"), [(2, 2), (CUT, CUT)])
+def test_lives_that_begin_where_none_has_begun_below_break_nothing(second: int, third: int) -> None:
+    assert failed(audit(three_lives(second, third), ledger=honest().ledger)) == []

@@ -34,7 +34,7 @@ POINTS = {
         for kind in ("make-folder", "create", "reserve", "write", "sync", "rename", "sync-folder", "delete")
     ),
     *(f"log-summary.{kind}" for kind in ("create", "write", "sync", "rename", "sync-folder", "delete")),
-    *(f"job-store.{kind}" for kind in ("begin", "commit", "committed")),
+    *(f"job-store.{kind}" for kind in ("make-folder", "sync-folder", "begin", "commit", "committed")),
     *(f"{what}.{kind}" for what in ("spec", "result") for kind in ("create", "write", "sync", "rename", "sync-folder")),
     "result.delete",
 }

@@ -172,6 +172,40 @@ def test_the_tables_are_strict(tmp_path: Path) -> None:
     assert strict == {"jobs": 1, "events": 1, "cuts": 1, "placement": 1, "lives": 1, "drained": 1}
 
 
+def test_a_commit_waits_for_the_disk_and_so_does_the_name_of_a_new_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own syncs can't be watched from here; that it is told to make one at each commit can."""
+    seen: list[str] = []
+    monkeypatch.setattr(points, "watcher", Watching(seen))
+    store = SqliteJobStore(tmp_path / "new" / "state")
+    with closing(store._open()) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL
+    assert seen == [
+        f"make-folder {tmp_path}/new",
+        f"sync-folder {tmp_path}",
+        f"make-folder {tmp_path}/new/state",
+        f"sync-folder {tmp_path}/new",
+        f"sync-folder {tmp_path}/new/state",
+    ]
+    store.close()
+
+
+class Watching:
+    """A watcher that notes what happens to the store's folders."""
+
+    def __init__(self, seen: list[str]) -> None:
+        self._seen = seen
+
+    def before(self, operation: Operation) -> None:
+        pass
+
+    def after(self, operation: Operation) -> None:
+        if "folder" in operation.kind:
+            self._seen.append(f"{operation.kind} {operation.path}")
+
+
 def test_a_write_that_can_never_succeed_does_not_let_anybody_wait(tmp_path: Path) -> None:
     store = SqliteJobStore(tmp_path)
     store.put(replace(RECORD, document={"steps": object()}))
