@@ -173,7 +173,7 @@ class SqliteJobStore:
     @property
     def num_waiting(self) -> int:
         """Writes that wait for the disk."""
-        return self._writes.qsize()
+        return len(self._waiting)
 
     def flush(self) -> None:
         """Wait until everything written so far is on disk.
