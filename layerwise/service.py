@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from layerwise.address import parse_address
-from layerwise.errors import RejectedError, UnreachableError
+from layerwise.errors import NotAllowedError, NotFoundError, RejectedError, UnreachableError
 from layerwise.lifetime import Lifetime
 from layerwise.memory import keep_freed_memory
-from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Welcome
+from layerwise.messages import Dismissal, DismissalReason, Heartbeat, Hello, Hosting, Message, Role, Welcome
 from layerwise.metrics_server import serve_metrics
 from layerwise.roles import Connect, Disconnect, Effect, Send
 from layerwise.threads import DeathWatch
@@ -47,6 +47,8 @@ class ServiceSettings:
     allow_imports: tuple[str, ...] = ()
     insecure: bool = False
     exit_with_parent: bool = False
+    join: str | None = None
+    """The job to join; empty: any; None: take one of the places that jobs have."""
     reach_seconds: float = 60.0
     """How long to look for a coordinator that does not answer, at the start and after it was lost."""
 
@@ -105,6 +107,8 @@ class Service:
         Raises:
             UnreachableError: the coordinator was not found, or stayed away, for ``reach_seconds``.
             RejectedError: it is of another wire version.
+            NotFoundError: there is no such job to join.
+            NotAllowedError: the job can't use this process.
             ConfigError: an address can't be read, or is taken.
         """
         keep_freed_memory()
@@ -149,6 +153,7 @@ class Service:
             version=VERSION,
             allowed_imports=self.settings.allow_imports,
             metrics_address=metrics_address,
+            join=self.settings.join,
         )
         self._reach_coordinator()
         ticks = asyncio.create_task(self._tick())
@@ -194,10 +199,22 @@ class Service:
         self.transport.send(COORDINATOR, replace(self._hello, hosting=self._handler.hosting()))
 
     def _on_message(self, peer: str, message: Message) -> None:
+        if peer == COORDINATOR and isinstance(message, Dismissal):
+            self._on_dismissal(message)
+            return
         if peer == COORDINATOR and isinstance(message, Welcome):
             self._welcomed, self._unreached_since = True, None
             self._heartbeat_seconds = message.heartbeat_seconds
         self.guard(lambda: self._handler.on_message(peer, message, time.monotonic()))
+
+    def _on_dismissal(self, message: Dismissal) -> None:
+        match message.reason:
+            case DismissalReason.OVER:
+                self._lifetime.end(message.message)
+            case DismissalReason.NOT_FOUND:
+                self.fail(NotFoundError(message.message))
+            case DismissalReason.NOT_ALLOWED:
+                self.fail(NotAllowedError(message.message))
 
     def _on_lost(self, peer: str) -> None:
         if peer == COORDINATOR:

@@ -139,6 +139,7 @@ def run_backward(
     threads: int = 1,
     name: str = "",
     metrics: str = "",
+    join: str | None = None,
     allow_imports: tuple[str, ...] = (),
     insecure: bool = False,
     exit_with_parent: bool = False,
@@ -148,6 +149,8 @@ def run_backward(
     Raises:
         ConfigError: there is no such device.
         UnreachableError: no coordinator answers.
+        NotFoundError: there is no job ``join``; "" is any.
+        NotAllowedError: the job can't use this worker.
     """
     torch.set_num_threads(threads)
     found = resolve_device(device)
@@ -157,6 +160,7 @@ def run_backward(
         name=name,
         device=str(found),
         metrics=metrics,
+        join=join,
         allow_imports=allow_imports,
         insecure=insecure,
         exit_with_parent=exit_with_parent,

@@ -189,6 +189,7 @@ def run_forward(
     coordinator: str,
     name: str = "",
     metrics: str = "",
+    join: str | None = None,
     allow_imports: tuple[str, ...] = (),
     threads: int = 1,
     insecure: bool = False,
@@ -198,6 +199,8 @@ def run_forward(
 
     Raises:
         UnreachableError: no coordinator answers.
+        NotFoundError: there is no job ``join``; "" is any.
+        NotAllowedError: the job can't use this worker.
     """
     torch.set_num_threads(threads)
     settings = ServiceSettings(
@@ -205,6 +208,7 @@ def run_forward(
         coordinator=coordinator,
         name=name,
         metrics=metrics,
+        join=join,
         allow_imports=allow_imports,
         insecure=insecure,
         exit_with_parent=exit_with_parent,

@@ -69,6 +69,19 @@ def name_option(function: Function) -> Function:
     )
 
 
+def join_option(function: Function) -> Function:
+    """``--join`` of a worker."""
+    return click.option(
+        "--join",
+        metavar="[JOB]",
+        is_flag=False,
+        flag_value="",
+        default=None,
+        help="Take part in JOB beyond the workers it asks for, and leave at any time; without JOB, in whatever job trains "
+        "or trains next, the oldest first.",
+    )(function)
+
+
 @command(
     "coordinator",
     examples=[
@@ -160,12 +173,14 @@ def shard_command(
     examples=["layerwise forward", "layerwise forward --coordinator host:7070 --insecure --allow-import my_data"],
 )
 @coordinator_of_service
+@join_option
 @name_option
 @allow_import_option
 @service_options
 def forward_command(
     coordinator: str | None,
     name: str,
+    join: str | None,
     allow_imports: tuple[str, ...],
     metrics: str,
     insecure: bool,
@@ -182,6 +197,7 @@ def forward_command(
         coordinator=address,
         name=name,
         metrics=metrics,
+        join=join,
         allow_imports=allow_imports,
         insecure=insecure,
         exit_with_parent=exit_with_parent,
@@ -190,7 +206,12 @@ def forward_command(
 
 
 @command(
-    "backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --insecure --device cuda:1"]
+    "backward",
+    examples=[
+        "layerwise backward",
+        "layerwise backward --coordinator host:7070 --insecure --device cuda:1",
+        "layerwise backward --join digits-1",
+    ],
 )
 @coordinator_of_service
 @click.option(
@@ -202,6 +223,7 @@ def forward_command(
     help="auto takes a GPU if there is one.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of arithmetic.")
+@join_option
 @name_option
 @allow_import_option
 @service_options
@@ -210,6 +232,7 @@ def backward_command(
     device: str,
     threads: int,
     name: str,
+    join: str | None,
     allow_imports: tuple[str, ...],
     metrics: str,
     insecure: bool,
@@ -228,6 +251,7 @@ def backward_command(
         threads=threads,
         name=name,
         metrics=metrics,
+        join=join,
         allow_imports=allow_imports,
         insecure=insecure,
         exit_with_parent=exit_with_parent,

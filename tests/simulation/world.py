@@ -268,6 +268,9 @@ class Process:
         self.perform(self.on_lost(peer))
 
     def _receive(self, peer: str, message: Message) -> None:
+        if type(message).__name__ == "Dismissal":
+            self.world.kill(self.name)
+            return
         if type(message).__name__ == "Welcome":
             self._next_heartbeat = self.world.now
             self.perform(self.on_welcome())
