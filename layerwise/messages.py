@@ -609,7 +609,7 @@ class Failure:
     """A role: the job can't go on, and why, in one sentence. ``cut`` names the version of a cut that can't be restored (0: it is not that).
 
     ``diverged``: training itself is at fault, seen by a block in this life (0: it is not that). ``standby``: the standby copy of this
-    version could not be had (0: it is not that).
+    version could not be had (0: it is not that). ``memory``: the process has run out of memory and ends; others take its place.
     """
 
     job: str
@@ -617,6 +617,7 @@ class Failure:
     cut: int = 0
     diverged: int = 0
     standby: int = 0
+    memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

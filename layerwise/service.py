@@ -14,12 +14,20 @@ from pathlib import Path
 from typing import Protocol
 
 from layerwise.address import parse_address
-from layerwise.errors import NotAllowedError, NotFoundError, RejectedError, UnreachableError
+from layerwise.errors import (
+    LayerwiseError,
+    NotAllowedError,
+    NotFoundError,
+    OutOfMemoryError,
+    RejectedError,
+    UnreachableError,
+    sentence,
+)
 from layerwise.lifetime import Lifetime
-from layerwise.memory import keep_freed_memory
+from layerwise.memory import is_out_of_memory, keep_freed_memory
 from layerwise.messages import Dismissal, DismissalReason, Heartbeat, Hello, Hosting, Message, Role, Welcome
 from layerwise.metrics_server import serve_metrics
-from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, End, Send
 from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
 from layerwise.version import VERSION
@@ -107,6 +115,7 @@ class Service:
         Raises:
             UnreachableError: the coordinator was not found, or stayed away, for ``reach_seconds``.
             RejectedError: it is of another wire version.
+            OutOfMemoryError: memory ran out.
             NotFoundError: there is no such job to join.
             NotAllowedError: the job can't use this process.
             ConfigError: an address can't be read, or is taken.
@@ -171,6 +180,8 @@ class Service:
                     self.transport.connect(peer, address)
                 case Disconnect(peer=peer):
                     self.transport.disconnect(peer)
+                case End(sentence=text):
+                    self.fail(OutOfMemoryError(f"{text}; this process ends, so that another one takes over"))
 
     def guard(self, act: Callable[[], list[Effect]]) -> None:
         """Run a piece of the handler and its effects; an exception (a bug) ends the service with it."""
@@ -181,6 +192,10 @@ class Service:
 
     def fail(self, error: Exception) -> None:
         """End the service with ``error``; the first one stands."""
+        if is_out_of_memory(error) and not isinstance(error, LayerwiseError):
+            error = OutOfMemoryError(
+                f"memory ran out: {sentence(error)}; this process ends, so that another one takes over"
+            )
         if self._error is None:
             self._error = error
         self._lifetime.end(f"{type(error).__name__}: {error}")

@@ -796,18 +796,20 @@ class Unassigned(_message.Message):
     def __init__(self, job: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("job", "message", "cut", "diverged", "standby")
+    __slots__ = ("job", "message", "cut", "diverged", "standby", "memory")
     JOB_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     DIVERGED_FIELD_NUMBER: _ClassVar[int]
     STANDBY_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     job: str
     message: str
     cut: int
     diverged: int
     standby: int
-    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ..., diverged: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
+    memory: bool
+    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ..., diverged: _Optional[int] = ..., standby: _Optional[int] = ..., memory: _Optional[bool] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("job", "count")

@@ -98,6 +98,7 @@ class Run:
         self._standby = StandbyCopies()
         self._room: dict[str, int] = {}
         self._num_decisions = 0
+        self._run_out_at, self._num_run_out = -1, 0
         self._divergence = DivergencePolicy(spec)
         self._began = now
         self._probing = ""
@@ -474,6 +475,8 @@ class Run:
 
     def _on_failure(self, peer: str, message: Failure) -> list[Effect]:
         """A role can't go on. If that is because a cut is damaged, the cut before it is used; if training is, that may go back."""
+        if message.memory:
+            return self._on_memory(peer, message.message)
         if message.diverged and self._divergence.rolls_back and not self._cancelled:
             return self._on_diverged(peer, message)
         if message.standby:
@@ -491,6 +494,22 @@ class Run:
             return self.fail(f"{said}, and there is no cut before it", self._now)
         self._note("warning", f"{said}; going on from the cut at version {older[-1].version}", version=message.cut)
         return self._route_anew()
+
+    def _on_memory(self, peer: str, sentence: str) -> list[Effect]:
+        """A process ran out of memory and ends: it is lost as by any other death, until it is clear that this goes on for ever."""
+        if peer not in self.names:
+            return []
+        version = self.training.version if self.training is not None else -1
+        self._num_run_out = self._num_run_out + 1 if version == self._run_out_at else 1
+        self._run_out_at = version
+        if self._num_run_out > MOST_RECOVERIES:
+            return self.fail(
+                f"memory ran out {self._num_run_out} times before the next update, the last time in {peer}: {sentence}; "
+                f"use a smaller data.batch or async.window, more shards, or machines with more memory",
+                self._now,
+            )
+        self._dismissed.append(peer)
+        return self.lose(peer, sentence, self._now)
 
     # Divergence ------------------------------------------------------------------------------------------------------
 

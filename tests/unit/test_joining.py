@@ -245,7 +245,7 @@ def test_a_drain_lets_who_joined_go_at_once_without_stopping_the_job() -> None:
     played = cluster()
     job = played.submit(spec(timeouts=PATIENT))
     played.add(Role.FORWARD, "forward-guest", join="")
-    document, effects = played.role.drain("forward-guest", played.now)
+    _, effects = played.role.drain("forward-guest", played.now)
     assert Send("forward-guest", Unassign(job=job)) in effects
     played.perform(effects)
     played.run()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from layerwise.messages import Assignment, BlockPlace, Failure, Ready, Unassign
-from layerwise.roles import Send
+from layerwise.roles import End, Send
 from layerwise.service import COORDINATOR, Service
 from layerwise.worker.backward import BackwardWorker
 from layerwise.worker.forward import ForwardWorker
@@ -88,6 +88,41 @@ def test_data_that_come_after_their_job_was_left_are_not_kept(monkeypatch: pytes
         assert said(service, Ready) == 1
         worker.on_message(COORDINATOR, Unassign(job="job"), 0.0)
         assert worker.jobs == ()
+        await worker.close()
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_has_no_memory_for_its_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    async def scene() -> None:
+        service = PlayedService()
+        monkeypatch.setattr("layerwise.worker.backward.build_detached", build)
+        worker = BackwardWorker(cast(Service, service), torch.device("cpu"))
+        worker.on_message(COORDINATOR, assignment(1), 0.0)
+        await service.until(lambda: len(service.effects) > 1)
+        sentence = "a block can't be built: memory ran out (MemoryError)"
+        assert service.effects == [Send(COORDINATOR, Failure(job="job", message=sentence, memory=True)), End(sentence)]
+        await worker.close()
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_has_no_memory_for_its_data_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> Any:
+        raise MemoryError
+
+    async def scene() -> None:
+        service = PlayedService()
+        monkeypatch.setattr("layerwise.worker.forward.parse_job", lambda *_, **__: SimpleNamespace(data=None))
+        monkeypatch.setattr("layerwise.worker.forward.load_dataset", load)
+        worker = ForwardWorker(cast(Service, service))
+        worker.on_message(COORDINATOR, assignment(1), 0.0)
+        await service.until(lambda: len(service.effects) > 1)
+        sentence = "the data can't be loaded: memory ran out (MemoryError)"
+        assert service.effects == [Send(COORDINATOR, Failure(job="job", message=sentence, memory=True)), End(sentence)]
         await worker.close()
 
     asyncio.run(scene())
