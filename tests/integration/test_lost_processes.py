@@ -20,6 +20,7 @@ from tests.integration.jobs import (
     check_audit,
     check_done,
     check_equal_to_plain_loop,
+    check_ledger,
     job,
     wait,
     wait_for_cut,
@@ -227,22 +228,26 @@ def test_a_shard_that_runs_out_of_memory_is_replaced(
 
 def test_a_forward_worker_joins_a_running_job_and_is_killed(cluster: LocalCluster, tmp_path: Path, gate: Gate) -> None:
     """The job's own worker waits at the gate, so what goes on from there is the guest's work."""
+    train = {"steps": 5000, "seed": 3, "optimizer": OPTIMIZERS["muon"]}
     with Connection(cluster.coordinator_address) as connection:
-        running = connection.submit(long_job(tmp_path / "run", gate, cluster={"shards": 2, "forward": 1}))
+        running = connection.submit(long_job(tmp_path / "run", gate, cluster={"shards": 2, "forward": 1}, train=train))
         wait_for_cut(running, 15)
         at = ("--coordinator", cluster.coordinator_address)
         options = ("--join", running.id, "--name", "guest", "--allow-import", OWN_CODE)
         with Command("forward", *options, *at, folder=REPOSITORY) as guest:
-            wait_for_cut(running, 20)
+            wait_for_cut(running, 25)
             assert running.status().document["joined_workers"] == ["guest"]
             guest.process.kill()
             guest.process.wait()
+        with Command("forward", "--join", "no-job", *at, folder=REPOSITORY) as stranger:
+            assert stranger.finish() == 4
+        running.cancel()
         gate.open()
         result = wait(running)
         lines = [event.message for event in running.logs()]
-        with Command("forward", "--join", "no-job", *at, folder=REPOSITORY) as stranger:
-            assert stranger.finish() == 4
-    check_done(result)
+    assert result.state == "cancelled", result.message
+    check_ledger(result)
+    check_audit(result)
     assert result.document["recoveries"] == []
     assert any("forward worker guest, which had joined, left" in line for line in lines)
     assert "no job 'no-job' to join here" in stranger.errors

@@ -64,6 +64,7 @@ class SimulatedCluster:
             self.world.random, delay=scenario.disk_delay, failure=scenario.disk_failure, damage=scenario.disk_damage
         )
         self.store = MemoryJobStore()
+        self.world.on_end = lambda name: self.world.at(0.1, lambda: self._start(name))
         self._start("coordinator")
         self.works: list[list[Work]] = []
         self.job = ""
@@ -210,6 +211,10 @@ class SimulatedCluster:
                 self.world.sever(fault.target, fault.other)
             elif fault.target not in self.world.processes:
                 return
+            elif fault.kind == "memory":
+                shard = self.world.processes[fault.target]
+                assert isinstance(shard, SimulatedShard)
+                shard.memory_ends = True
             elif fault.kind == "pause":
                 self.world.processes[fault.target].pause(fault.seconds)
             else:

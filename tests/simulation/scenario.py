@@ -15,7 +15,8 @@ class Fault:
     """What goes wrong at ``at`` seconds.
 
     "kill" a process (a new one takes its name after ``seconds``), "pause" it, "break" the stream to ``other`` (the link survives), or
-    "sever" the link to ``other`` (both live on, and each hears that the other is lost), or "isolate" it from all others for a while.
+    "sever" the link to ``other`` (both live on, and each hears that the other is lost), or "isolate" it from all others for a while, or a
+    shard has no "memory" for its next pass and ends (a new one takes its name).
     """
 
     at: float
@@ -118,7 +119,7 @@ class Scenario:
 def draw(seed: int) -> Scenario:
     """The scenario of ``seed``."""
     standby = random.Random(f"standby {seed}")
-    scenario = with_guests(_draw(seed))
+    scenario = with_little_memory(with_guests(_draw(seed)))
     return with_standby(scenario, standby.choice((1, 2, 3, 5))) if standby.random() < 0.3 else scenario
 
 
@@ -258,6 +259,18 @@ def _draw(seed: int) -> Scenario:
         spare_shards=spare,
         divergence=divergence,
     )
+
+
+def with_little_memory(scenario: Scenario) -> Scenario:
+    """The same, in one of ten cases with shards that run out of memory."""
+    rng = random.Random(f"memory {scenario.seed}")
+    if rng.random() >= 0.1:
+        return scenario
+    faults = list(scenario.faults)
+    for _ in range(rng.choice((1, 2))):
+        target = f"shard-{rng.randrange(scenario.shards)}"
+        faults.append(Fault(at=rng.uniform(0.1, 1.0), kind="memory", target=target, seconds=0.0))
+    return replace(scenario, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
 
 
 def with_guests(scenario: Scenario, often: float = 0.25) -> Scenario:
