@@ -11,7 +11,8 @@ LayerwiseError                 one sentence: what happened, what was received, w
 ├── RetryableError             may succeed later, or elsewhere
 │   ├── UnreachableError       nobody answers at that address
 │   ├── DeadlineError          no answer within the time limit
-│   └── BusyError              a bound is reached
+│   ├── BusyError              a bound is reached
+│   └── OutOfMemoryError       this process has no memory left for its work
 ├── JobFailedError             the job can't go on
 ├── CorruptError               a file or log does not say what it must
 │   └── CorruptCutError        a cut's file; the cut before it can be used
@@ -69,6 +70,10 @@ class DeadlineError(RetryableError):
 
 class BusyError(RetryableError):
     """A bounded resource is full."""
+
+
+class OutOfMemoryError(RetryableError):
+    """Memory ran out; a process that meets this ends, and another one takes over."""
 
 
 class JobFailedError(LayerwiseError):

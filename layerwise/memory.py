@@ -1,4 +1,4 @@
-"""How this process's C library treats freed memory."""
+"""How this process's C library treats freed memory, and which errors say that there is no more."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
 LARGEST_KEPT_BLOCK = 64 << 20
 MOST_KEPT_BYTES = 512 << 20
+_OF_TORCH = ("can't allocate memory", "not enough memory: you tried to allocate", "CUDA error: out of memory")
+"""What torch says in errors of no class of their own: on the CPU, on Windows, and where CUDA itself refused."""
 
 
 def keep_freed_memory() -> bool:
@@ -29,3 +31,15 @@ def keep_freed_memory() -> bool:
     )
     taken = [mallopt(parameter, value) == 1 for parameter, value in settings]
     return all(taken)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether ``error``, or what it was raised from, means that memory could not be had: Python's, torch's or a device's."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, RuntimeError) and any(words in text for words in _OF_TORCH):
+            return True
+        error = error.__cause__
+    return False

@@ -376,7 +376,8 @@ class Hosting:
 class Hello:
     """A process presents itself. ``address`` is where peers reach it (empty: it accepts no links); ``device`` as in ``--device``.
 
-    ``hosting`` names the jobs that it goes on with: it has only lost its coordinator, or that was started again.
+    ``hosting`` names the jobs that it goes on with: it has only lost its coordinator, or that was started again. A worker that names
+    a job in ``join`` takes part in that one beyond what it needs (empty: in whatever job trains); None: it takes a job's own places.
     """
 
     role: Role
@@ -389,6 +390,7 @@ class Hello:
     allowed_imports: tuple[str, ...] = ()
     metrics_address: str = ""
     hosting: tuple[Hosting, ...] = ()
+    join: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -396,6 +398,25 @@ class Welcome:
     """The coordinator knows the process now; heartbeats are due every ``heartbeat_seconds``."""
 
     heartbeat_seconds: float
+
+
+class DismissalReason(StrEnum):
+    """Why a process that came to join a job is sent away."""
+
+    NOT_FOUND = "not-found"
+    """There is no such job."""
+    NOT_ALLOWED = "not-allowed"
+    """The job can't use it."""
+    OVER = "over"
+    """The job is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dismissal:
+    """Coordinator: there is nothing here for this process, and why, in one sentence. It ends; asking again is pointless."""
+
+    reason: DismissalReason
+    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -588,7 +609,7 @@ class Failure:
     """A role: the job can't go on, and why, in one sentence. ``cut`` names the version of a cut that can't be restored (0: it is not that).
 
     ``diverged``: training itself is at fault, seen by a block in this life (0: it is not that). ``standby``: the standby copy of this
-    version could not be had (0: it is not that).
+    version could not be had (0: it is not that). ``memory``: the process has run out of memory and ends; others take its place.
     """
 
     job: str
@@ -596,6 +617,7 @@ class Failure:
     cut: int = 0
     diverged: int = 0
     standby: int = 0
+    memory: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -839,7 +861,8 @@ class BlockReport:
 Message = (
     Offer | Grant | Decline | Closed | Forward | BoundaryGradient | BlockClosed | Abort | NotFinite | StopAt | EvaluateForward | Evaluated
     | TaskRequest | DetachedTask | PushGradient | TaskFinished
-    | Hello | Welcome | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | Workers | LinkDown | StartTraining | Unassign | Unassigned
+    | Hello | Welcome | Dismissal
+    | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | Workers | LinkDown | StartTraining | Unassign | Unassigned
     | Failure
     | LeaseRequest | Lease | Recall | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
     | StandbyOffer | StandbyRequest | StandbyPart | StandbyHeld

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerwise.messages import Message
+from layerwise.messages import Failure, Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,4 +34,16 @@ class Disconnect:
     peer: str
 
 
-Effect = Send | Connect | Disconnect
+@dataclass(frozen=True, slots=True)
+class End:
+    """End this process: it has run out of memory. ``sentence`` says where."""
+
+    sentence: str
+
+
+Effect = Send | Connect | Disconnect | End
+
+
+def run_out(coordinator: str, job: str, sentence: str) -> list[Effect]:
+    """What a role does when memory runs out at its work for ``job``: tell it, and end, so that another process takes over."""
+    return [Send(coordinator, Failure(job=job, message=sentence, memory=True)), End(sentence)]

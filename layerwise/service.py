@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Protocol
 
 from layerwise.address import check_advertised, parse_address
-from layerwise.errors import RejectedError, UnreachableError
+from layerwise.errors import (
+    LayerwiseError,
+    NotAllowedError,
+    NotFoundError,
+    OutOfMemoryError,
+    RejectedError,
+    UnreachableError,
+    sentence,
+)
 from layerwise.ids import COORDINATOR
 from layerwise.lifetime import Lifetime
-from layerwise.memory import keep_freed_memory
-from layerwise.messages import Assignment, Heartbeat, Hello, Hosting, Message, Role, Welcome
+from layerwise.memory import is_out_of_memory, keep_freed_memory
+from layerwise.messages import Assignment, Dismissal, DismissalReason, Heartbeat, Hello, Hosting, Message, Role, Welcome
 from layerwise.metrics_server import serve_metrics
-from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, End, Send
 from layerwise.silence import patience
 from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
@@ -49,6 +57,8 @@ class ServiceSettings:
     allow_imports: tuple[str, ...] = ()
     insecure: bool = False
     exit_with_parent: bool = False
+    join: str | None = None
+    """The job to join; empty: any; None: take one of the places that jobs have."""
     reach_seconds: float = 60.0
     """How long to look for a coordinator that does not answer, at the start and after it was lost."""
 
@@ -107,6 +117,9 @@ class Service:
         Raises:
             UnreachableError: the coordinator was not found, or stayed away, for ``reach_seconds``.
             RejectedError: it is of another wire version.
+            OutOfMemoryError: memory ran out.
+            NotFoundError: there is no such job to join.
+            NotAllowedError: the job can't use this process.
             ConfigError: an address can't be read, is taken, or can't be called by others.
         """
         keep_freed_memory()
@@ -153,6 +166,7 @@ class Service:
             version=VERSION,
             allowed_imports=self.settings.allow_imports,
             metrics_address=metrics_address,
+            join=self.settings.join,
         )
         self._reach_coordinator()
         ticks = asyncio.create_task(self._tick())
@@ -170,6 +184,8 @@ class Service:
                     self.transport.connect(peer, address)
                 case Disconnect(peer=peer):
                     self.transport.disconnect(peer)
+                case End(sentence=text):
+                    self.fail(OutOfMemoryError(f"{text}; this process ends, so that another one takes over"))
 
     def guard(self, act: Callable[[], list[Effect]]) -> None:
         """Run a piece of the handler and its effects; an exception (a bug) ends the service with it."""
@@ -180,6 +196,10 @@ class Service:
 
     def fail(self, error: Exception) -> None:
         """End the service with ``error``; the first one stands."""
+        if is_out_of_memory(error) and not isinstance(error, LayerwiseError):
+            error = OutOfMemoryError(
+                f"memory ran out: {sentence(error)}; this process ends, so that another one takes over"
+            )
         if self._error is None:
             self._error = error
         self._lifetime.end(f"{type(error).__name__}: {error}")
@@ -198,12 +218,24 @@ class Service:
         self.transport.send(COORDINATOR, replace(self._hello, hosting=self._handler.hosting()))
 
     def _on_message(self, peer: str, message: Message) -> None:
+        if peer == COORDINATOR and isinstance(message, Dismissal):
+            self._on_dismissal(message)
+            return
         if peer == COORDINATOR and isinstance(message, Welcome):
             self._welcomed, self._unreached_since = True, None
             self._heartbeat_seconds = message.heartbeat_seconds
         elif peer == COORDINATOR and isinstance(message, Assignment):
             self.transport.be_patient(patience(message.spec_json))
         self.guard(lambda: self._handler.on_message(peer, message, time.monotonic()))
+
+    def _on_dismissal(self, message: Dismissal) -> None:
+        match message.reason:
+            case DismissalReason.OVER:
+                self._lifetime.end(message.message)
+            case DismissalReason.NOT_FOUND:
+                self.fail(NotFoundError(message.message))
+            case DismissalReason.NOT_ALLOWED:
+                self.fail(NotAllowedError(message.message))
 
     def _on_lost(self, peer: str) -> None:
         if peer == COORDINATOR:

@@ -28,6 +28,13 @@ class LeaseKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LEASE_KIND_UNSPECIFIED: _ClassVar[LeaseKind]
     LEASE_KIND_TRAIN: _ClassVar[LeaseKind]
     LEASE_KIND_EVALUATE: _ClassVar[LeaseKind]
+
+class DismissalReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DISMISSAL_REASON_UNSPECIFIED: _ClassVar[DismissalReason]
+    DISMISSAL_REASON_NOT_FOUND: _ClassVar[DismissalReason]
+    DISMISSAL_REASON_NOT_ALLOWED: _ClassVar[DismissalReason]
+    DISMISSAL_REASON_OVER: _ClassVar[DismissalReason]
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_APPLIED: Outcome
 OUTCOME_DROPPED: Outcome
@@ -41,6 +48,10 @@ ROLE_CLIENT: Role
 LEASE_KIND_UNSPECIFIED: LeaseKind
 LEASE_KIND_TRAIN: LeaseKind
 LEASE_KIND_EVALUATE: LeaseKind
+DISMISSAL_REASON_UNSPECIFIED: DismissalReason
+DISMISSAL_REASON_NOT_FOUND: DismissalReason
+DISMISSAL_REASON_NOT_ALLOWED: DismissalReason
+DISMISSAL_REASON_OVER: DismissalReason
 
 class Frame(_message.Message):
     __slots__ = ("header", "payload")
@@ -85,7 +96,7 @@ class Packet(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("offer", "grant", "decline", "closed", "forward", "boundary_gradient", "block_closed", "abort", "not_finite", "stop_at", "evaluate_forward", "evaluated", "task_request", "detached_task", "push_gradient", "task_finished", "hello", "welcome", "heartbeat", "probe", "probed", "assignment", "ready", "start_training", "unassign", "unassigned", "failure", "lease_request", "lease", "lease_return", "attempts_closed", "cut_taken", "cut_saved", "commit_cut", "cut_committed", "cut_durable", "hold_cut", "release_cut", "stop", "stopping", "block_report", "echo", "echoed", "reroute", "link_down", "recall", "workers", "standby_offer", "standby_request", "standby_part", "standby_held")
+    __slots__ = ("offer", "grant", "decline", "closed", "forward", "boundary_gradient", "block_closed", "abort", "not_finite", "stop_at", "evaluate_forward", "evaluated", "task_request", "detached_task", "push_gradient", "task_finished", "hello", "welcome", "heartbeat", "probe", "probed", "assignment", "ready", "start_training", "unassign", "unassigned", "failure", "lease_request", "lease", "lease_return", "attempts_closed", "cut_taken", "cut_saved", "commit_cut", "cut_committed", "cut_durable", "hold_cut", "release_cut", "stop", "stopping", "block_report", "echo", "echoed", "reroute", "link_down", "recall", "workers", "standby_offer", "standby_request", "standby_part", "standby_held", "dismissal")
     OFFER_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     DECLINE_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +148,7 @@ class Envelope(_message.Message):
     STANDBY_REQUEST_FIELD_NUMBER: _ClassVar[int]
     STANDBY_PART_FIELD_NUMBER: _ClassVar[int]
     STANDBY_HELD_FIELD_NUMBER: _ClassVar[int]
+    DISMISSAL_FIELD_NUMBER: _ClassVar[int]
     offer: Offer
     grant: Grant
     decline: Decline
@@ -188,7 +200,8 @@ class Envelope(_message.Message):
     standby_request: StandbyRequest
     standby_part: StandbyPart
     standby_held: StandbyHeld
-    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., boundary_gradient: _Optional[_Union[BoundaryGradient, _Mapping]] = ..., block_closed: _Optional[_Union[BlockClosed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., not_finite: _Optional[_Union[NotFinite, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., evaluate_forward: _Optional[_Union[EvaluateForward, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., task_request: _Optional[_Union[TaskRequest, _Mapping]] = ..., detached_task: _Optional[_Union[DetachedTask, _Mapping]] = ..., push_gradient: _Optional[_Union[PushGradient, _Mapping]] = ..., task_finished: _Optional[_Union[TaskFinished, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., start_training: _Optional[_Union[StartTraining, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., unassigned: _Optional[_Union[Unassigned, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., lease_return: _Optional[_Union[LeaseReturn, _Mapping]] = ..., attempts_closed: _Optional[_Union[AttemptsClosed, _Mapping]] = ..., cut_taken: _Optional[_Union[CutTaken, _Mapping]] = ..., cut_saved: _Optional[_Union[CutSaved, _Mapping]] = ..., commit_cut: _Optional[_Union[CommitCut, _Mapping]] = ..., cut_committed: _Optional[_Union[CutCommitted, _Mapping]] = ..., cut_durable: _Optional[_Union[CutDurable, _Mapping]] = ..., hold_cut: _Optional[_Union[HoldCut, _Mapping]] = ..., release_cut: _Optional[_Union[ReleaseCut, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., block_report: _Optional[_Union[BlockReport, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., echoed: _Optional[_Union[Echoed, _Mapping]] = ..., reroute: _Optional[_Union[Reroute, _Mapping]] = ..., link_down: _Optional[_Union[LinkDown, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ..., workers: _Optional[_Union[Workers, _Mapping]] = ..., standby_offer: _Optional[_Union[StandbyOffer, _Mapping]] = ..., standby_request: _Optional[_Union[StandbyRequest, _Mapping]] = ..., standby_part: _Optional[_Union[StandbyPart, _Mapping]] = ..., standby_held: _Optional[_Union[StandbyHeld, _Mapping]] = ...) -> None: ...
+    dismissal: Dismissal
+    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., boundary_gradient: _Optional[_Union[BoundaryGradient, _Mapping]] = ..., block_closed: _Optional[_Union[BlockClosed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., not_finite: _Optional[_Union[NotFinite, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., evaluate_forward: _Optional[_Union[EvaluateForward, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., task_request: _Optional[_Union[TaskRequest, _Mapping]] = ..., detached_task: _Optional[_Union[DetachedTask, _Mapping]] = ..., push_gradient: _Optional[_Union[PushGradient, _Mapping]] = ..., task_finished: _Optional[_Union[TaskFinished, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., start_training: _Optional[_Union[StartTraining, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., unassigned: _Optional[_Union[Unassigned, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., lease_return: _Optional[_Union[LeaseReturn, _Mapping]] = ..., attempts_closed: _Optional[_Union[AttemptsClosed, _Mapping]] = ..., cut_taken: _Optional[_Union[CutTaken, _Mapping]] = ..., cut_saved: _Optional[_Union[CutSaved, _Mapping]] = ..., commit_cut: _Optional[_Union[CommitCut, _Mapping]] = ..., cut_committed: _Optional[_Union[CutCommitted, _Mapping]] = ..., cut_durable: _Optional[_Union[CutDurable, _Mapping]] = ..., hold_cut: _Optional[_Union[HoldCut, _Mapping]] = ..., release_cut: _Optional[_Union[ReleaseCut, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., block_report: _Optional[_Union[BlockReport, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., echoed: _Optional[_Union[Echoed, _Mapping]] = ..., reroute: _Optional[_Union[Reroute, _Mapping]] = ..., link_down: _Optional[_Union[LinkDown, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ..., workers: _Optional[_Union[Workers, _Mapping]] = ..., standby_offer: _Optional[_Union[StandbyOffer, _Mapping]] = ..., standby_request: _Optional[_Union[StandbyRequest, _Mapping]] = ..., standby_part: _Optional[_Union[StandbyPart, _Mapping]] = ..., standby_held: _Optional[_Union[StandbyHeld, _Mapping]] = ..., dismissal: _Optional[_Union[Dismissal, _Mapping]] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("dtype", "shape", "strides", "num_bytes", "absent")
@@ -571,7 +584,7 @@ class Hosting(_message.Message):
     def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., life: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("role", "name", "address", "device", "host", "pid", "version", "allowed_imports", "metrics_address", "hosting")
+    __slots__ = ("role", "name", "address", "device", "host", "pid", "version", "allowed_imports", "metrics_address", "hosting", "join")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -582,6 +595,7 @@ class Hello(_message.Message):
     ALLOWED_IMPORTS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HOSTING_FIELD_NUMBER: _ClassVar[int]
+    JOIN_FIELD_NUMBER: _ClassVar[int]
     role: Role
     name: str
     address: str
@@ -592,13 +606,22 @@ class Hello(_message.Message):
     allowed_imports: _containers.RepeatedScalarFieldContainer[str]
     metrics_address: str
     hosting: _containers.RepeatedCompositeFieldContainer[Hosting]
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., version: _Optional[str] = ..., allowed_imports: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., hosting: _Optional[_Iterable[_Union[Hosting, _Mapping]]] = ...) -> None: ...
+    join: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., version: _Optional[str] = ..., allowed_imports: _Optional[_Iterable[str]] = ..., metrics_address: _Optional[str] = ..., hosting: _Optional[_Iterable[_Union[Hosting, _Mapping]]] = ..., join: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("heartbeat_seconds",)
     HEARTBEAT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     heartbeat_seconds: float
     def __init__(self, heartbeat_seconds: _Optional[float] = ...) -> None: ...
+
+class Dismissal(_message.Message):
+    __slots__ = ("reason", "message")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: DismissalReason
+    message: str
+    def __init__(self, reason: _Optional[_Union[DismissalReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("resident_bytes", "cpu_seconds", "sent_bytes", "received_bytes")
@@ -773,18 +796,20 @@ class Unassigned(_message.Message):
     def __init__(self, job: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("job", "message", "cut", "diverged", "standby")
+    __slots__ = ("job", "message", "cut", "diverged", "standby", "memory")
     JOB_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     DIVERGED_FIELD_NUMBER: _ClassVar[int]
     STANDBY_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     job: str
     message: str
     cut: int
     diverged: int
     standby: int
-    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ..., diverged: _Optional[int] = ..., standby: _Optional[int] = ...) -> None: ...
+    memory: bool
+    def __init__(self, job: _Optional[str] = ..., message: _Optional[str] = ..., cut: _Optional[int] = ..., diverged: _Optional[int] = ..., standby: _Optional[int] = ..., memory: _Optional[bool] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("job", "count")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from layerwise.messages import BlockPlace, Failure, Message
 from layerwise.plan import TrainingPlan
 from layerwise.refusals import Refusals, Refused
-from layerwise.roles import Effect, Send
+from layerwise.roles import Effect, Send, run_out
 from layerwise.server.task_queue import TaskQueue
 from layerwise.tasks import BlockCompute
 
@@ -98,3 +98,8 @@ class BlockContext:
         """The job can't go on (or must be rolled back): tell the coordinator, act on nothing more."""
         self.failure = Failure(job=self.job, message=sentence, diverged=self.life if diverged else 0)
         return [Send(self.coordinator, self.failure)]
+
+    def run_out(self, sentence: str) -> list[Effect]:
+        """Memory ran out: the block acts on nothing more, and its process ends."""
+        self.failure = Failure(job=self.job, message=sentence, memory=True)
+        return run_out(self.coordinator, self.job, sentence)

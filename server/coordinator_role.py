@@ -9,8 +9,9 @@ from typing import Any
 
 from layerwise.errors import BusyError, NotAllowedError, NotFoundError
 from layerwise.job import JobSpec, parse_job
-from layerwise.messages import Heartbeat, Hello, Hosting, Message, Role, Unassign, Unassigned, Welcome
+from layerwise.messages import Dismissal, Heartbeat, Hello, Hosting, Message, Role, Unassign, Unassigned, Welcome
 from layerwise.roles import Disconnect, Effect, Send
+from layerwise.server.arrivals import arrivals, destination
 from layerwise.server.departures import departures
 from layerwise.server.job_document import job_document
 from layerwise.server.job_record import JobEvent, JobRecord, JobState
@@ -220,6 +221,10 @@ class CoordinatorRole:
             self.members.reserve(one.successors, one.run.job)
             effects += one.run.move(one.leaving, now)
             effects += self._after(one.run, now)
+        for run in list(self.runs.values()):
+            for process in [one for one in leaving if one.name in run.workers.joined]:
+                effects += run.part(process.name, f"{node} is drained", now)
+                effects += self._after(run, now)
         return self._drain_document(node, now), effects
 
     def undrain(self, node: str, now: float) -> tuple[dict[str, Any], list[Effect]]:
@@ -335,6 +340,23 @@ class CoordinatorRole:
         return self.job(record.job), effects
 
     def _schedule(self, now: float) -> list[Effect]:
+        """Start what can start, and let those join that came for that."""
+        return self._start_jobs(now) + self._let_join(now)
+
+    def _let_join(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for process in arrivals(self.members):
+            found = destination(process, self.runs, self._jobs, self._spec)
+            if isinstance(found, Dismissal):
+                self.members.lose(process.name)
+                effects += [Send(process.name, found), Disconnect(process.name)]
+            elif found is not None:
+                self.members.assign([process.name], found.job, found.spec.timeouts.heartbeat)
+                effects += found.admit(process, now)
+                effects += self._after(found, now)
+        return effects
+
+    def _start_jobs(self, now: float) -> list[Effect]:
         """Start what can start: strictly in the order of submission, so that a large job is not passed for ever."""
         effects: list[Effect] = []
         queue = self._queue()
@@ -372,7 +394,7 @@ class CoordinatorRole:
         limit = spec.timeouts.start
         message = f"{shortage.reason}, and no more came within {limit:g} s: start them, or ask for fewer in cluster:"
         self._close(record, JobState.FAILED, message, "error", now)
-        return self._schedule(now)
+        return self._start_jobs(now)
 
     def _after(self, run: Run, now: float) -> list[Effect]:
         """Take over what a run has decided; let its processes go when it is over."""

@@ -24,7 +24,7 @@ class Departure:
 def departures(node: str, leaving: Sequence[Process], runs: Iterable[Run], members: Membership) -> list[Departure]:
     """One for each run that ``leaving``, the processes of ``node``, work for or are reserved for.
 
-    A run that is being stopped needs none: it ends soon.
+    A run that is being stopped needs none: it ends soon. Nor do workers that joined: nobody has to take over from them.
 
     Raises:
         NotAllowedError: a run would be left without a shard, or without the workers that it can't do without.
@@ -33,7 +33,7 @@ def departures(node: str, leaving: Sequence[Process], runs: Iterable[Run], membe
     taken: set[str] = set()
     found = []
     for run in runs:
-        here = [one for one in leaving if one.name in run.names]
+        here = [one for one in leaving if one.name in run.names and not one.joins]
         promised = [one for one in leaving if one.reserved == run.job]
         if not here and not promised:
             continue
@@ -61,7 +61,7 @@ def _check(
     if role is Role.SHARD:
         short = len(here) + promised > len(free)
     else:
-        short = bool(here) and not free and bool(run.workers.missing(without=gone))
+        short = bool(here) and not free and bool(run.workers.missing(without={*gone, *run.workers.joined}))
     if short:
         those = (
             f"{len(here)} {noun}{'' if len(here) == 1 else 's'} of job {run.job} {'is' if len(here) == 1 else 'are'}"

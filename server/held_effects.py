@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from layerwise.messages import Assignment, CommitCut, Reroute
-from layerwise.roles import Disconnect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, End, Send
 
 
 def needs_disk(effect: Effect) -> bool:
@@ -26,7 +26,7 @@ class HeldEffects:
     """
 
     def __init__(self) -> None:
-        self._held: deque[tuple[int, Effect]] = deque()
+        self._held: deque[tuple[int, Send | Connect]] = deque()
         self._last: dict[str, int] = {}
         self._number = 0
 
@@ -44,7 +44,9 @@ class HeldEffects:
         """Take effects in, in order; gives those that may happen now. ``all_wait``: none may before the disk has answered."""
         now: list[Effect] = []
         for effect in effects:
-            if isinstance(effect, Disconnect):
+            if isinstance(effect, End):
+                now.append(effect)  # for no process but this one
+            elif isinstance(effect, Disconnect):
                 self.lose(effect.peer)  # what was meant for it can wait no longer
                 now.append(effect)
             elif all_wait or needs_disk(effect) or effect.peer in self._last:

@@ -26,6 +26,8 @@ def hello_fault(peer: str, hello: Hello) -> str:
     imports = hello.allowed_imports
     if len(imports) > MOST_IMPORTS or any(len(one) > LONGEST_WORD for one in imports):
         return f"it allows more than {MOST_IMPORTS} imports, or longer ones than {LONGEST_WORD} characters"
+    if hello.role is Role.SHARD and hello.join is not None:
+        return "it is a shard that joins, and only workers can"
     if hello.role is Role.SHARD and not hello.address:
         return "it is a shard without an address, so nobody can reach it"
     for name, address in (("address", hello.address), ("metrics address", hello.metrics_address)):

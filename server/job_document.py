@@ -65,6 +65,7 @@ def _empty(record: JobRecord) -> dict[str, Any]:
         "blocks": [],
         "forward_workers": [],
         "backward_workers": [],
+        "joined_workers": [],
         "recoveries": [],
     }
 
@@ -106,6 +107,7 @@ def _from_run(run: Run) -> dict[str, Any]:
         "recoveries": list(run.recovery.made),
         "forward_workers": list(run.workers.of_role(Role.FORWARD)),
         "backward_workers": list(run.workers.of_role(Role.BACKWARD)),
+        "joined_workers": list(run.workers.joined),
     }
     if run.loss_at_start is not None:
         document["loss_at_start"] = run.loss_at_start

@@ -65,9 +65,14 @@ class Process:
         return self.job is None
 
     @property
+    def joins(self) -> bool:
+        """Whether it works beyond what a job needs, so that no job counts on it."""
+        return self.hello.join is not None
+
+    @property
     def available(self) -> bool:
-        """Whether any job may have it."""
-        return self.job is None and not self.draining and self.reserved is None
+        """Whether any job may have it in one of its places."""
+        return self.job is None and not self.draining and self.reserved is None and not self.joins
 
 
 class Membership:

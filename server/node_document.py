@@ -18,7 +18,8 @@ def node_document(process: Process, now: float) -> dict[str, Any]:
     """The document of one process.
 
     ``state`` is "free", "working" or "leaving"; "reserved" for a job that moves; "draining" and "drained" on a node that
-    gets no new work, while it still works for a job and after that.
+    gets no new work, while it still works for a job and after that. ``join`` is None for all but workers that were started
+    to join a job: its id, or "" for any.
     """
     hello, vitals = process.hello, process.vitals
     state = "leaving" if process.leaving else "free" if process.free else "working"
@@ -31,6 +32,7 @@ def node_document(process: Process, now: float) -> dict[str, Any]:
         "role": str(process.role),
         "state": state,
         "job": process.job,
+        "join": hello.join,
         "node": node_of(hello),
         "host": hello.host,
         "pid": hello.pid,
@@ -58,6 +60,7 @@ def coordinator_document(
         "role": str(Role.COORDINATOR),
         "state": "serving",
         "job": None,
+        "join": None,
         "node": socket.gethostname(),
         "host": socket.gethostname(),
         "pid": os.getpid(),

@@ -76,7 +76,7 @@ def place(spec: JobSpec, members: Membership) -> Places | Shortage:
     chosen: dict[Role, list[Process]] = {}
     reasons, lacking = [], False
     for role, count in needed(spec).items():
-        suitable = [one for one in members.of_role(role) if suits(one, spec) and not one.draining]
+        suitable = [one for one in members.of_role(role) if suits(one, spec) and not one.draining and not one.joins]
         free = [one for one in suitable if one.available]
         if len(free) < count:
             reasons.append(_shortage(role, count, free, suitable, members, spec))
@@ -145,6 +145,9 @@ def _shortage(
     users = sorted({one.job for one in suitable if one.job is not None})
     if users:
         text += f" (the others work for {', '.join(users)})"
+    joining = sum(one.joins for one in members.of_role(role))
+    if joining:
+        text += f"; {joining} more {'was' if joining == 1 else 'were'} started with --join, and no job counts on those"
     drained = sum(one.draining and suits(one, spec) for one in members.of_role(role))
     if drained:
         text += f"; {drained} more {'is' if drained == 1 else 'are'} on drained nodes"

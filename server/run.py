@@ -30,6 +30,8 @@ from layerwise.messages import (
     CutDurable,
     CutSaved,
     CutTaken,
+    Dismissal,
+    DismissalReason,
     Evaluated,
     Failure,
     Hosting,
@@ -62,7 +64,7 @@ from layerwise.server.rollback import course_after
 from layerwise.server.routing import Routing
 from layerwise.server.shard_places import ShardPlaces
 from layerwise.server.standby_copies import HeldCopy, StandbyCopies, first_whole_cut, next_evaluation
-from layerwise.server.training import Training
+from layerwise.server.training import LOAD_FAILED, Training
 from layerwise.server.worker_places import WorkerPlaces
 
 LINK_SECONDS = 1.0
@@ -96,6 +98,7 @@ class Run:
         self._standby = StandbyCopies()
         self._room: dict[str, int] = {}
         self._num_decisions = 0
+        self._run_out_at, self._num_run_out = -1, 0
         self._divergence = DivergencePolicy(spec)
         self._began = now
         self._probing = ""
@@ -124,6 +127,11 @@ class Run:
     def names(self) -> tuple[str, ...]:
         """Every process that works for the run."""
         return (*self.shards.names, *self.workers.names)
+
+    @property
+    def _needed(self) -> tuple[str, ...]:
+        """Those that training waits for: what joined gets ready in its own time."""
+        return (*self.shards.names, *self.workers.placed)
 
     @property
     def route(self) -> tuple[BlockPlace, ...]:
@@ -252,6 +260,31 @@ class Run:
         self._note("info", f"{role} worker {process.name} takes a free place", worker=process.name)
         return [self._routing.inform(process.name, block, self.record)] if self._routing.generation else []
 
+    def admit(self, process: Process, now: float) -> list[Effect]:
+        """A free worker takes part beyond the places that the job needs."""
+        self._now = now
+        block = self.workers.join(process.name, process.role)
+        self._place()
+        where = f" for block {block}" if block >= 0 else ""
+        settings = self.prepared.settings if self.prepared is not None else None
+        ordered = settings is not None and (settings.mode == "synchronous" or settings.window == 1)
+        useless = "; microbatches of this job go in position order, which it does not make faster" if ordered else ""
+        self._note("info", f"{process.role} worker {process.name} joins{where}{useless}", worker=process.name)
+        return [self._routing.inform(process.name, block, self.record)] if self._routing.generation else []
+
+    def part(self, name: str, why: str, now: float) -> list[Effect]:
+        """Send a worker away that joined; it may join another job, or this one again."""
+        effects = self.lose(name, why, now)
+        self._dismissed.append(name)
+        return [*effects, Send(name, Unassign(job=self.job))]
+
+    def _turn_away(self, name: str, why: str) -> list[Effect]:
+        """A worker that joined can't do its work. No job ends by that: those that it needs will find what is wrong with itself."""
+        effects = self.lose(name, why, self._now)
+        self._dismissed.append(name)
+        message = f"{name} can't take part in job {self.job}: {why}"
+        return [*effects, Send(name, Dismissal(reason=DismissalReason.NOT_ALLOWED, message=message))]
+
     def take_back(self, process: Process, hosting: Hosting, now: float) -> list[Effect] | None:
         """A process that still works for the job presents itself again; None: its place is not there any more."""
         self._now = now
@@ -266,10 +299,11 @@ class Run:
             self._note("info", f"shard {process.name} is back, with block {place.block}", shard=process.name)
             return self._proceed()
         oldest = self.shards.oldest_life
-        if (process.role, hosting.block) not in self.workers.vacancies() or not oldest or hosting.generation < oldest:
+        has_room = self.workers.has_room(process.role, hosting.block, joins=process.joins)
+        if not has_room or not oldest or hosting.generation < oldest:
             # What it knows may be of an earlier run of the job, on other shards: it is to be told everything anew.
             return None
-        self.workers.fill(process.name, process.role, hosting.block)
+        (self.workers.join if process.joins else self.workers.fill)(process.name, process.role, hosting.block)
         self._routing.knows(process.name)
         self._place()
         self._note("info", f"{process.role} worker {process.name} is back", worker=process.name)
@@ -288,10 +322,14 @@ class Run:
         self._standby.lose(name)
         if name in self.shards:
             return self._lose_shard(name, why)
+        joined = name in self.workers.joined
         place = self.workers.empty(name)
         self._room.pop(name, None)
         self._place()
-        self._note("warning", f"{place.role} worker {name} was lost ({why})", worker=name)
+        if joined:
+            self._note("info", f"{place.role} worker {name}, which had joined, left ({why})", worker=name)
+        else:
+            self._note("warning", f"{place.role} worker {name} was lost ({why})", worker=name)
         if self.training is None:
             return []
         effects = self.training.lose_worker(name, now) if place.role is Role.FORWARD else []
@@ -356,6 +394,12 @@ class Run:
 
     def _dispatch(self, peer: str, message: Message) -> list[Effect]:
         now, training = self._now, self.training
+        if peer in self.workers.joined:
+            match message:
+                case Failure():
+                    return self._turn_away(peer, message.message)
+                case LeaseReturn() if message.reason.startswith(LOAD_FAILED):
+                    return self._turn_away(peer, message.reason.removeprefix(LOAD_FAILED).lstrip(": "))
         match message:
             case Failure():
                 return self._on_failure(peer, message)
@@ -431,6 +475,8 @@ class Run:
 
     def _on_failure(self, peer: str, message: Failure) -> list[Effect]:
         """A role can't go on. If that is because a cut is damaged, the cut before it is used; if training is, that may go back."""
+        if message.memory:
+            return self._on_memory(peer, message.message)
         if message.diverged and self._divergence.rolls_back and not self._cancelled:
             return self._on_diverged(peer, message)
         if message.standby:
@@ -448,6 +494,22 @@ class Run:
             return self.fail(f"{said}, and there is no cut before it", self._now)
         self._note("warning", f"{said}; going on from the cut at version {older[-1].version}", version=message.cut)
         return self._route_anew()
+
+    def _on_memory(self, peer: str, sentence: str) -> list[Effect]:
+        """A process ran out of memory and ends: it is lost as by any other death, until it is clear that this goes on for ever."""
+        if peer not in self.names:
+            return []
+        version = self.training.version if self.training is not None else -1
+        self._num_run_out = self._num_run_out + 1 if version == self._run_out_at else 1
+        self._run_out_at = version
+        if self._num_run_out > MOST_RECOVERIES:
+            return self.fail(
+                f"memory ran out {self._num_run_out} times before the next update, the last time in {peer}: {sentence}; "
+                f"use a smaller data.batch or async.window, more shards, or machines with more memory",
+                self._now,
+            )
+        self._dismissed.append(peer)
+        return self.lose(peer, sentence, self._now)
 
     # Divergence ------------------------------------------------------------------------------------------------------
 
@@ -634,7 +696,7 @@ class Run:
             return []
         if self.training is not None and not self.training.suspended:
             return []
-        if not self.workers.of_role(Role.FORWARD) or self._routing.missing(self.names):
+        if not self.workers.of_role(Role.FORWARD) or self._routing.missing(self._needed):
             return []
         if mismatch := self._routing.mismatch():
             return self.fail(mismatch, self._now)
@@ -717,7 +779,7 @@ class Run:
     def _why_not_ready(self, limit: float) -> str:
         if not self._routing.generation:
             return f"shard {self.shards[0].process} did not measure the model within {limit:g} s"
-        missing = self._routing.missing(self.names)
+        missing = self._routing.missing(self._needed)
         return f"{', '.join(missing) or 'a forward worker'} did not get ready within {limit:g} s"
 
     # Ending ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from layerwise.device import resolve_device
 from layerwise.errors import CorruptError, MalformedMessageError, NotFoundError, sentence
 from layerwise.ids import COORDINATOR
 from layerwise.job import parse_job
+from layerwise.memory import is_out_of_memory
 from layerwise.messages import (
     Assignment,
     CommitCut,
@@ -41,7 +42,7 @@ from layerwise.messages import (
 from layerwise.probe import probe
 from layerwise.profile import Profile
 from layerwise.refusals import Refused
-from layerwise.roles import Effect, Send
+from layerwise.roles import Effect, Send, run_out
 from layerwise.server.hop_probe import HopProbe
 from layerwise.server.hosted_block import HostedBlock
 from layerwise.server.standby_copy import StandbyBytes, StandbyCopy
@@ -277,6 +278,10 @@ class ShardServer:
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []
+            if is_out_of_memory(error):
+                place = assignment.route[assignment.block]
+                what = f"layers {place.start}-{place.stop - 1} can't be built on shard {place.shard}"
+                return run_out(COORDINATOR, job, f"{what}: memory ran out ({self._explain(error)})")
             # With a cut that is damaged or gone the job goes on from the one before it.
             version = assignment.cut if isinstance(error, CorruptError | NotFoundError) else 0
             cut, copy = (version, 0) if standby is None else (0, version)

@@ -28,6 +28,7 @@ from dataclasses import replace
 from layerwise.applied import AppliedSet
 from layerwise.errors import BusyError, NotFoundError, RejectedError, sentence
 from layerwise.ids import COORDINATOR
+from layerwise.memory import is_out_of_memory
 from layerwise.messages import (
     Abort,
     BlockClosed,
@@ -302,6 +303,9 @@ class ShardRole:
         self.queue.finish()
         if self.failed:
             return []
+        if is_out_of_memory(error):
+            where = self._context.describe()
+            return self._context.run_out(f"{_name(task)} failed in {where}: memory ran out ({sentence(error)})")
         if self._reroute is not None:
             # A gradient of what is given up may well be refused; a fault of the layers themselves comes again.
             log.info("%s of the generation before ended with: %s", type(task).__name__, error)
@@ -316,19 +320,7 @@ class ShardRole:
                 log.warning("evaluation of version %d given up: %s", task.version, error)
                 self._evaluations.on_failed(task)
                 return []
-            case EvaluateTask():
-                what = f"evaluation of samples {task.start}-{task.stop} at version {task.version}"
-            case ApplyTask():
-                what = f"gradient of layer {task.push.layer} for {task.push.attempt.microbatch}"
-            case DropTask():
-                what = f"drop of {task.attempt.microbatch}"
-            case DetachTask():
-                what = f"backward pass of {task.backward.attempt.microbatch} for {task.worker}"
-            case FindTask():
-                what = f"search for what is not finite of {task.attempt.microbatch}"
-            case _:
-                what = f"{'forward' if isinstance(task, ForwardTask) else 'backward'} pass of {task.attempt.microbatch}"
-        return self._context.fail(f"{what} failed in {self._context.describe()}: {sentence(error)}")
+        return self._context.fail(f"{_name(task)} failed in {self._context.describe()}: {sentence(error)}")
 
     def on_cut_taken(self, version: int, now: float) -> list[Effect]:
         """Every layer of the block is copied at ``version``."""
@@ -507,3 +499,22 @@ class ShardRole:
             shortage=self.shortage,
         )
         return [Send(self._coordinator, report)]
+
+
+def _name(task: Task) -> str:
+    """What a task was, for sentences."""
+    match task:
+        case EvaluateTask():
+            return f"evaluation of samples {task.start}-{task.stop} at version {task.version}"
+        case ApplyTask():
+            return f"gradient of layer {task.push.layer} for {task.push.attempt.microbatch}"
+        case DropTask():
+            return f"drop of {task.attempt.microbatch}"
+        case DetachTask():
+            return f"backward pass of {task.backward.attempt.microbatch} for {task.worker}"
+        case FindTask():
+            return f"search for what is not finite of {task.attempt.microbatch}"
+        case ForwardTask():
+            return f"forward pass of {task.attempt.microbatch}"
+        case _:
+            return f"backward pass of {task.attempt.microbatch}"

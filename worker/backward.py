@@ -15,8 +15,10 @@ from layerwise.build import build_detached
 from layerwise.detached import DetachedBlock
 from layerwise.device import resolve_device
 from layerwise.errors import sentence
+from layerwise.ids import COORDINATOR
+from layerwise.memory import is_out_of_memory
 from layerwise.messages import Assignment, DetachedTask, Hosting, Message, PushGradient, Role, TaskFinished, Welcome
-from layerwise.roles import Effect
+from layerwise.roles import Effect, run_out
 from layerwise.service import Service, ServiceSettings
 from layerwise.worker.backward_role import BackwardRole, Build, Execute, Leave
 
@@ -94,6 +96,8 @@ class BackwardWorker:
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []
+            if is_out_of_memory(error):
+                return run_out(COORDINATOR, job, f"a block can't be built: memory ran out ({sentence(error)})")
             return self._then(self._role.on_build_failed(job, sentence(error), self._now()))
 
         self._compute.run(
@@ -126,6 +130,9 @@ class BackwardWorker:
 
     def _failed(self, job: str, task: DetachedTask, error: Exception) -> list[Effect]:
         log.debug("pass failed", exc_info=error)
+        if is_out_of_memory(error):
+            what = f"backward pass of {task.attempt.microbatch} failed in a detached worker"
+            return run_out(COORDINATOR, job, f"{what}: memory ran out ({sentence(error)})")
         return self._then(self._role.on_execute_failed(job, task, sentence(error), self._now()))
 
     def _now(self) -> float:
@@ -139,6 +146,7 @@ def run_backward(
     threads: int = 1,
     name: str = "",
     metrics: str = "",
+    join: str | None = None,
     allow_imports: tuple[str, ...] = (),
     insecure: bool = False,
     exit_with_parent: bool = False,
@@ -148,6 +156,8 @@ def run_backward(
     Raises:
         ConfigError: there is no such device.
         UnreachableError: no coordinator answers.
+        NotFoundError: there is no job ``join``; "" is any.
+        NotAllowedError: the job can't use this worker.
     """
     torch.set_num_threads(threads)
     found = resolve_device(device)
@@ -157,6 +167,7 @@ def run_backward(
         name=name,
         device=str(found),
         metrics=metrics,
+        join=join,
         allow_imports=allow_imports,
         insecure=insecure,
         exit_with_parent=exit_with_parent,

@@ -17,9 +17,11 @@ from layerwise.data.dataset import Dataset, TrainingData
 from layerwise.data.load import load_dataset
 from layerwise.data.sampling import microbatch_indices
 from layerwise.errors import LayerwiseError, sentence
+from layerwise.ids import COORDINATOR
 from layerwise.job import parse_job
+from layerwise.memory import is_out_of_memory
 from layerwise.messages import Assignment, Hosting, Message, Role, Tensors, Welcome
-from layerwise.roles import Effect
+from layerwise.roles import Effect, run_out
 from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
 from layerwise.worker.forward_role import Forget, ForwardRole, Load, LoadEvaluation, Prepare
@@ -118,6 +120,8 @@ class ForwardWorker:
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []
+            if is_out_of_memory(error):
+                return run_out(COORDINATOR, job, f"the data can't be loaded: memory ran out ({sentence(error)})")
             return self._then(self._role.on_prepare_failed(job, sentence(error), self._service.loop.time()))
 
         self._loader.run(work, done, failed)
@@ -134,17 +138,16 @@ class ForwardWorker:
                 raise LayerwiseError(_which(data.train, indices, error)) from error
             return _tensors(inputs), _tensors(targets)
 
+        def failed(error: Exception) -> list[Effect]:
+            if is_out_of_memory(error):
+                what = f"samples {attempt.microbatch} can't be loaded"
+                return run_out(COORDINATOR, job, f"{what}: memory ran out ({sentence(error)})")
+            return self._then(self._role.on_load_failed(job, attempt, sentence(error), self._service.loop.time()))
+
         self._loader.run(
             work,
             lambda loaded: self._then(self._role.on_loaded(job, attempt, *loaded, self._service.loop.time())),
-            lambda error: self._then(
-                self._role.on_load_failed(
-                    job,
-                    attempt,
-                    sentence(error),
-                    self._service.loop.time(),
-                )
-            ),
+            failed,
         )
 
     def _load_evaluation(self, request: LoadEvaluation) -> None:
@@ -155,18 +158,19 @@ class ForwardWorker:
             inputs, targets = data.validation_batch(seed, samples.start, samples.stop)
             return _tensors(inputs), _tensors(targets)
 
+        def failed(error: Exception) -> list[Effect]:
+            what = f"validation samples {samples.start}-{samples.stop} could not be loaded"
+            if is_out_of_memory(error):
+                return run_out(COORDINATOR, job, f"{what}: memory ran out ({sentence(error)})")
+            now = self._service.loop.time()
+            return self._then(self._role.on_evaluation_load_failed(job, f"{what}: {sentence(error)}", now))
+
         self._loader.run(
             work,
             lambda loaded: self._then(
                 self._role.on_evaluation_loaded(job, version, samples, *loaded, self._service.loop.time())
             ),
-            lambda error: self._then(
-                self._role.on_evaluation_load_failed(
-                    job,
-                    f"validation samples {samples.start}-{samples.stop} could not be loaded: {sentence(error)}",
-                    self._service.loop.time(),
-                )
-            ),
+            failed,
         )
 
 
@@ -189,6 +193,7 @@ def run_forward(
     coordinator: str,
     name: str = "",
     metrics: str = "",
+    join: str | None = None,
     allow_imports: tuple[str, ...] = (),
     threads: int = 1,
     insecure: bool = False,
@@ -198,6 +203,8 @@ def run_forward(
 
     Raises:
         UnreachableError: no coordinator answers.
+        NotFoundError: there is no job ``join``; "" is any.
+        NotAllowedError: the job can't use this worker.
     """
     torch.set_num_threads(threads)
     settings = ServiceSettings(
@@ -205,6 +212,7 @@ def run_forward(
         coordinator=coordinator,
         name=name,
         metrics=metrics,
+        join=join,
         allow_imports=allow_imports,
         insecure=insecure,
         exit_with_parent=exit_with_parent,

@@ -8,6 +8,7 @@ from layerwise.errors import (
     LayerwiseError,
     NotAllowedError,
     NotFoundError,
+    OutOfMemoryError,
     UnreachableError,
 )
 
@@ -18,6 +19,7 @@ UNREACHABLE = 3
 NOT_FOUND = 4
 NOT_ALLOWED = 5
 CANCELLED = 6
+OUT_OF_MEMORY = 7
 TIMED_OUT = 124
 INTERRUPTED = 130
 
@@ -27,6 +29,7 @@ _OF_ERROR: tuple[tuple[type[LayerwiseError], int], ...] = (
     (NotAllowedError, NOT_ALLOWED),
     (UnreachableError, UNREACHABLE),
     (DeadlineError, TIMED_OUT),
+    (OutOfMemoryError, OUT_OF_MEMORY),
 )
 
 

@@ -245,6 +245,7 @@ def nodes_command(coordinator: str | None, output: str) -> int:
             one["role"],
             one["state"],
             one.get("job") or "",
+            {None: "", "": "any job"}.get(one.get("join"), one.get("join")),
             one["device"] or "",
             one["host"],
             one["pid"],
@@ -254,5 +255,5 @@ def nodes_command(coordinator: str | None, output: str) -> int:
         ]
         for one in nodes
     ]
-    print_table(["name", "role", "state", "job", "device", "host", "pid", "memory", "seen", "metrics"], rows)
+    print_table(["name", "role", "state", "job", "joins", "device", "host", "pid", "memory", "seen", "metrics"], rows)
     return exit_codes.DONE

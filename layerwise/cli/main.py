@@ -77,7 +77,7 @@ def cli(ctx: click.Context, debug: bool) -> None:
     """Train one model across machines that differ, are slow, or come and go.
 
     Data goes to standard output, progress and errors to standard error. Exit status: 0 done, 1 the job failed, 2
-    usage, 3 the coordinator is unreachable, 4 not found, 5 not allowed, 6 cancelled, 124 time-out, 130 interrupted.
+    usage, 3 the coordinator is unreachable, 4 not found, 5 not allowed, 6 cancelled, 7 out of memory, 124 time-out, 130 interrupted.
     """
     ctx.meta["layerwise.debug"] = debug
 

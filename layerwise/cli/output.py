@@ -104,6 +104,7 @@ def job_facts(document: Mapping[str, Any]) -> dict[str, object]:
         facts[name.replace("_", " ")] = document.get(name)
     cuts = document.get("cuts") or []
     facts["cuts"] = [one["version"] for one in cuts]
+    facts["joined"] = document.get("joined_workers")
     facts["warnings"] = "; ".join(document.get("warnings") or ())
     facts["directory"] = document.get("directory")
     return facts

@@ -60,6 +60,19 @@ def name_option(function: Function) -> Function:
     )
 
 
+def join_option(function: Function) -> Function:
+    """``--join`` of a worker."""
+    return click.option(
+        "--join",
+        metavar="[JOB]",
+        is_flag=False,
+        flag_value="",
+        default=None,
+        help="Take part in JOB beyond the workers it asks for, and leave at any time; without JOB, in whatever job trains "
+        "or trains next, the oldest first.",
+    )(function)
+
+
 @command(
     "coordinator",
     examples=[
@@ -151,12 +164,14 @@ def shard_command(
     examples=["layerwise forward", "layerwise forward --coordinator host:7070 --allow-import my_data"],
 )
 @coordinator_option
+@join_option
 @name_option
 @allow_import_option
 @service_options
 def forward_command(
     coordinator: str | None,
     name: str,
+    join: str | None,
     allow_imports: tuple[str, ...],
     metrics: str,
     insecure: bool,
@@ -173,6 +188,7 @@ def forward_command(
         coordinator=address,
         name=name,
         metrics=metrics,
+        join=join,
         allow_imports=allow_imports,
         insecure=insecure,
         exit_with_parent=exit_with_parent,
@@ -180,7 +196,14 @@ def forward_command(
     return exit_codes.DONE
 
 
-@command("backward", examples=["layerwise backward", "layerwise backward --coordinator host:7070 --device cuda:1"])
+@command(
+    "backward",
+    examples=[
+        "layerwise backward",
+        "layerwise backward --coordinator host:7070 --device cuda:1",
+        "layerwise backward --join digits-1",
+    ],
+)
 @coordinator_option
 @click.option(
     "--device",
@@ -191,6 +214,7 @@ def forward_command(
     help="auto takes a GPU if there is one.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of arithmetic.")
+@join_option
 @name_option
 @allow_import_option
 @service_options
@@ -199,6 +223,7 @@ def backward_command(
     device: str,
     threads: int,
     name: str,
+    join: str | None,
     allow_imports: tuple[str, ...],
     metrics: str,
     insecure: bool,
@@ -217,6 +242,7 @@ def backward_command(
         threads=threads,
         name=name,
         metrics=metrics,
+        join=join,
         allow_imports=allow_imports,
         insecure=insecure,
         exit_with_parent=exit_with_parent,

@@ -72,7 +72,7 @@ def examples() -> list[Message]:
         messages.Lease(job="j-1", kind=messages.LeaseKind.TRAIN, attempts=(ATTEMPT,) * 3, ranges=(Microbatch(0, 0, 4),)),
         messages.Hello(
             role=messages.Role.SHARD, name="shard-0", address="unix:/x", device="cpu", host="h", pid=3, version="1",
-            allowed_imports=("a", "b"),
+            allowed_imports=("a", "b"), join="j-1",
         ),
         messages.Stop(job="j-1"),
         messages.StartTraining(job="j-1", done_json='{"watermark": 3}'),

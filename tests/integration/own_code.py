@@ -198,3 +198,25 @@ class Flawed(Ramp):
 def flawed(samples: int, validation_samples: int, torn: int, empty: int) -> tuple[Flawed, Ramp]:
     """Training data with two bad samples, and validation data without."""
     return Flawed(samples, torn, empty), Ramp(validation_samples)
+
+
+class Hungry(nn.Module):
+    """Linear; where the file ``once`` is, its forward pass takes it away and asks for more memory than there is."""
+
+    def __init__(self, width: int, once: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.once = Path(once)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The map of the inputs."""
+        if self.once.exists():
+            self.once.unlink()
+            torch.empty(1 << 62, dtype=torch.uint8)
+        outputs: Tensor = self.linear(inputs)
+        return outputs
+
+
+def hungry(once: str) -> list[nn.Module]:
+    """The layer at index 2 runs out of memory once the file ``once`` is there."""
+    return [nn.Flatten(), nn.Linear(64, 8), Hungry(8, once), nn.ReLU(), nn.Linear(8, 4)]

@@ -11,12 +11,16 @@ import pytest
 from layerwise.api import Connection
 from layerwise.cluster import LocalCluster
 from layerwise.job_result import JobResult
+from tests.integration.command import Command
+from tests.integration.conftest import REPOSITORY
 from tests.integration.jobs import (
     OPTIMIZERS,
+    OWN_CODE,
     Gate,
     check_audit,
     check_done,
     check_equal_to_plain_loop,
+    check_ledger,
     job,
     wait,
     wait_for_cut,
@@ -199,3 +203,51 @@ def test_a_killed_shard_that_nobody_replaces_ends_the_job_with_the_way_to_resume
     resumed = wait(connection.resume(failed.job))
     check_done(resumed)
     assert resumed.document["resume_count"] == 1
+
+
+def test_a_shard_that_runs_out_of_memory_is_replaced(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    once = tmp_path / "once"
+    values = long_job(tmp_path / "run", gate, cluster={"shards": 1, "forward": 1})
+    running = connection.submit(values | {"model": {"import": f"{OWN_CODE}:hungry", "once": str(once)}})
+    wait_for_cut(running, 5)
+    name = running.status().document["blocks"][0]["shard"]
+    once.touch()
+    gate.open()
+    result = wait(running)
+    fragile.start(name)
+    check_done(result)
+    assert result.document["blocks"][0]["shard"] != name
+    lines = [event.message for event in running.logs()]
+    assert any(
+        f"shard {name} (block 0) was lost (" in line and "memory ran out (RuntimeError: " in line for line in lines
+    )
+    assert any("exit status 7" in problem and "another one takes over" in problem for problem in fragile.problems)
+
+
+def test_a_forward_worker_joins_a_running_job_and_is_killed(cluster: LocalCluster, tmp_path: Path, gate: Gate) -> None:
+    """The job's own worker waits at the gate, so what goes on from there is the guest's work."""
+    train = {"steps": 5000, "seed": 3, "optimizer": OPTIMIZERS["muon"]}
+    with Connection(cluster.coordinator_address) as connection:
+        running = connection.submit(long_job(tmp_path / "run", gate, cluster={"shards": 2, "forward": 1}, train=train))
+        wait_for_cut(running, 15)
+        at = ("--coordinator", cluster.coordinator_address)
+        options = ("--join", running.id, "--name", "guest", "--allow-import", OWN_CODE)
+        with Command("forward", *options, *at, folder=REPOSITORY) as guest:
+            wait_for_cut(running, 25)
+            assert running.status().document["joined_workers"] == ["guest"]
+            guest.process.kill()
+            guest.process.wait()
+        with Command("forward", "--join", "no-job", *at, folder=REPOSITORY) as stranger:
+            assert stranger.finish() == 4
+        running.cancel()
+        gate.open()
+        result = wait(running)
+        lines = [event.message for event in running.logs()]
+    assert result.state == "cancelled", result.message
+    check_ledger(result)
+    check_audit(result)
+    assert result.document["recoveries"] == []
+    assert any("forward worker guest, which had joined, left" in line for line in lines)
+    assert "no job 'no-job' to join here" in stranger.errors

@@ -64,6 +64,7 @@ class SimulatedCluster:
             self.world.random, delay=scenario.disk_delay, failure=scenario.disk_failure, damage=scenario.disk_damage
         )
         self.store = MemoryJobStore()
+        self.world.on_end = lambda name: self.world.at(0.1, lambda: self._start(name))
         self._start("coordinator")
         self.works: list[list[Work]] = []
         self.job = ""
@@ -85,6 +86,9 @@ class SimulatedCluster:
         for drain in scenario.drains:
             world.at(drain.at, lambda target=drain.target: self._drain(target))
             world.at(drain.until, lambda target=drain.target: self._undrain(target))
+        for guest in scenario.guests:
+            world.at(guest.at, lambda guest=guest: self._start(guest.name, join=guest.join))
+            world.at(guest.at + guest.stay, lambda guest=guest: self._end(guest.name))
         for at in scenario.stops:
             world.at(at, self._cancel)
         resumes = 0
@@ -115,7 +119,11 @@ class SimulatedCluster:
 
     # What happens ----------------------------------------------------------------------------------------------------
 
-    def _start(self, name: str) -> None:
+    def _end(self, name: str) -> None:
+        if name in self.world.processes:
+            self.world.kill(name)
+
+    def _start(self, name: str, *, join: str | None = None) -> None:
         scenario, world = self.scenario, self.world
         if name == "coordinator":
             role = CoordinatorRole(self.store, now=world.now)
@@ -129,6 +137,7 @@ class SimulatedCluster:
             host="simulated",
             pid=1,
             version="0",
+            join=join,
         )
         match hello.role:
             case Role.SHARD:
@@ -204,6 +213,10 @@ class SimulatedCluster:
                 self.world.sever(fault.target, fault.other)
             elif fault.target not in self.world.processes:
                 return
+            elif fault.kind == "memory":
+                shard = self.world.processes[fault.target]
+                assert isinstance(shard, SimulatedShard)
+                shard.memory_ends = True
             elif fault.kind == "pause":
                 self.world.processes[fault.target].pause(fault.seconds)
             else:

@@ -131,6 +131,8 @@ class SimulatedShard(Process):
     bad: BadSamples = field(default_factory=lambda: BadSamples())
     divergence: FakeDivergence | None = None
     history: list[Work] = field(default_factory=list)
+    memory_ends: bool = False
+    """The next pass finds no memory."""
     _committed_at: float = 0.0
     _works: dict[str, Work] = field(default_factory=dict)
     _standby: dict[str, StandbyRole] = field(default_factory=dict)
@@ -362,6 +364,8 @@ class SimulatedShard(Process):
             return
         now = self.world.now
         try:
+            if self.memory_ends:
+                raise MemoryError
             early = next(steps)
             if early is not None:
                 self.after(0.0002, lambda: self._act(work, lambda: work.role.on_task_done(task, early, self.world.now)))

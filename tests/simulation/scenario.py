@@ -16,7 +16,8 @@ class Fault:
 
     "kill" a process (a new one takes its name after ``seconds``), "pause" it, "break" the stream to ``other`` (the link survives), or
     "sever" the link to ``other`` (both live on, and each hears that the other is lost), let what it and ``other`` send
-    each other be swallowed by a "blackhole", of which nobody is told, or "isolate" it from all others for a while.
+    each other be swallowed by a "blackhole", of which nobody is told, or "isolate" it from all others for a while, or a
+    shard has no "memory" for its next pass and ends (a new one takes its name).
     """
 
     at: float
@@ -66,6 +67,16 @@ class Drain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Guest:
+    """A worker that joins: it is started at ``at`` seconds, and killed after ``stay`` seconds at the latest. ``join`` as in its `Hello`."""
+
+    at: float
+    stay: float
+    name: str
+    join: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One cluster, one job, what goes wrong.
 
@@ -98,6 +109,7 @@ class Scenario:
     drains: tuple[Drain, ...] = ()
     spare_shards: int = 0
     """Shards, and as many forward workers, that the job does not need."""
+    guests: tuple[Guest, ...] = ()
 
     @property
     def stops_at_all(self) -> bool:
@@ -108,7 +120,7 @@ class Scenario:
 def draw(seed: int) -> Scenario:
     """The scenario of ``seed``."""
     standby = random.Random(f"standby {seed}")
-    scenario = _draw(seed)
+    scenario = with_little_memory(with_guests(_draw(seed)))
     return with_standby(scenario, standby.choice((1, 2, 3, 5))) if standby.random() < 0.3 else scenario
 
 
@@ -257,6 +269,36 @@ def _draw(seed: int) -> Scenario:
         spare_shards=spare,
         divergence=divergence,
     )
+
+
+def with_little_memory(scenario: Scenario) -> Scenario:
+    """The same, in one of ten cases with shards that run out of memory."""
+    rng = random.Random(f"memory {scenario.seed}")
+    if rng.random() >= 0.1:
+        return scenario
+    faults = list(scenario.faults)
+    for _ in range(rng.choice((1, 2))):
+        target = f"shard-{rng.randrange(scenario.shards)}"
+        faults.append(Fault(at=rng.uniform(0.1, 1.0), kind="memory", target=target, seconds=0.0))
+    return replace(scenario, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
+
+
+def with_guests(scenario: Scenario, often: float = 0.25) -> Scenario:
+    """The same, in one of ``1 / often`` cases with workers that join and leave, and that are drained at times."""
+    rng = random.Random(f"guests {scenario.seed}")
+    if rng.random() >= often:
+        return scenario
+    roles = ("forward", "forward", "backward") if scenario.detached else ("forward",)
+    guests, drains = [], list(scenario.drains)
+    for index in range(rng.choice((1, 2, 4))):
+        at = rng.uniform(0.0, 1.0)
+        name = f"{rng.choice(roles)}-guest-{index}"
+        join = rng.choice(("", f"seed-{scenario.seed}-1")) if at > 0.2 else ""
+        guests.append(Guest(at=at, stay=rng.choice((0.1, 0.5, 3.0, 1000.0)), name=name, join=join))
+        if rng.random() < 0.2:
+            away = at + rng.uniform(0.0, 1.0)
+            drains.append(Drain(at=away, until=away + rng.choice((0.01, 1.0)), target=name))
+    return replace(scenario, guests=tuple(guests), drains=tuple(drains))
 
 
 def with_standby(scenario: Scenario, every: int) -> Scenario:

@@ -103,6 +103,27 @@ def test_drained_processes_really_leave() -> None:
     assert any(line.startswith("at version") and line.endswith("left") for line in lines)
 
 
+def test_memory_really_runs_out() -> None:
+    """What the runs with little memory are worth: shards end in mid-pass, and their blocks go on elsewhere."""
+    short = [seed for seed in range(80) if any(fault.kind == "memory" for fault in draw(seed).faults)]
+    lines = []
+    for seed in short[:6]:
+        cluster = run(seed)
+        lines += [event.message for event in cluster.coordinator.role.events(cluster.job, 0)]
+    assert sum("was lost (" in line and "memory ran out (MemoryError)" in line for line in lines) > 2
+
+
+def test_guests_really_join_and_leave() -> None:
+    """What the runs with guests are worth: some join, leave in mid-job, find a new coordinator, or are drained."""
+    visited = [seed for seed in range(40) if draw(seed).guests]
+    lines = []
+    for seed in visited[:8]:
+        cluster = run(seed)
+        lines += [event.message for event in cluster.coordinator.role.events(cluster.job, 0)]
+    assert sum(" joins" in line for line in lines) > 5
+    assert sum("which had joined, left" in line for line in lines) > 3
+
+
 def test_a_seed_repeats_exactly() -> None:
     once, again = (SimulatedCluster(draw(7), trace=True) for _ in range(2))
     once.run()

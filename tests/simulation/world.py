@@ -12,7 +12,7 @@ from typing import Any
 
 from layerwise.link import Link, LinkLost, LinkTable, Packet
 from layerwise.messages import Heartbeat, Hello, Hosting, Message
-from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, End, Send
 from layerwise.silence import LOOKS, Silence, Verdict
 
 TICK_SECONDS = 0.1
@@ -35,6 +35,8 @@ class World:
 
     def __init__(self, seed: int, weather: Weather, *, trace: bool = False) -> None:
         self.random = random.Random(seed)
+        self.on_end: Callable[[str], None] = lambda name: None
+        """Called when a process has ended by itself."""
         self.now = 0.0
         self.weather = weather
         self.processes: dict[str, Process] = {}
@@ -220,6 +222,11 @@ class Process:
                     link = self.links.drop(peer)
                     if link is not None:
                         self._put(peer, [link.farewell("closed")])
+                case End(sentence=sentence):
+                    self.world.note(f"{self.name} ends: {sentence}")
+                    self.world.kill(self.name)
+                    self.world.on_end(self.name)
+                    return
 
     def send(self, peer: str, message: Message) -> None:
         self.before_send(peer, message)
@@ -282,6 +289,9 @@ class Process:
         self.perform(self.on_lost(peer))
 
     def _receive(self, peer: str, message: Message) -> None:
+        if type(message).__name__ == "Dismissal":
+            self.world.kill(self.name)
+            return
         if type(message).__name__ == "Welcome":
             self._next_heartbeat = self.world.now
             self.perform(self.on_welcome())

@@ -141,6 +141,7 @@ class PlayedCluster:
         self.jobs: dict[str, PlayedJob] = {}
         self.blocks: dict[str, PlayedBlock] = {}
         self.workers: dict[str, Hosting] = {}
+        self.joins: dict[str, str | None] = {}
         self.sent: list[tuple[str, Message]] = []
         self.leases: list[tuple[str, Attempt]] = []
         self.hold: Callable[[str, Lease], bool] = lambda worker, lease: False
@@ -153,10 +154,18 @@ class PlayedCluster:
         self._inbox: deque[tuple[str, Message]] = deque()
         self._saved: dict[tuple[str, int, int], AppliedSet] = {}
 
-    def add(self, role: Role, *names: str, device: str = "cpu", imports: tuple[str, ...] = ()) -> None:
+    def add(
+        self,
+        role: Role,
+        *names: str,
+        device: str = "cpu",
+        imports: tuple[str, ...] = (),
+        join: str | None = None,
+    ) -> None:
         """New processes, or new incarnations, with nothing in them."""
         for name in names:
             self._forget(name)
+            self.joins[name] = join
             self._hello(role, name, device=device, imports=imports)
 
     def come_back(self, *names: str) -> None:
@@ -186,6 +195,7 @@ class PlayedCluster:
             version="1",
             allowed_imports=known["imports"],
             hosting=known["hosting"],
+            join=self.joins[name],
         )
         self.say(name, hello)
 

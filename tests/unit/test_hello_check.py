@@ -36,6 +36,8 @@ def test_a_process_that_says_what_it_is_comes_in(hello: Hello) -> None:
         ({"name": "x" * 5000}, "it calls itself 'xxx"),
         ({"role": Role.CLIENT}, "it is a client, expected shard, forward, backward"),
         ({"role": Role.COORDINATOR}, "it is a coordinator"),
+        ({"join": ""}, "it is a shard that joins, and only workers can"),
+        ({"join": "toy\n1"}, "its join is no word"),
         ({"address": ""}, "a shard without an address"),
         ({"address": "nonsense"}, "its address can't be used: address 'nonsense' is neither"),
         ({"address": "unix:" + "x" * 200}, "its address can't be used"),

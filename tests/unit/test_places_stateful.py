@@ -109,7 +109,7 @@ class ShardPlacesMachine(RuleBasedStateMachine):
 
 
 class WorkerPlacesMachine(RuleBasedStateMachine):
-    """Workers fill places and leave them."""
+    """Workers fill places and leave them; others join, and are counted nowhere."""
 
     @initialize(forward=st.integers(1, 3), detached=st.integers(0, 4))
     def begin(self, forward: int, detached: int) -> None:
@@ -119,7 +119,27 @@ class WorkerPlacesMachine(RuleBasedStateMachine):
         self.wanted += [(Role.BACKWARD, place % NUM_BLOCKS) for place in range(detached)]
         self.places = WorkerPlaces(job, Places(shards=(), forward=(), backward=()), ())
         self.filled: dict[str, tuple[Role, int]] = {}
+        self.joined: dict[str, tuple[Role, int]] = {}
         self.num_names = 0
+
+    @rule(role=st.sampled_from((Role.FORWARD, Role.BACKWARD)))
+    def join(self, role: Role) -> None:
+        self.num_names += 1
+        name = f"{role}-{self.num_names}"
+        served = [block for one, block in (*self.filled.values(), *self.joined.values()) if one is Role.BACKWARD]
+        block = self.places.join(name, role)
+        self.joined[name] = (role, block)
+        if role is Role.FORWARD:
+            assert block == -1
+        else:
+            assert served.count(block) == min(served.count(other) for other in range(NUM_BLOCKS))
+
+    @precondition(lambda self: bool(self.joined))
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.joined)))
+        left = self.places.empty(name)
+        assert (left.role, left.block) == self.joined.pop(name)
 
     @precondition(lambda self: len(self.filled) < len(self.wanted))
     @rule(data=st.data())
@@ -140,11 +160,13 @@ class WorkerPlacesMachine(RuleBasedStateMachine):
     @invariant()
     def filled_and_vacant_places_are_those_that_the_job_asks_for(self) -> None:
         assert sorted([*self.filled.values(), *self.places.vacancies()]) == sorted(self.wanted)
-        assert set(self.places.names) == set(self.filled)
+        assert (set(self.places.placed), set(self.places.joined)) == (set(self.filled), set(self.joined))
+        everybody = {**self.filled, **self.joined}
+        assert set(self.places.names) == set(everybody)
         assert {(one.process, one.role, one.block) for one in self.places.records} == {
-            (name, role, block) for name, (role, block) in self.filled.items()
+            (name, role, block) for name, (role, block) in everybody.items()
         }
-        assert bool(self.places.missing()) == (Role.FORWARD not in {role for role, _ in self.filled.values()})
+        assert bool(self.places.missing()) == (Role.FORWARD not in {role for role, _ in everybody.values()})
 
 
 TestShardPlaces = ShardPlacesMachine.TestCase

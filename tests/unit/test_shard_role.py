@@ -47,7 +47,7 @@ from layerwise.messages import (
     Tensors,
 )
 from layerwise.plan import TrainingPlan
-from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.roles import Connect, Disconnect, Effect, End, Send
 from layerwise.server.admission import GENERATION_BITS
 from layerwise.server.cut_schedule import CutSchedule
 from layerwise.server.shard_role import ShardRole
@@ -562,6 +562,22 @@ def test_a_failed_pass_ends_the_job_with_one_sentence() -> None:
     assert peer == "coordinator"
     assert failure.message == "forward pass of 0:0-1 failed in layers 2-3 on shard shard-1: RuntimeError: shapes differ"
     assert bench.forward("shard-0", 1, 1) == []
+
+
+@pytest.mark.parametrize("rerouted", [False, True])
+def test_a_pass_without_memory_ends_the_process_and_not_the_job(rerouted: bool) -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    if rerouted:
+        bench.hears("coordinator", Reroute(job="job", route=ROUTE, block=1, generation=2, durable=0))
+    sentence = "forward pass of 0:0-1 failed in layers 2-3 on shard shard-1: memory ran out (MemoryError)"
+    assert bench.role.on_task_failed(task, MemoryError(), 0.0) == [
+        Send("coordinator", Failure(job="job", message=sentence, memory=True)),
+        End(sentence),
+    ]
+    assert bench.role.failed
 
 
 @pytest.mark.parametrize("block", [0, 1])

@@ -13,7 +13,7 @@ import torch
 from layerwise.errors import ConfigError
 from layerwise.ids import COORDINATOR
 from layerwise.messages import Assignment, BlockPlace, Failure, Ready, Role, Unassign
-from layerwise.roles import Send
+from layerwise.roles import End, Send
 from layerwise.service import Service, ServiceSettings
 from layerwise.worker.backward import BackwardWorker
 from layerwise.worker.forward import ForwardWorker
@@ -102,3 +102,38 @@ def test_a_service_that_nobody_could_call_starts_nothing() -> None:
     settings = ServiceSettings(role=Role.SHARD, coordinator="unix:/nowhere", listen="0.0.0.0:0", insecure=True)
     with pytest.raises(ConfigError, match="say --advertise"):
         asyncio.run(Service(settings, make_handler).run())
+
+
+def test_a_worker_that_has_no_memory_for_its_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    async def scene() -> None:
+        service = PlayedService()
+        monkeypatch.setattr("layerwise.worker.backward.build_detached", build)
+        worker = BackwardWorker(cast(Service, service), torch.device("cpu"))
+        worker.on_message(COORDINATOR, assignment(1), 0.0)
+        await service.until(lambda: len(service.effects) > 1)
+        sentence = "a block can't be built: memory ran out (MemoryError)"
+        assert service.effects == [Send(COORDINATOR, Failure(job="job", message=sentence, memory=True)), End(sentence)]
+        await worker.close()
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_has_no_memory_for_its_data_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> Any:
+        raise MemoryError
+
+    async def scene() -> None:
+        service = PlayedService()
+        monkeypatch.setattr("layerwise.worker.forward.parse_job", lambda *_, **__: SimpleNamespace(data=None))
+        monkeypatch.setattr("layerwise.worker.forward.load_dataset", load)
+        worker = ForwardWorker(cast(Service, service))
+        worker.on_message(COORDINATOR, assignment(1), 0.0)
+        await service.until(lambda: len(service.effects) > 1)
+        sentence = "the data can't be loaded: memory ran out (MemoryError)"
+        assert service.effects == [Send(COORDINATOR, Failure(job="job", message=sentence, memory=True)), End(sentence)]
+        await worker.close()
+
+    asyncio.run(scene())
