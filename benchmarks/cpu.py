@@ -115,7 +115,8 @@ def _words(plain: list[dict[str, float]], found: list[dict[Row, float]], instrum
         f"All processes together take {statistics.median(ratios):.3f} times the plain loop's time "
         f"({min(ratios):.3f}-{max(ratios):.3f}), the instruments' own {1e3 * instruments:.2f} ms ({100 * instruments / whole:.1f} %) "
         'included. "rest" is what no named function takes: in slots the walk through the layers, ledgers, locks and freed memory, '
-        'on event loops what wakes them and lets them sleep. "tasks" are the links\' loops and timers, "links" what is numbered and acknowledged.'
+        'on event loops what wakes them and lets them sleep. "tasks" are the links\' loops and timers, "links" what is numbered and acknowledged. '
+        "The plain loop gives freed memory back to the system, as torch does by itself; shards keep it, so that slots may take less than the loop."
     )
 
 
