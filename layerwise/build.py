@@ -229,6 +229,7 @@ def training_of(spec: JobSpec, settings: ResolvedSettings, device: torch.device)
         position_order=settings.mode == "synchronous",
         precision=precision_of(spec, device),
         finite_buffers=spec.train.on_bad_sample == "drop",
+        finite_gradients=spec.train.on_divergence != "ignore",
     )
 
 

@@ -13,6 +13,7 @@ LayerwiseError                 one sentence: what happened, what was received, w
 │   ├── DeadlineError          no answer within the time limit
 │   └── BusyError              a bound is reached
 ├── JobFailedError             the job can't go on
+├── NotFiniteError             an update's gradient is no number; the update was not made
 ├── CorruptError               a file or log does not say what it must
 │   └── CorruptCutError        a cut's file; the cut before it can be used
 └── AuditError                 a promise that the event log contradicts
@@ -73,6 +74,10 @@ class BusyError(RetryableError):
 
 class JobFailedError(LayerwiseError):
     """The job ended without reaching its last cut."""
+
+
+class NotFiniteError(LayerwiseError):
+    """The gradient of an update has a value that is not finite; the layer stays at the version before."""
 
 
 class CorruptError(LayerwiseError):

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from layerwise.applied import AppliedSet
-from layerwise.errors import BusyError, NotFoundError, RejectedError, sentence
+from layerwise.errors import BusyError, NotFiniteError, NotFoundError, RejectedError, sentence
 from layerwise.messages import (
     Abort,
     BlockClosed,
@@ -307,6 +307,9 @@ class ShardRole:
         self.queue.finish()
         if self.failed:
             return []
+        if isinstance(error, NotFiniteError):
+            # Also while a new route waits: the layer is stuck before that update, whoever asks it again.
+            return self._context.fail(sentence(error), diverged=True)
         if self._reroute is not None:
             # A gradient of what is given up may well be refused; a fault of the layers themselves comes again.
             log.info("%s of the generation before ended with: %s", type(task).__name__, error)
