@@ -16,9 +16,11 @@ from layerwise.background import Background
 from layerwise.data.dataset import Dataset, TrainingData
 from layerwise.data.load import load_dataset
 from layerwise.data.sampling import microbatch_indices
+from layerwise.data_info import DataInfo
 from layerwise.errors import LayerwiseError, sentence
 from layerwise.job import parse_job
 from layerwise.messages import Assignment, Hosting, Message, Role, Tensors, Welcome
+from layerwise.profile import Profile
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
@@ -103,6 +105,9 @@ class ForwardWorker:
             spec = parse_job(json.loads(assignment.spec_json), source=job)
             allowed = self._service.settings.allow_imports
             data = load_dataset(spec.data, allowed)
+            planned = Profile.from_json(assignment.profile_json).data_json
+            if planned:
+                data.info.check(DataInfo.from_json(planned))
             settings = ResolvedSettings.from_json(assignment.settings_json)
             ordered = settings.mode == "synchronous" or settings.window == 1
             return data, spec.train.seed, settings.window, ordered
