@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -18,9 +17,8 @@ from layerwise.errors import sentence
 from layerwise.messages import Assignment, DetachedTask, Hosting, Message, PushGradient, Role, TaskFinished, Welcome
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
+from layerwise.tracebacks import log_traceback
 from layerwise.worker.backward_role import BackwardRole, Build, Execute, Leave
-
-log = logging.getLogger(__name__)
 
 
 class BackwardWorker:
@@ -94,6 +92,7 @@ class BackwardWorker:
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []
+            log_traceback("the block was not built", error)
             return self._then(self._role.on_build_failed(job, sentence(error), self._now()))
 
         self._compute.run(
@@ -125,7 +124,7 @@ class BackwardWorker:
         self._service.guard(lambda: self._then(self._role.on_gradient(job, gradient, self._now())))
 
     def _failed(self, job: str, task: DetachedTask, error: Exception) -> list[Effect]:
-        log.debug("pass failed", exc_info=error)
+        log_traceback("a backward pass failed", error)
         return self._then(self._role.on_execute_failed(job, task, sentence(error), self._now()))
 
     def _now(self) -> float:

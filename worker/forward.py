@@ -24,6 +24,7 @@ from layerwise.profile import Profile
 from layerwise.roles import Effect
 from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
+from layerwise.tracebacks import log_traceback
 from layerwise.worker.forward_role import Forget, ForwardRole, Load, LoadEvaluation, Prepare
 
 CLOSE_SECONDS = 3.0
@@ -123,6 +124,7 @@ class ForwardWorker:
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []
+            log_traceback("the data were not loaded", error)
             return self._then(self._role.on_prepare_failed(job, sentence(error), self._service.loop.time()))
 
         self._loader.run(work, done, failed)
@@ -139,17 +141,14 @@ class ForwardWorker:
                 raise LayerwiseError(_which(data.train, indices, error)) from error
             return _tensors(inputs), _tensors(targets)
 
+        def failed(error: Exception) -> list[Effect]:
+            log_traceback(f"the samples of {attempt.microbatch} were not loaded", error)
+            return self._then(self._role.on_load_failed(job, attempt, sentence(error), self._service.loop.time()))
+
         self._loader.run(
             work,
             lambda loaded: self._then(self._role.on_loaded(job, attempt, *loaded, self._service.loop.time())),
-            lambda error: self._then(
-                self._role.on_load_failed(
-                    job,
-                    attempt,
-                    sentence(error),
-                    self._service.loop.time(),
-                )
-            ),
+            failed,
         )
 
     def _load_evaluation(self, request: LoadEvaluation) -> None:
@@ -160,18 +159,18 @@ class ForwardWorker:
             inputs, targets = data.validation_batch(seed, samples.start, samples.stop)
             return _tensors(inputs), _tensors(targets)
 
+        def failed(error: Exception) -> list[Effect]:
+            what = f"validation samples {samples.start}-{samples.stop} could not be loaded"
+            log_traceback(what, error)
+            said = f"{what}: {sentence(error)}"
+            return self._then(self._role.on_evaluation_load_failed(job, said, self._service.loop.time()))
+
         self._loader.run(
             work,
             lambda loaded: self._then(
                 self._role.on_evaluation_loaded(job, version, samples, *loaded, self._service.loop.time())
             ),
-            lambda error: self._then(
-                self._role.on_evaluation_load_failed(
-                    job,
-                    f"validation samples {samples.start}-{samples.stop} could not be loaded: {sentence(error)}",
-                    self._service.loop.time(),
-                )
-            ),
+            failed,
         )
 
 
