@@ -19,7 +19,7 @@ from layerwise.sections import Accuracy, CrossEntropy, LossSpec, MetricSpec
 Loss = Callable[[Any, Any], Tensor]
 """``loss(output, targets)``: the mean over the samples, 0-d. Targets are one tensor or a sequence of them."""
 
-RESERVED = ("loss", "samples", "seconds", "version")
+RESERVED = ("loss", "number", "samples", "seconds", "version")
 """What an evaluation's result says beside the metrics."""
 
 

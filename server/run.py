@@ -52,6 +52,7 @@ from layerwise.roles import Effect, Send
 from layerwise.server.cut_manifest import manifest_json
 from layerwise.server.divergence_guard import Divergence
 from layerwise.server.divergence_policy import DivergencePolicy
+from layerwise.server.evaluation_round import with_evaluations
 from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState
 from layerwise.server.membership import Process
 from layerwise.server.placement import Places, Vacancy
@@ -736,8 +737,8 @@ class Run:
             drops = training.ledger.drops
             self.record = replace(self.record, drops=tuple(drops[index].to_json() for index in sorted(drops)))
         if training.evaluations:
-            made = tuple(one.to_json() for one in training.evaluations)
-            self.record = replace(self.record, evaluations=(*self.record.evaluations, *made))
+            listed = with_evaluations(self.record.evaluations, training.evaluations)
+            self.record = replace(self.record, evaluations=listed)
             training.evaluations.clear()
         found, training.divergence = training.divergence, None
         if found is not None and not training.suspended and not self._cancelled:

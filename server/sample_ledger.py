@@ -12,6 +12,8 @@ from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import Outcome
 from layerwise.plan import TrainingPlan
 
+MOST_REASON = 300
+"""Letters of a reason that are kept: a user's own code may say anything."""
 ALREADY_APPLIED, STILL_OPEN, STOPPING, OUT_OF_ORDER = "applied", "open", "stopping", "order"
 
 
@@ -29,7 +31,7 @@ class DroppedMicrobatch:
             "epoch": self.microbatch.epoch,
             "start": self.microbatch.start,
             "stop": self.microbatch.stop,
-            "reason": self.reason,
+            "reason": self.reason[:MOST_REASON],
             "missing_from": self.missing_from,
         }
 

@@ -105,7 +105,7 @@ def words(output, target):
 def loss(output, target):
     return 0.0
 
-version = seconds = samples = loss
+version = seconds = samples = number = loss
 """
 
 
@@ -144,8 +144,10 @@ def test_two_metrics_of_one_name_are_refused() -> None:
         build_metrics([Accuracy(), Accuracy()])
 
 
-@pytest.mark.parametrize("name", ["loss", "samples", "seconds", "version"])
+@pytest.mark.parametrize("name", ["loss", "number", "samples", "seconds", "version"])
 def test_a_metric_can_not_have_the_name_of_something_else_in_a_result(user_code: list[str], name: str) -> None:
     """It was added to the loss, or took the place of the cut's version."""
-    with pytest.raises(ConfigError, match=f"got a function called '{name}', expected another name than loss, samples"):
+    with pytest.raises(
+        ConfigError, match=f"got a function called '{name}', expected another name than loss, number, samples"
+    ):
         build_metrics([user(name)], user_code)
