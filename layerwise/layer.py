@@ -441,7 +441,7 @@ class TrainedLayer:
             )
 
     def report(self) -> LayerReport:
-        """Totals since the restore. Takes no lock: a report never waits for a pass, and may miss what happens now."""
+        """Totals of all lives that led here. Takes no lock: a report never waits for a pass, and may miss what happens now."""
         ledger = self.ledger
         return LayerReport(
             layer=self.index,
