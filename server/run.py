@@ -69,7 +69,7 @@ from layerwise.server.worker_places import WorkerPlaces
 LINK_SECONDS = 1.0
 """How long after a broken link between two shards it is waited for one of them to be found lost."""
 MOST_RECOVERIES = 6
-"""New routes without any update in between, or losses of a block's shard before training began, after which the run is given up."""
+"""New routes without a new update in between, or losses of a block's shard before training began, after which the run is given up."""
 
 
 class Run:
@@ -482,6 +482,7 @@ class Run:
         record, line, fields = self._divergence.go_back(self.record, self._reached, num_updates, self._now)
         self.record = record
         self._keep_cuts(lambda version: True)
+        self.recovery.go_back(record.cuts[-1].version if record.cuts else 0)
         self._note("warning", line, **fields)
 
     def _keep_cuts(self, wanted: Callable[[int], bool]) -> tuple[CutRecord, ...]:
@@ -565,8 +566,8 @@ class Run:
         version = self.training.version if self.training is not None else -1
         if self.training is not None and self.recovery.begin(version) > MOST_RECOVERIES:
             return self.fail(
-                f"the run did not get on: {MOST_RECOVERIES} times in a row processes or links failed before the next "
-                f"update",
+                f"the run did not get on: {MOST_RECOVERIES} times in a row processes or links failed before an update "
+                f"beyond those made before",
                 self._now,
             )
         if self.training is not None:
