@@ -11,7 +11,8 @@ LayerwiseError                 one sentence: what happened, what was received, w
 ├── RetryableError             may succeed later, or elsewhere
 │   ├── UnreachableError       nobody answers at that address
 │   ├── DeadlineError          no answer within the time limit
-│   └── BusyError              a bound is reached
+│   ├── BusyError              a bound is reached
+│   └── UnreadableError        a file is there, and the disk or the network does not give it
 ├── JobFailedError             the job can't go on
 ├── NotFiniteError             an update's gradient is no number; the update was not made
 ├── CorruptError               a file or log does not say what it must
@@ -70,6 +71,10 @@ class DeadlineError(RetryableError):
 
 class BusyError(RetryableError):
     """A bounded resource is full."""
+
+
+class UnreadableError(RetryableError):
+    """A file is there and can't be read: a network, permissions; what is in it may be sound."""
 
 
 class JobFailedError(LayerwiseError):

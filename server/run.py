@@ -98,6 +98,7 @@ class Run:
         self._room: dict[str, int] = {}
         self._num_decisions = 0
         self._divergence = DivergencePolicy(spec)
+        self._cuts_damaged = False
         self._began = now
         self._probing = ""
         self._link_down: tuple[str, float] | None = None
@@ -303,12 +304,14 @@ class Run:
         self._now = now
         if self.over:
             return []
-        durable = self.record.durable_cut
+        durable, damaged = self.record.durable_cut, self._cuts_damaged
         if self.training is not None:
             sentence += f" (at version {self.training.version})"
         if durable is not None:
             remedy = f"go on from it with `layerwise resume {self.job}`"
             sentence += f"; the newest durable cut is version {durable.version}: {remedy}"
+        elif damaged:
+            sentence += "; put the damaged file back and resume the job, or submit it again"
         elif self.training is not None or self.record.placement:
             sentence += f"; no cut was durable yet: begin again with `layerwise resume {self.job}`"
         return self._end(JobState.FAILED, sentence)
@@ -446,6 +449,7 @@ class Run:
         older = self._keep_cuts(lambda version: version < message.cut)
         said = f"{message.message.rstrip('.')}"
         if not older:
+            self._cuts_damaged = True
             return self.fail(f"{said}, and there is no cut before it", self._now)
         self._note("warning", f"{said}; going on from the cut at version {older[-1].version}", version=message.cut)
         return self._route_anew()
