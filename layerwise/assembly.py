@@ -38,6 +38,7 @@ class Training:
     position_order: bool = False
     precision: Precision = field(default_factory=Precision)
     finite_buffers: bool = False
+    finite_gradients: bool = False
     rate_factor: float = 1.0
 
     @property
@@ -99,6 +100,7 @@ def assemble(
                 policy=training.policy,
                 clip=training.clip,
                 recomputes=profile is not None and profile.derived_weights,
+                finite_gradients=training.finite_gradients,
                 activation_bytes=0 if profile is None else profile.activation_bytes,
             )
         )

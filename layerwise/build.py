@@ -86,7 +86,8 @@ def build_block(
     """
     spec, settings, profile = _documents(assignment)
     place = assignment.route[assignment.block]
-    modules = build_modules(spec, _data_info(spec, profile, allowed_imports), allowed_imports)
+    restored = standby is not None or assignment.cut > 0
+    modules = build_modules(spec, _data_info(spec, profile, allowed_imports), allowed_imports, restored=restored)
     _check_profile(modules, profile)
     trainable_below = any(one.requires_grad for module in modules[: place.start] for one in module.parameters())
     own = [module.to(device) for module in modules[place.start : place.stop]]
@@ -171,8 +172,11 @@ def build_detached(
     """
     spec, _, profile = _documents(assignment)
     place = assignment.route[assignment.block]
-    modules = build_modules(spec, _data_info(spec, profile, allowed_imports), allowed_imports)
+    modules = build_modules(spec, _data_info(spec, profile, allowed_imports), allowed_imports, restored=True)
     _check_profile(modules, profile)
+    if spec.init is not None and any(any(True for _ in one.buffers()) for one in modules[place.start : place.stop]):
+        # Parameters come with the tasks, and so do the buffers that passes write; the others do not.
+        load_weights(modules, spec.init)
     own = [module.to(device) for module in modules[place.start : place.stop]]
     last = place.stop == len(modules)
     precision = precision_of(spec, device)
@@ -204,10 +208,15 @@ def build_detached(
     )
 
 
-def build_modules(spec: JobSpec, info: DataInfo, allowed_imports: Sequence[str] = ()) -> list[nn.Module]:
-    """The job's whole model on the host with its initial weights: those that its seed gives, or those of ``init``."""
+def build_modules(
+    spec: JobSpec, info: DataInfo, allowed_imports: Sequence[str] = (), *, restored: bool = False
+) -> list[nn.Module]:
+    """The job's whole model on the host with its initial weights: those that its seed gives, or those of ``init``.
+
+    ``restored``: a cut takes the place of all of them, so that the file of ``init`` need not be there any more.
+    """
     modules = build_model(spec.model, spec.train.seed, info, allowed_imports)
-    if spec.init is not None:
+    if spec.init is not None and not restored:
         load_weights(modules, spec.init)
     return modules
 
@@ -229,6 +238,7 @@ def training_of(spec: JobSpec, settings: ResolvedSettings, device: torch.device)
         position_order=settings.mode == "synchronous",
         precision=precision_of(spec, device),
         finite_buffers=spec.train.on_bad_sample == "drop",
+        finite_gradients=spec.train.on_divergence != "ignore",
     )
 
 

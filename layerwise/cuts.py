@@ -25,7 +25,7 @@ from typing import Any
 import xxhash
 
 from layerwise import disk
-from layerwise.errors import CorruptCutError, LayerwiseError, NotFoundError, WrongLifeError
+from layerwise.errors import CorruptCutError, LayerwiseError, NotFoundError, UnreadableError, WrongLifeError
 from layerwise.fences import Fence, fences_in, shut_out
 from layerwise.messages import LayerFile
 
@@ -127,6 +127,7 @@ def load_manifest(directory: str | Path, version: int) -> dict[str, Any]:
     Raises:
         NotFoundError: there is no such cut.
         CorruptCutError: the manifest was cut short or changed.
+        UnreadableError: it can't be read for now.
     """
     path = _find_manifest(directory, version, fences_in(directory))
     if path is None:
@@ -150,7 +151,10 @@ def file_digest(data: bytes | memoryview) -> str:
 
 
 def read_checked(folder: Path, file: LayerFile) -> bytes:
-    """The bytes of ``file``; ``CorruptCutError`` unless size and hash are those of the manifest."""
+    """The bytes of ``file``; ``CorruptCutError`` unless size and hash are those of the manifest.
+
+    ``UnreadableError`` when it can't be read for now.
+    """
     data = b"".join(_read_chunks(folder, file, file.num_bytes + 1))
     _compare(folder, file, len(data), file_digest(data))
     return data
@@ -164,6 +168,7 @@ def check_cut(directory: str | Path, version: int) -> dict[str, Any]:
     Raises:
         NotFoundError: there is no such cut.
         CorruptCutError: the file at its ``path`` is missing, cut short or changed.
+        UnreadableError: one can't be read for now.
     """
     manifest = load_manifest(directory, version)
     folder = cut_folder(directory, version)
@@ -182,6 +187,9 @@ def newest_sound_cut(
     """The newest cut whose files are all as they were saved, and what is wrong with those that are newer.
 
     ``below`` leaves out the cuts from that version on: the one that failed, and those after it. ``None`` when no cut is sound.
+
+    Raises:
+        UnreadableError: a file can't be read for now, so that nobody knows.
     """
     damaged: list[CorruptCutError] = []
     for version in reversed(durable_cuts(directory)):
@@ -272,6 +280,8 @@ def _read_manifest(path: Path, version: int) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise NotFoundError(f"the cut of version {version} is being deleted: {path} is gone") from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except ValueError as error:
         raise CorruptCutError(
             f"{path} is not readable as JSON ({error}); use an older cut", version=version, path=path
@@ -308,9 +318,15 @@ def _read_chunks(folder: Path, file: LayerFile, num_bytes: int) -> Iterator[byte
             path=path,
         ) from None
     except OSError as error:
-        raise CorruptCutError(
-            f"{path} can't be read ({error.strerror}); use an older cut", version=int(folder.name), path=path
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UnreadableError:
+    """A passing error of a network is no reason to give up a cut that is sound."""
+    return UnreadableError(
+        f"{path} can't be read ({error.strerror or error}); try again once that is mended, or move {path.parent} away to "
+        f"go on from an older cut"
+    )
 
 
 def _compare(folder: Path, file: LayerFile, num_bytes: int, digest: str) -> None:

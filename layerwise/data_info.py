@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from layerwise.errors import MalformedMessageError
+from layerwise.errors import ConfigError, MalformedMessageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +14,7 @@ class DataInfo:
 
     ``input_shapes`` and ``target_shapes`` are of single samples (no batch dimension), one for each tensor; dtypes are
     torch's names, such as ``float32``. ``num_classes`` is known where targets are classes, ``vocabulary`` where inputs
-    are tokens.
+    are tokens. ``digest`` is a hash of some of the samples; "" where a user's own code loads them, or nothing is known.
     """
 
     num_train: int
@@ -25,6 +25,22 @@ class DataInfo:
     target_dtypes: tuple[str, ...]
     num_classes: int | None = None
     vocabulary: int | None = None
+    digest: str = ""
+
+    def check(self, planned: DataInfo) -> None:
+        """Refuse these data if they are not those that the job was ``planned`` with.
+
+        Raises:
+            ConfigError: they differ; the sentence has both values.
+        """
+        here, there = asdict(self), asdict(planned)
+        known = [key for key in here if key != "digest" or (self.digest and planned.digest)]
+        differences = [f"{key} {here[key]!r} here and {there[key]!r} there" for key in known if here[key] != there[key]]
+        if differences:
+            raise ConfigError(
+                f"data: this process has other samples than those that the job was planned with: {', '.join(differences)}; "
+                f"the same files (and for python-stdlib the same release of Python) must be on every machine"
+            )
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives back an equal value."""

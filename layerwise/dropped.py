@@ -8,6 +8,9 @@ from typing import Any
 
 from layerwise.ids import Microbatch
 
+MOST_REASON = 300
+"""Characters of a reason that are kept: a user's own code may say anything."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DroppedMicrobatch:
@@ -30,7 +33,7 @@ class DroppedMicrobatch:
             "epoch": self.microbatch.epoch,
             "start": self.microbatch.start,
             "stop": self.microbatch.stop,
-            "reason": self.reason,
+            "reason": self.reason[:MOST_REASON],
             "missing_from": self.missing_from,
         }
 

@@ -12,8 +12,10 @@ LayerwiseError                 one sentence: what happened, what was received, w
 │   ├── UnreachableError       nobody answers at that address
 │   ├── DeadlineError          no answer within the time limit
 │   ├── BusyError              a bound is reached
-│   └── OutOfMemoryError       this process has no memory left for its work
+│   ├── OutOfMemoryError       this process has no memory left for its work
+│   └── UnreadableError        a file is there, and the disk or the network does not give it
 ├── JobFailedError             the job can't go on
+├── NotFiniteError             an update's gradient is no number; the update was not made
 ├── CorruptError               a file or log does not say what it must
 │   └── CorruptCutError        a cut's file; the cut before it can be used
 └── AuditError                 a promise that the event log contradicts
@@ -76,8 +78,16 @@ class OutOfMemoryError(RetryableError):
     """Memory ran out; a process that meets this ends, and another one takes over."""
 
 
+class UnreadableError(RetryableError):
+    """A file is there and can't be read: a network, permissions; what is in it may be sound."""
+
+
 class JobFailedError(LayerwiseError):
     """The job ended without reaching its last cut."""
+
+
+class NotFiniteError(LayerwiseError):
+    """The gradient of an update has a value that is not finite; the layer stays at the version before."""
 
 
 class CorruptError(LayerwiseError):

@@ -43,7 +43,7 @@ def evaluate_cut(
         raise ConfigError(
             f"job {spec.name} keeps no validation data (data.validation), so there is nothing to evaluate on"
         )
-    modules = build_modules(spec, data.info, allowed_imports)
+    modules = build_modules(spec, data.info, allowed_imports, restored=True)
     load_cut(modules, directory, version)
 
     def nothing(microbatch: Microbatch) -> Batch:
@@ -60,7 +60,7 @@ def export_cut(
     spec, manifest = _job_of(directory, version)
     # What the model must know of the data is in the cut: the data themselves may be elsewhere by now.
     info = DataInfo.from_json(manifest["profile"]["data_json"])
-    return export(directory, version, destination, build_modules(spec, info, allowed_imports))
+    return export(directory, version, destination, build_modules(spec, info, allowed_imports, restored=True))
 
 
 def load_cut(modules: Sequence[nn.Module], directory: str | Path, version: int) -> None:

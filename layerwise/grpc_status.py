@@ -19,6 +19,7 @@ from layerwise.errors import (
     RejectedError,
     RetryableError,
     UnreachableError,
+    UnreadableError,
     WrongLifeError,
 )
 
@@ -32,6 +33,7 @@ STATUS_OF_ERROR: dict[type[LayerwiseError], grpc.StatusCode] = {
     RejectedError: grpc.StatusCode.FAILED_PRECONDITION,
     WrongLifeError: grpc.StatusCode.FAILED_PRECONDITION,
     NotOwnerError: grpc.StatusCode.FAILED_PRECONDITION,
+    UnreadableError: grpc.StatusCode.FAILED_PRECONDITION,
     UnreachableError: grpc.StatusCode.UNAVAILABLE,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -13,9 +13,12 @@ class JobResult:
     """The facts of one job, the same as ``layerwise status --output json``; ``document`` is that whole object.
 
     ``state`` is "queued", "preparing", "running", "stopping", "done", "failed" or "cancelled", and ``message`` says
-    why. ``seconds`` counts from the first microbatch's admission to the last update, without evaluations (those are
-    in ``evaluations``). ``staleness`` has mean, p50, p99 and max in updates, and the same for each layer in
-    ``layers``; ``ledger`` counts unique (epoch, sample) pairs. What is not known yet is None.
+    why. ``steps``, ``epochs`` and ``samples`` are those of the whole job. ``seconds`` and ``samples_per_second`` are
+    those of this run, which a resume begins anew: ``seconds`` counts from its first microbatch's admission to its last
+    update, without evaluations (the newest 1,000 of those are in ``evaluations``, each with its number). ``staleness``
+    has mean, p50, p99 and max in updates over all gradients that led to the layers' states, in whichever run or life, and
+    the same for each layer in ``layers``; gradients that were lost with a shard and made again count once, in the audit
+    each time. ``ledger`` counts unique (epoch, sample) pairs. What is not known yet is None.
     """
 
     job: str

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from layerwise.errors import NotFiniteError
 from layerwise.events import WeightMode
-from layerwise.gradient_sum import Gradients, GradientSum
+from layerwise.gradient_sum import Gradients, GradientSum, first_not_finite
 from layerwise.ids import Attempt
 from layerwise.layer_compute import LayerCompute, LayerPass
 from layerwise.layer_ledger import Intake, LayerLedger, LedgerState, UpdateDecision
@@ -79,12 +80,14 @@ class TrainedLayer:
         policy: DelayPolicy,
         clip: float | None = None,
         recomputes: bool = False,
+        finite_gradients: bool = False,
         activation_bytes: int = 0,
     ) -> None:
         """Put a layer together.
 
         ``aliases`` are those of ``compute.owned``, which ``optimizer`` steps on; ``rate(samples)`` is the schedule's
         factor. ``recomputes``: autograd can't keep `latest` here, so the layer's forward pass is done again.
+        ``finite_gradients``: no update is made with a gradient that is not finite; no gradient is taken in after that.
         """
         self.compute = compute
         self.module = compute.module
@@ -98,6 +101,8 @@ class TrainedLayer:
         self._rate = rate
         self._policy = policy
         self._clip = clip
+        self._finite_gradients = finite_gradients
+        self._not_finite = ""
         self._mutex = threading.Lock()
         self._sum = GradientSum(len(self._aliases))
         self._waiting: dict[int, tuple[Gradients, int]] = {}
@@ -215,9 +220,11 @@ class TrainedLayer:
 
         Raises:
             RejectedError: the attempt's ticket is not open any more.
+            NotFiniteError: the update's gradient is not finite; the layer stays as it was and takes nothing more in.
         """
         with ExitStack() as lock:
             lock.enter_context(self.compute.lock.exclusive())
+            self._refuse_not_finite()
             intake = self.ledger.take(attempt, read=read, mode=mode, owners=owners)
             if intake.taken:
                 laid_out = [
@@ -247,8 +254,13 @@ class TrainedLayer:
             self.ledger.begin_walk(attempt, number, detached=detached, reads=reads)
 
     def drop(self, attempt: Attempt, reason: str) -> bool:
-        """Put a tombstone in the microbatch's place; False when the layer has the microbatch."""
+        """Put a tombstone in the microbatch's place; False when the layer has the microbatch.
+
+        Raises:
+            NotFiniteError: as `take`.
+        """
         with self.compute.lock.exclusive():
+            self._refuse_not_finite()
             intake = self.ledger.drop(attempt, reason)
             if intake.taken:
                 self._gather(intake)
@@ -272,6 +284,7 @@ class TrainedLayer:
         if not decision.empty and self._optimizer is not None:
             gradients = self._sum.mean(decision.samples)
             if any(gradient is not None for gradient in gradients):
+                self._check_finite(gradients)
                 rate = self._step(self._optimizer, gradients, decision)
         self._sum.clear()
         version = self.ledger.updated(rate, self.digest())
@@ -281,6 +294,22 @@ class TrainedLayer:
             for taker in takers:
                 if taker is not None:
                     taker(copy)
+
+    def _check_finite(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        if not self._finite_gradients:
+            return
+        name = first_not_finite(dict(zip(self._aliases, gradients, strict=True)))
+        if name is not None:
+            self._not_finite = (
+                f"the gradient of layer {self.index} ({self.module.name}) for the update to version "
+                f"{self.ledger.version + 1} is not finite (in {name}): the update was not made (a lower learning rate or "
+                f"a smaller window may help)"
+            )
+            self._refuse_not_finite()
+
+    def _refuse_not_finite(self) -> None:
+        if self._not_finite:
+            raise NotFiniteError(self._not_finite)
 
     def _step(
         self, optimizer: torch.optim.Optimizer, gradients: Sequence[torch.Tensor | None], decision: UpdateDecision
@@ -412,7 +441,7 @@ class TrainedLayer:
             )
 
     def report(self) -> LayerReport:
-        """Totals since the restore. Takes no lock: a report never waits for a pass, and may miss what happens now."""
+        """Totals of all lives that led here. Takes no lock: a report never waits for a pass, and may miss what happens now."""
         ledger = self.ledger
         return LayerReport(
             layer=self.index,

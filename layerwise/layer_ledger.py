@@ -100,7 +100,7 @@ class LayerLedger:
         self._position_order = position_order
         self._applied = state.applied.copy()
         self._buffers = state.buffers.copy()
-        self._staleness = StalenessLedger(state.version)
+        self._staleness = StalenessLedger(state.version, staleness=state.staleness, misalignment=state.misalignment)
         self._revision = state.revision + (restored is not None)
         self._samples = state.samples
         self._digest = state.digest
@@ -151,7 +151,7 @@ class LayerLedger:
 
     @property
     def staleness(self) -> StalenessLedger:
-        """Tickets and histograms since the restore."""
+        """Tickets since the restore; histograms of all lives that led here."""
         return self._staleness
 
     @property
@@ -345,6 +345,8 @@ class LayerLedger:
             digest=self._digest,
             applied=self._applied.copy(),
             buffers=self._buffers.copy(),
+            staleness=self._staleness.staleness,
+            misalignment=self._staleness.misalignment,
         )
 
     def cut(self) -> LedgerState:

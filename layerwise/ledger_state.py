@@ -15,7 +15,8 @@ class LedgerState:
     """What a cut saves of a layer's ledger, taken when no gradient waits for its update.
 
     ``samples`` counts samples that earlier updates applied or dropped; ``digest`` is the hash of the layer after its
-    last update.
+    last update. ``staleness`` and ``misalignment`` are the histograms of all gradients that led to it, in any life (none
+    in a file that was written before they were kept).
     """
 
     layer: int
@@ -25,6 +26,8 @@ class LedgerState:
     digest: str = ""
     applied: AppliedSet = field(default_factory=AppliedSet)
     buffers: AppliedSet = field(default_factory=AppliedSet)
+    staleness: tuple[int, ...] = ()
+    misalignment: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Plain values for the cut's metadata."""
@@ -36,6 +39,8 @@ class LedgerState:
             "digest": self.digest,
             "applied": self.applied.to_json(),
             "buffers": self.buffers.to_json(),
+            "staleness": list(self.staleness),
+            "misalignment": list(self.misalignment),
         }
 
     @classmethod
@@ -47,6 +52,11 @@ class LedgerState:
             raise ValueError(f"not a layer's ledger: {dict(value)}")
         if not isinstance(applied, dict) or not isinstance(buffers, dict):
             raise ValueError(f"not a layer's ledger: {dict(value)}")
+        histograms = [value.get(name, []) for name in ("staleness", "misalignment")]
+        for one in histograms:
+            if not isinstance(one, list) or any(type(count) is not int or count < 0 for count in one):
+                raise ValueError(f"not a layer's ledger: {dict(value)}")
+        staleness, misalignment = (tuple(one) for one in histograms if isinstance(one, list))
         layer, version, revision, samples = (int(str(one)) for one in numbers)
         return cls(
             layer=layer,
@@ -56,6 +66,8 @@ class LedgerState:
             digest=digest,
             applied=AppliedSet.from_json(applied),
             buffers=AppliedSet.from_json(buffers),
+            staleness=staleness,
+            misalignment=misalignment,
         )
 
     def check(self, layer: int, plan: TrainingPlan) -> None:

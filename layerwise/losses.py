@@ -19,6 +19,9 @@ from layerwise.sections import Accuracy, CrossEntropy, LossSpec, MetricSpec
 Loss = Callable[[Any, Any], Tensor]
 """``loss(output, targets)``: the mean over the samples, 0-d. Targets are one tensor or a sequence of them."""
 
+RESERVED = ("loss", "number", "samples", "seconds", "version")
+"""What an evaluation's result says beside the metrics."""
+
 
 @dataclass(frozen=True, slots=True)
 class BuiltMetric:
@@ -47,7 +50,7 @@ def build_metrics(specs: Sequence[MetricSpec], allowed_imports: Sequence[str] = 
     """The metrics that the job names. An imported one returns ``(sum, count)``, or a mean, which counts once a batch.
 
     Raises:
-        ConfigError: a function can't be loaded, or two metrics have one name.
+        ConfigError: a function can't be loaded, or two metrics have one name, or one has a name that is `RESERVED`.
         NotAllowedError: a module is not covered by ``allowed_imports``.
     """
     built = []
@@ -63,6 +66,11 @@ def build_metrics(specs: Sequence[MetricSpec], allowed_imports: Sequence[str] = 
             built.append(BuiltMetric("mae", _absolute_error))
     names = [one.name for one in built]
     for name in names:
+        if name in RESERVED:
+            raise ConfigError(
+                f"metrics.import: got a function called {name!r}, expected another name than {', '.join(RESERVED)}, which a "
+                f"result has already; rename it, or import it from a module of yours under another name"
+            )
         if names.count(name) > 1:
             raise ConfigError(f"metrics: got {name!r} {names.count(name)} times, expected each name once")
     return built

@@ -828,7 +828,7 @@ class Stopping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """Totals of one layer since its restore. ``staleness[t]`` counts gradients whose staleness was ``t`` updates; ``misalignment`` likewise."""
+    """Totals of one layer, of all lives that led to its state. ``staleness[t]`` counts gradients of staleness ``t`` updates; ``misalignment`` likewise."""
 
     layer: int
     life: int

@@ -324,7 +324,8 @@ class Train(Section):
         default=0.01, description="part of an epoch's samples that may be dropped before the job fails"
     )
     on_divergence: Literal["stop", "rollback", "ignore"] = Field(
-        default="stop", description="what a loss leads to that rises for good, stalls, or is not finite"
+        default="stop",
+        description="what a loss leads to that rises for good, stalls, or is not finite, or such a gradient",
     )
 
     @field_validator("epochs")

@@ -12,6 +12,7 @@ The left side is counted ticket by ticket, the right side update by update; `Sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerwise.errors import AuditError
@@ -34,7 +35,7 @@ def _count(histogram: list[int], value: int) -> None:
 
 
 class StalenessLedger:
-    """Tickets of one layer in one life, and what became of them.
+    """Tickets of one layer in one life, and what became of them; the histograms go on from those of the lives before.
 
     Keys are microbatch indices: a layer never has two open tickets for one microbatch. Not thread-safe: its layer's
     lock guards it.
@@ -52,14 +53,14 @@ class StalenessLedger:
         "version",
     )
 
-    def __init__(self, version: int = 0) -> None:
+    def __init__(self, version: int = 0, *, staleness: Sequence[int] = (), misalignment: Sequence[int] = ()) -> None:
         self.version = version
         self._tickets: dict[int, Ticket] = {}
         self._open_bases = 0  # sum of the base versions of open tickets, so that ages need no loop
         self._applied_age = self._dropped_age = self._aborted_age = 0
         self._left_open = 0
-        self._staleness: list[int] = []
-        self._misalignment: list[int] = []
+        self._staleness = list(staleness)
+        self._misalignment = list(misalignment)
 
     def get(self, index: int) -> Ticket | None:
         """The open ticket of microbatch ``index``."""

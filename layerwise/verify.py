@@ -89,7 +89,8 @@ def verify(
     manifest = load_manifest(directory, version)
     dropped, rollbacks = manifest.get("ledger", {}).get("dropped", ()), manifest.get("rollbacks", ())
     if dropped or rollbacks:
-        what = f"{len(dropped)} microbatches were dropped" if dropped else "training was rolled back"
+        num_dropped = manifest["ledger"].get("num_dropped", len(dropped)) if dropped else 0
+        what = f"{num_dropped} microbatches were dropped" if dropped else "training was rolled back"
         raise ConfigError(
             f"{directory} can't be compared with a plain PyTorch loop: {what}; `layerwise audit` checks it"
         )

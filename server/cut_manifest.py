@@ -11,6 +11,10 @@ from layerwise.server.job_record import JobRecord
 
 FORMAT = "layerwise-cut"
 FORMAT_VERSION = 1
+MAX_COMMIT_BYTES = (2 << 20) - 4096
+"""Of a manifest and the list of its files: what `layerwise.proto.frames.MAX_ENVELOPE_BYTES` leaves for them."""
+_BYTES_PER_FILE = 48
+"""What a file takes in a message beside its name and its hash, at most."""
 
 
 def manifest_json(
@@ -44,3 +48,15 @@ def manifest_json(
         ],
     }
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+
+
+def why_too_large(manifest: str, files: Sequence[LayerFile]) -> str:
+    """Why the first shard can't be asked to write ``manifest``; empty when it can."""
+    listed = sum(len(one.name) + len(one.digest) + _BYTES_PER_FILE for one in files)
+    num_bytes = len(manifest.encode()) + listed
+    if num_bytes <= MAX_COMMIT_BYTES:
+        return ""
+    return (
+        f"its manifest with the list of its {len(files)} files has {num_bytes} bytes, and at most {MAX_COMMIT_BYTES} can "
+        f"be sent; fewer layers, or a shorter job file, make it smaller"
+    )

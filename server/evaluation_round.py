@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from layerwise.ids import Microbatch
 from layerwise.messages import Evaluated, Metric
+
+MOST_EVALUATIONS = 1000
+"""Evaluations that a job remembers, the newest ones, so that its document and the manifests of its cuts can be sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,20 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as in the job document."""
         return {"version": self.version, "seconds": self.seconds, **self.means}
+
+
+def num_evaluations(listed: Sequence[Mapping[str, Any]]) -> int:
+    """How many there were in all: each one that is ``listed`` knows its number, counted from 1."""
+    return int(listed[-1].get("number", len(listed))) if listed else 0
+
+
+def with_evaluations(
+    listed: tuple[Mapping[str, Any], ...], made: Iterable[Evaluation]
+) -> tuple[Mapping[str, Any], ...]:
+    """``listed`` with those that were ``made`` since, the newest `MOST_EVALUATIONS` of them."""
+    for one in made:
+        listed = (*listed, {**one.to_json(), "number": num_evaluations(listed) + 1})
+    return listed[-MOST_EVALUATIONS:]
 
 
 class EvaluationRound:

@@ -11,13 +11,11 @@ import math
 from typing import Any
 
 from layerwise.messages import Role
+from layerwise.server.evaluation_round import num_evaluations
 from layerwise.server.job_record import JobRecord
 from layerwise.server.run import Run
 from layerwise.server.staleness_view import staleness_document, summarize
 from layerwise.server.training import Training
-
-MOST_DROPPED = 1000
-"""Dropped microbatches that a document lists, so that it stays small enough to be sent; the newest cut's manifest has all."""
 
 
 def job_document(
@@ -87,8 +85,9 @@ def _from_record(record: JobRecord) -> dict[str, Any]:
         "spec": json.loads(record.spec_json),
         "cuts": [cut.to_json() for cut in record.cuts],
         "evaluations": [dict(one) for one in record.evaluations],
+        "num_evaluations": num_evaluations(record.evaluations),
         "rollbacks": [dict(one) for one in record.rollbacks],
-        "validation": {key: value for key, value in last.items() if key != "seconds"} if last else None,
+        "validation": {key: value for key, value in last.items() if key not in ("seconds", "number")} if last else None,
     }
 
 
@@ -142,7 +141,7 @@ def _from_training(training: Training, names: tuple[str, ...], *, over: bool) ->
         "samples_per_second": training.run_samples / seconds if seconds else None,
         "train_loss": training.loss.recent if over else training.loss.running,
         "staleness": staleness_document(layers, names),
-        "ledger": training.ledger_summary(MOST_DROPPED),
+        "ledger": training.ledger_summary(),
         "learning_rate": layers[0].learning_rate if layers else None,
     }
 

@@ -153,7 +153,9 @@ def _blocks(trained: list[tuple[Run, Training]]) -> Iterable[Metric]:
 def _layers(trained: list[tuple[Run, Training]]) -> Iterable[Metric]:
     labels = ["job", "layer"]
     staleness = HistogramMetricFamily(
-        "layerwise_staleness_updates", "Staleness of applied gradients since the restore.", labels=labels
+        "layerwise_staleness_updates",
+        "Staleness of the applied gradients that led to the layer's state.",
+        labels=labels,
     )
     misalignment = HistogramMetricFamily(
         "layerwise_misalignment_updates", "The backward pass's read minus the forward pass's read.", labels=labels

@@ -24,7 +24,8 @@ class Recovery:
         self.made: list[dict[str, Any]] = []
         """One object for each restored block, as in the job document."""
         self._lost: dict[int, LostBlock] = {}
-        self._version = -1
+        self._highest = -1
+        self._gone_back: int | None = None
         self._in_a_row = 0
 
     def lose(self, block: int, shard: str, version: int, now: float) -> None:
@@ -32,10 +33,18 @@ class Recovery:
         self._lost.setdefault(block, LostBlock(block=block, shard=shard, version=version, time=now))
 
     def begin(self, version: int) -> int:
-        """A new route is given out with all layers at ``version``; gives how many in a row began at it."""
-        self._in_a_row = self._in_a_row + 1 if version == self._version else 1
-        self._version = version
+        """A new route is given out, ``version`` is what all layers had reached; gives how many in a row got no further.
+
+        Updates that are made again are none: a shard that ends in each next one would go back to the same cut for ever.
+        """
+        reached = version if self._gone_back is None else self._gone_back
+        self._in_a_row = 1 if reached > self._highest else self._in_a_row + 1
+        self._highest = max(self._highest, reached)
         return self._in_a_row
+
+    def go_back(self, version: int) -> None:
+        """With the next route all layers go back to ``version`` on purpose: what they had reached counts no more."""
+        self._gone_back, self._highest = version, -1
 
     def end(self, restored: Mapping[int, int], samples: int, now: float) -> list[tuple[str, dict[str, Any]]]:
         """Training goes on with the ``restored`` blocks at their versions; gives lines for the job's log, with their fields.
@@ -63,4 +72,5 @@ class Recovery:
             line = f"block {block} goes back {updates}, from version {reached} to {cut}; {samples} samples are leased again"
             lines.append((line, fields))
         self._lost.clear()
+        self._gone_back = None
         return lines

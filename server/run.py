@@ -55,6 +55,7 @@ from layerwise.roles import Effect, Send
 from layerwise.server.cut_manifest import manifest_json
 from layerwise.server.divergence_guard import Divergence
 from layerwise.server.divergence_policy import DivergencePolicy
+from layerwise.server.evaluation_round import with_evaluations
 from layerwise.server.job_record import CutRecord, JobEvent, JobRecord, JobState
 from layerwise.server.membership import Process
 from layerwise.server.placement import Places, Vacancy
@@ -70,7 +71,7 @@ from layerwise.server.worker_places import WorkerPlaces
 LINK_SECONDS = 1.0
 """How long after a broken link between two shards it is waited for one of them to be found lost."""
 MOST_RECOVERIES = 6
-"""New routes without any update in between, or losses of a block's shard before training began, after which the run is given up."""
+"""New routes without a new update in between, or losses of a block's shard before training began, after which the run is given up."""
 
 
 class Run:
@@ -100,6 +101,7 @@ class Run:
         self._num_decisions = 0
         self._run_out_at, self._num_run_out = -1, 0
         self._divergence = DivergencePolicy(spec)
+        self._cuts_damaged = False
         self._began = now
         self._probing = ""
         self._link_down: tuple[str, float] | None = None
@@ -340,12 +342,14 @@ class Run:
         self._now = now
         if self.over:
             return []
-        durable = self.record.durable_cut
+        durable, damaged = self.record.durable_cut, self._cuts_damaged
         if self.training is not None:
             sentence += f" (at version {self.training.version})"
         if durable is not None:
             remedy = f"go on from it with `layerwise resume {self.job}`"
             sentence += f"; the newest durable cut is version {durable.version}: {remedy}"
+        elif damaged:
+            sentence += "; put the damaged file back and resume the job, or submit it again"
         elif self.training is not None or self.record.placement:
             sentence += f"; no cut was durable yet: begin again with `layerwise resume {self.job}`"
         return self._end(JobState.FAILED, sentence)
@@ -491,6 +495,7 @@ class Run:
         older = self._keep_cuts(lambda version: version < message.cut)
         said = f"{message.message.rstrip('.')}"
         if not older:
+            self._cuts_damaged = True
             return self.fail(f"{said}, and there is no cut before it", self._now)
         self._note("warning", f"{said}; going on from the cut at version {older[-1].version}", version=message.cut)
         return self._route_anew()
@@ -543,6 +548,7 @@ class Run:
         record, line, fields = self._divergence.go_back(self.record, self._reached, num_updates, self._now)
         self.record = record
         self._keep_cuts(lambda version: True)
+        self.recovery.go_back(record.cuts[-1].version if record.cuts else 0)
         self._note("warning", line, **fields)
 
     def _keep_cuts(self, wanted: Callable[[int], bool]) -> tuple[CutRecord, ...]:
@@ -626,8 +632,8 @@ class Run:
         version = self.training.version if self.training is not None else -1
         if self.training is not None and self.recovery.begin(version) > MOST_RECOVERIES:
             return self.fail(
-                f"the run did not get on: {MOST_RECOVERIES} times in a row processes or links failed before the next "
-                f"update",
+                f"the run did not get on: {MOST_RECOVERIES} times in a row processes or links failed before an update "
+                f"beyond those made before",
                 self._now,
             )
         if self.training is not None:
@@ -798,8 +804,8 @@ class Run:
             drops = training.ledger.drops
             self.record = replace(self.record, drops=tuple(drops[index].to_json() for index in sorted(drops)))
         if training.evaluations:
-            made = tuple(one.to_json() for one in training.evaluations)
-            self.record = replace(self.record, evaluations=(*self.record.evaluations, *made))
+            listed = with_evaluations(self.record.evaluations, training.evaluations)
+            self.record = replace(self.record, evaluations=listed)
             training.evaluations.clear()
         found, training.divergence = training.divergence, None
         if found is not None and not training.suspended and not self._cancelled:

@@ -51,6 +51,7 @@ from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
 from layerwise.standby_bytes import ArrivingLayer, LayerBytes, most_bytes
 from layerwise.tasks import Task, TaskResult
+from layerwise.tracebacks import log_traceback
 
 log = logging.getLogger(__name__)
 
@@ -339,7 +340,7 @@ class ShardServer:
     def _from_slot(self, assignment: Assignment, task: Task, outcome: TaskResult | Exception) -> None:
         def act(block: HostedBlock, now: float) -> list[Effect]:
             if isinstance(outcome, Exception):
-                log.debug("task failed", exc_info=outcome)
+                log_traceback(f"{type(task).__name__} failed", outcome)
             return block.on_task(task, outcome, now)
 
         self._from_thread(assignment, act)
@@ -358,7 +359,7 @@ class ShardServer:
         self._service.loop.call_soon_threadsafe(on_loop)
 
     def _explain(self, error: Exception) -> str:
-        log.debug("failed", exc_info=error)
+        log_traceback("failed", error)
         return sentence(error)
 
 

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from layerwise.applied import AppliedSet
-from layerwise.errors import BusyError, NotFoundError, RejectedError, sentence
+from layerwise.errors import BusyError, NotFiniteError, NotFoundError, RejectedError, sentence
 from layerwise.ids import COORDINATOR
 from layerwise.memory import is_out_of_memory
 from layerwise.messages import (
@@ -306,6 +306,9 @@ class ShardRole:
         if is_out_of_memory(error):
             where = self._context.describe()
             return self._context.run_out(f"{_name(task)} failed in {where}: memory ran out ({sentence(error)})")
+        if isinstance(error, NotFiniteError):
+            # Also while a new route waits: the layer is stuck before that update, whoever asks it again.
+            return self._context.fail(sentence(error), diverged=True)
         if self._reroute is not None:
             # A gradient of what is given up may well be refused; a fault of the layers themselves comes again.
             log.info("%s of the generation before ended with: %s", type(task).__name__, error)

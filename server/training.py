@@ -41,6 +41,7 @@ from layerwise.messages import (
 )
 from layerwise.roles import Effect, Send
 from layerwise.server.cut_ledger import CutLedger
+from layerwise.server.cut_manifest import why_too_large
 from layerwise.server.divergence_guard import Divergence, DivergenceGuard
 from layerwise.server.evaluation_round import Evaluation, EvaluationRound
 from layerwise.server.job_record import CutRecord
@@ -52,6 +53,8 @@ from layerwise.server.training_loss import TrainingLoss
 LOAD_FAILED = "load-failed"
 NOT_FINITE = "its loss is not finite"
 """How the last shard begins to say why it dropped a microbatch."""
+MOST_DROPPED = 1000
+"""Dropped microbatches that a summary lists, so that it can be sent. Their tombstones are in the layers, all of them."""
 
 
 class Journal(Protocol):
@@ -296,7 +299,7 @@ class Training:
             reason = f"{self._shards[message.block]} could not save its block: {message.error}"
             return self._give_up_cut(message.version, reason, now)
         self.cuts.save(message.block, message.version, message.files)
-        return self._commit_next()
+        return self._commit_next(now)
 
     def commit_cut(self, message: CutCommitted, now: float) -> list[Effect]:
         """The manifest of a cut is on disk, or can't be."""
@@ -306,7 +309,7 @@ class Training:
         self._progress(now)
         if message.error:
             reason = f"{self._shards[0]} could not write its manifest: {message.error}"
-            return self._give_up_cut(message.version, reason, now) + self._commit_next()
+            return self._give_up_cut(message.version, reason, now) + self._commit_next(now)
         self.cuts.commit(message.version)
         self.durable[message.version] = CutRecord(
             version=message.version,
@@ -317,17 +320,17 @@ class Training:
         self.durable = {version: self.durable[version] for version in self.cuts.durable if version in self.durable}
         self._journal("info", f"the cut at version {message.version} is durable", version=message.version)
         durable = Send(self._shards[0], CutDurable(job=self._job, version=message.version))
-        return [durable, *self._commit_next()]
+        return [durable, *self._commit_next(now)]
 
-    def ledger_summary(self, most: int | None = None) -> dict[str, Any]:
-        """What is closed so far, for manifests and documents; lists at most ``most`` of the dropped microbatches."""
+    def ledger_summary(self) -> dict[str, Any]:
+        """What is closed so far, for manifests and documents; lists at most `MOST_DROPPED` of the dropped microbatches."""
         dropped = self.ledger.dropped
         return {
             "samples_leased": self.ledger.samples_leased,
             "samples_applied": self.ledger.samples_applied,
             "samples_dropped": self.ledger.samples_dropped,
             "num_dropped": len(dropped),
-            "dropped": [one.to_json() for one in dropped[:most]],
+            "dropped": [one.to_json() for one in dropped[:MOST_DROPPED]],
         }
 
     # Reports, evaluation, stop ---------------------------------------------------------------------------------------
@@ -495,13 +498,15 @@ class Training:
         before = max([self._evaluated, *self._due, self.round.version if self.round is not None else 0])
         return self._every is not None and version // self._every > before // self._every
 
-    def _commit_next(self) -> list[Effect]:
+    def _commit_next(self, now: float) -> list[Effect]:
         commit = self.cuts.next_commit()
         if commit is None:
             return []
         version, files, keep = commit
-        self._cut_bytes[version] = sum(one.num_bytes for one in files)
         manifest = self._manifest(version, files)
+        if too_large := why_too_large(manifest, files):
+            return self._give_up_cut(version, too_large, now) + self._commit_next(now)
+        self._cut_bytes[version] = sum(one.num_bytes for one in files)
         return [
             Send(
                 self._shards[0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -20,9 +19,8 @@ from layerwise.memory import is_out_of_memory
 from layerwise.messages import Assignment, DetachedTask, Hosting, Message, PushGradient, Role, TaskFinished, Welcome
 from layerwise.roles import Effect, run_out
 from layerwise.service import Service, ServiceSettings
+from layerwise.tracebacks import log_traceback
 from layerwise.worker.backward_role import BackwardRole, Build, Execute, Leave
-
-log = logging.getLogger(__name__)
 
 
 class BackwardWorker:
@@ -96,6 +94,7 @@ class BackwardWorker:
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []
+            log_traceback("the block was not built", error)
             if is_out_of_memory(error):
                 return run_out(COORDINATOR, job, f"a block can't be built: memory ran out ({sentence(error)})")
             return self._then(self._role.on_build_failed(job, sentence(error), self._now()))
@@ -129,7 +128,7 @@ class BackwardWorker:
         self._service.guard(lambda: self._then(self._role.on_gradient(job, gradient, self._now())))
 
     def _failed(self, job: str, task: DetachedTask, error: Exception) -> list[Effect]:
-        log.debug("pass failed", exc_info=error)
+        log_traceback("a backward pass failed", error)
         if is_out_of_memory(error):
             what = f"backward pass of {task.attempt.microbatch} failed in a detached worker"
             return run_out(COORDINATOR, job, f"{what}: memory ran out ({sentence(error)})")

@@ -16,14 +16,17 @@ from layerwise.background import Background
 from layerwise.data.dataset import Dataset, TrainingData
 from layerwise.data.load import load_dataset
 from layerwise.data.sampling import microbatch_indices
+from layerwise.data_info import DataInfo
 from layerwise.errors import LayerwiseError, sentence
 from layerwise.ids import COORDINATOR
 from layerwise.job import parse_job
 from layerwise.memory import is_out_of_memory
 from layerwise.messages import Assignment, Hosting, Message, Role, Tensors, Welcome
+from layerwise.profile import Profile
 from layerwise.roles import Effect, run_out
 from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
+from layerwise.tracebacks import log_traceback
 from layerwise.worker.forward_role import Forget, ForwardRole, Load, LoadEvaluation, Prepare
 
 CLOSE_SECONDS = 3.0
@@ -105,6 +108,9 @@ class ForwardWorker:
             spec = parse_job(json.loads(assignment.spec_json), source=job)
             allowed = self._service.settings.allow_imports
             data = load_dataset(spec.data, allowed)
+            planned = Profile.from_json(assignment.profile_json).data_json
+            if planned:
+                data.info.check(DataInfo.from_json(planned))
             settings = ResolvedSettings.from_json(assignment.settings_json)
             ordered = settings.mode == "synchronous" or settings.window == 1
             return data, spec.train.seed, settings.window, ordered
@@ -120,6 +126,7 @@ class ForwardWorker:
         def failed(error: Exception) -> list[Effect]:
             if self._assigned.get(job) is not assignment:
                 return []
+            log_traceback("the data were not loaded", error)
             if is_out_of_memory(error):
                 return run_out(COORDINATOR, job, f"the data can't be loaded: memory ran out ({sentence(error)})")
             return self._then(self._role.on_prepare_failed(job, sentence(error), self._service.loop.time()))
@@ -139,6 +146,7 @@ class ForwardWorker:
             return _tensors(inputs), _tensors(targets)
 
         def failed(error: Exception) -> list[Effect]:
+            log_traceback(f"the samples of {attempt.microbatch} were not loaded", error)
             if is_out_of_memory(error):
                 what = f"samples {attempt.microbatch} can't be loaded"
                 return run_out(COORDINATOR, job, f"{what}: memory ran out ({sentence(error)})")
@@ -160,10 +168,11 @@ class ForwardWorker:
 
         def failed(error: Exception) -> list[Effect]:
             what = f"validation samples {samples.start}-{samples.stop} could not be loaded"
+            log_traceback(what, error)
             if is_out_of_memory(error):
                 return run_out(COORDINATOR, job, f"{what}: memory ran out ({sentence(error)})")
-            now = self._service.loop.time()
-            return self._then(self._role.on_evaluation_load_failed(job, f"{what}: {sentence(error)}", now))
+            said = f"{what}: {sentence(error)}"
+            return self._then(self._role.on_evaluation_load_failed(job, said, self._service.loop.time()))
 
         self._loader.run(
             work,

@@ -323,6 +323,8 @@ class ForwardRole:
         state.capacity = window + self._prefetch
         state.ahead = not ordered
         first = state.assignment.route[0]
+        self._load_next(state)
+        self._load_evaluations(state)
         return [Connect(first.shard, first.address), self._ready(state), *self._ask(state, now)]
 
     def on_prepare_failed(self, job: str, sentence: str, now: float) -> list[Effect]:
@@ -539,6 +541,8 @@ class ForwardRole:
         return [Send(self._coordinator, LeaseRequest(job=job.job, count=job.room))]
 
     def _load_evaluations(self, job: _Job) -> None:
+        if not job.capacity:
+            return  # the data are not there yet
         while job.connected and job.to_evaluate and len(job.evaluating) < MAX_EVALUATIONS:
             samples = job.to_evaluate.popleft()
             job.evaluating.add(samples)

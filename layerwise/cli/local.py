@@ -130,7 +130,8 @@ def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: s
                 show_last(run.document, output)
                 raise
     stopped = bool(run.interrupts) and document["state"] == "cancelled"
-    status = show_result(document, output, remedy=remedy_of(document, run.how_to_resume, run.directory))
+    remedy = remedy_of(document, run.how_to_resume, run.directory) + where_tracebacks_are(run.directory / "logs")
+    status = show_result(document, output, remedy=remedy.removeprefix("; "))
     if document["state"] == "cancelled":
         steps = f"{document.get('steps') or 0} of {document.get('total_steps') or '?'}"
         click.echo(f"stopped at step {steps}; {again}" if stopped else again, err=True)
@@ -144,6 +145,14 @@ def remedy_of(document: dict[str, Any], how_to_resume: str, directory: Path) -> 
     if document.get("cuts") or document.get("steps"):
         return f"go on with it: {how_to_resume}"
     return f"nothing was trained; the logs of its processes are in {short(directory / 'logs')}"
+
+
+def where_tracebacks_are(logs: Path) -> str:
+    """Where to look for what the messages are too short for, such as the line of one's own code that failed."""
+    from layerwise.tracebacks import logs_with_tracebacks
+
+    found = logs_with_tracebacks(logs)
+    return f"; for a traceback see {', '.join(map(short, found))}" if found else ""
 
 
 def short(path: Path) -> str:

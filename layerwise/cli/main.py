@@ -71,20 +71,22 @@ class LazyGroup(click.Group):
     epilog="\b\nExamples:\n  layerwise train examples/digits.yaml\n  layerwise up\n  layerwise submit -f job.yaml",
 )
 @click.version_option(VERSION, prog_name="layerwise")
-@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
-@click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks of errors.")
+def cli() -> None:
     """Train one model across machines that differ, are slow, or come and go.
 
     Data goes to standard output, progress and errors to standard error. Exit status: 0 done, 1 the job failed, 2
     usage, 3 the coordinator is unreachable, 4 not found, 5 not allowed, 6 cancelled, 7 out of memory, 124 time-out, 130 interrupted.
     """
-    ctx.meta["layerwise.debug"] = debug
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status; errors become one sentence on standard error."""
     debug = "--debug" in arguments
+    if debug:
+        from layerwise.tracebacks import show_tracebacks
+
+        show_tracebacks()
     try:
         status = cli.main(args=arguments, prog_name="layerwise", standalone_mode=False)
         return status if isinstance(status, int) else exit_codes.DONE

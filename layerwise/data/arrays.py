@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def _npz(source: Path, names: Sequence[str], key: str) -> list[Tensor]:
             _check_names(source, names, file.files, key)
             arrays = [file[name] for name in names]
         return [torch.from_numpy(np.ascontiguousarray(one.astype(one.dtype.newbyteorder("=")))) for one in arrays]
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{key}: {source} can't be read as npz of plain numbers: {error}") from None
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +16,10 @@ from layerwise.data.sampling import SPLIT_EPOCH, Indices, microbatch_indices, sp
 from layerwise.data_info import DataInfo
 from layerwise.ids import Microbatch
 from layerwise.randomness import SAMPLES, layer_seed, loading_randomness
+from layerwise.state_hash import element_bytes
+
+DIGEST_SAMPLES = 64
+"""Samples of each part that go into `DataInfo.digest`."""
 
 Batch = tuple[list[Tensor], list[Tensor]]
 """Inputs and targets; the first dimension of each is the sample. Contiguous, on the CPU, owned by the caller."""
@@ -130,9 +135,22 @@ def describe_data(
             target_dtypes=tuple(dtype_name(one.dtype) for one in targets),
             num_classes=num_classes,
             vocabulary=vocabulary,
+            digest="" if imported else _digest(train, validation),
         ),
         imported=imported,
     )
+
+
+def _digest(*parts: Dataset) -> str:
+    """A hash of samples from all over the ``parts``: files that changed, or came in another order, show in them."""
+    hasher = xxhash.xxh3_64()
+    for part in parts:
+        hasher.update(f"{len(part)};".encode())
+        indices = np.unique(np.linspace(0, max(len(part) - 1, 0), DIGEST_SAMPLES, dtype=np.int64))[: len(part)]
+        inputs, targets = part.batch(indices) if len(indices) else ([], [])
+        for tensor in (*inputs, *targets):
+            hasher.update(element_bytes(tensor))
+    return hasher.hexdigest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from layerwise.detached import DetachedBlock, PulledStates
+from layerwise.errors import NotFiniteError
 from layerwise.events import (
     AbortEvent,
     AccumulateEvent,
@@ -127,7 +129,8 @@ class Execution:
                 for layer in self.block.layers:
                     self._past.before_intake(layer)
                 self._end_forward(event.attempt)
-                self.block.drop(event.attempt, event.reason)
+                with suppress(NotFiniteError):
+                    self.block.drop(event.attempt, event.reason)
                 self._forget(event.attempt)
             case AbortEvent():
                 self._end_forward(event.attempt)
@@ -190,7 +193,8 @@ class Execution:
         pushes = self._pushes.get(attempt, {})
         if isinstance(event, AccumulateEvent) and event.layer in pushes:
             self._past.before_intake(layer)
-            run_to_end(block.apply(ApplyTask(worker="", push=pushes.pop(event.layer))))
+            with suppress(NotFiniteError):
+                run_to_end(block.apply(ApplyTask(worker="", push=pushes.pop(event.layer))))
             self._release(attempt)
             return None
         one = self._pass(attempt)
@@ -204,7 +208,8 @@ class Execution:
         with self._past.reading(dict(reads_of(event, self._owners))):
             _next(one.walk)
         self._past.before_intake(layer)
-        block.settle()
+        with suppress(NotFiniteError):  # it was no update when it was recorded either, or that record is missed next
+            block.settle()
         if event.layer == block.start:
             result = _next(one.walk)
             if result is None:

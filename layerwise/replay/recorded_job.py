@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from layerwise.assembly import assemble, foreign_parameters
 from layerwise.build import build_modules, training_of
@@ -69,7 +68,7 @@ class RecordedJob:
 
         ``inside``: not a new life begins, the one that made the copies goes on.
         """
-        modules = _modules(self.spec, self.data, self.allowed_imports)
+        modules = build_modules(self.spec, self.data.info, self.allowed_imports, restored=copies is not None)
         below = any(one.requires_grad for module in modules[: header.start] for one in module.parameters())
         own = modules[header.start : header.stop]
         last = header.stop == len(modules)
@@ -142,7 +141,7 @@ def recorded_job(directory: str | Path, allowed_imports: Sequence[str] = ()) -> 
     manifest = load_manifest(path, saved[-1])
     spec = parse_job(manifest["spec"], source=f"cut {saved[-1]} in {path}")
     data = load_dataset(spec.data, allowed_imports)
-    modules = _modules(spec, data, allowed_imports)
+    modules = build_modules(spec, data.info, allowed_imports, restored=True)
     foreign = foreign_parameters(modules, 0)
     return RecordedJob(
         directory=path,
@@ -158,10 +157,6 @@ def recorded_job(directory: str | Path, allowed_imports: Sequence[str] = ()) -> 
         saved=saved,
         allowed_imports=tuple(allowed_imports),
     )
-
-
-def _modules(spec: JobSpec, data: TrainingData, allowed_imports: Sequence[str]) -> list[nn.Module]:
-    return build_modules(spec, data.info, allowed_imports)
 
 
 def _state(copy: LayerCopy, *, inside: bool) -> LedgerState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,44 @@ class BecomesNan(nn.Module):
 def becomes_nan(calls: int) -> list[nn.Module]:
     """The layer at index 2 gives no numbers after ``calls`` microbatches."""
     return [nn.Flatten(), nn.Linear(64, 8), BecomesNan(8, calls), nn.ReLU(), nn.Linear(8, 4)]
+
+
+class _Slope(torch.autograd.Function):
+    """What it is given, with a slope of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, slope: float) -> Tensor:
+        """The same."""
+        ctx.slope = slope
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Times the slope."""
+        return gradients[0] * ctx.slope, None
+
+
+class BecomesSteep(nn.Module):
+    """Linear; from the given microbatch on its gradients are infinite, its outputs never."""
+
+    def __init__(self, width: int, calls: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.most = calls
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Counts its calls in a buffer."""
+        if self.training:
+            self.calls += 1
+        outputs: Tensor = _Slope.apply(self.linear(inputs), float("inf") if self.calls >= self.most else 1.0)
+        return outputs
+
+
+def becomes_steep(calls: int, classes: int = 4) -> list[nn.Module]:
+    """The layer at index 2 is infinitely steep from microbatch ``calls`` on, counted from 1."""
+    return [nn.Flatten(), nn.Linear(64, 8), BecomesSteep(8, calls), nn.Tanh(), nn.Linear(8, classes)]
 
 
 class Ramp:

@@ -75,6 +75,20 @@ def test_a_loss_that_is_no_number_names_the_first_layer(cluster: LocalCluster, t
     assert "layer 2 (2-becomes-nan) is the first whose output is not finite" in message
 
 
+def test_a_gradient_that_is_no_number_in_the_last_update_fails_the_job(cluster: LocalCluster, tmp_path: Path) -> None:
+    """Every loss is finite: without a look at the gradients the job ended well, with weights that are no numbers."""
+    values = job(
+        tmp_path,
+        RAMP,
+        own("becomes_steep", calls=12),
+        train={"steps": 6, "optimizer": {"name": "sgd", "lr": 0.05}},
+        cluster={"shards": 2},
+        **{"async": {"window": 2, "accumulation": 2}},
+    )
+    message = failure(cluster, values)
+    assert "the gradient of layer 2 (2-becomes-steep) for the update to version 6 is not finite" in message
+
+
 def test_layers_that_do_not_fit_together_are_named_with_their_shapes(cluster: LocalCluster, tmp_path: Path) -> None:
     message = failure(cluster, job(tmp_path, RAMP, own("misfits")))
     assert "3-linear" in message

@@ -202,6 +202,23 @@ def test_code_of_ones_own_is_not_run_unless_it_is_allowed(tmp_path: Path) -> Non
     assert not (tmp_path / "runs").exists()
 
 
+def test_where_code_of_ones_own_raised_is_in_the_log_that_the_command_names(tmp_path: Path) -> None:
+    """Nothing had it, with --debug neither."""
+    (tmp_path / "own_model.py").write_text(
+        "from torch import nn\n\n\nclass Breaks(nn.Module):\n    def forward(self, inputs):\n"
+        "        if self.training:\n            raise KeyError('my own mistake')\n        return inputs\n\n\n"
+        "def build():\n    return [nn.Flatten(), nn.Linear(64, 8), Breaks(), nn.Linear(8, 10)]\n",
+        encoding="utf-8",
+    )
+    job = write_job(tmp_path, model={"import": "own_model:build"})
+    with Command("train", job, "--allow-import", "own_model", "--quiet", folder=tmp_path) as command:
+        assert command.finish() == 1
+    assert "my own mistake" in command.errors
+    log = "runs/tiny/logs/shard-0.log"
+    assert command.errors.endswith(f"for a traceback see {log}")
+    assert "raise KeyError('my own mistake')" in (tmp_path / log).read_text(encoding="utf-8")
+
+
 def test_verify_finds_no_different_bit(tmp_path: Path) -> None:
     """With no more updates than the job has, also where it is given in epochs."""
     job = write_job(tmp_path, data={"name": "digits", "batch": 500}, train={"epochs": 1, "optimizer": "adamw"})

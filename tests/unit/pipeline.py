@@ -102,6 +102,7 @@ class Pipeline:
         life: int = 1,
         head: JobHead = HEAD,
         finite_buffers: bool = False,
+        finite_gradients: bool = False,
     ) -> None:
         self.modules = copy.deepcopy(list(modules))
         self.inputs, self.targets = list(inputs), targets
@@ -116,6 +117,7 @@ class Pipeline:
             clip=clip,
             position_order=position_order,
             finite_buffers=finite_buffers,
+            finite_gradients=finite_gradients,
         )
         self.head = head
         self.events = MemoryEventLog()

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.errors import NotFoundError, NotOwnerError, RejectedError, WrongLifeError
+from layerwise.errors import NotFiniteError, NotFoundError, NotOwnerError, RejectedError, WrongLifeError
 from layerwise.events import AbortEvent, AccumulateEvent, ForwardEvent, WeightMode
+from layerwise.gradient_sum import first_not_finite
 from layerwise.ids import Attempt
 from layerwise.messages import NamedTensors, PushGradient, Tensors
 from layerwise.tasks import ApplyTask, BackwardTask, DropResult, EvaluateTask, ForwardTask, run_to_end
+from tests.integration.own_code import BecomesSteep
 from tests.unit.pipeline import OPTIMIZERS, Pipeline, assert_same, plain_loop
 
 WIDTH = 12
@@ -562,6 +564,71 @@ def test_a_repeated_push_is_taken_once() -> None:
     for _ in range(2):
         run_to_end(block.apply(ApplyTask(worker="b", push=push_for(pipeline, 4))))
     assert block.report()[4].version == 1
+
+
+def steep_model() -> list[nn.Module]:
+    """Layer 1 is infinitely steep in the third microbatch."""
+    return [nn.Linear(WIDTH, 8), BecomesSteep(8, calls=3), nn.Linear(8, 5)]
+
+
+@pytest.mark.parametrize("updates_last", [False, True])
+@pytest.mark.parametrize("detached", [False, True])
+def test_no_update_is_made_with_a_gradient_that_is_not_finite(detached: bool, updates_last: bool) -> None:
+    mode = WeightMode.RECOMPUTE if detached else WeightMode.LATEST
+    pipeline = Pipeline(
+        steep_model(),
+        *samples(),
+        splits=(1,),
+        mode=mode,
+        optimizer=OPTIMIZERS["adamw"],
+        clip=1.0,
+        finite_gradients=True,
+    )
+    workers = pipeline.detached_workers() if detached else []
+    upper = pipeline.blocks[1]
+    upper.updates_last = updates_last
+
+    def backward(index: int) -> None:
+        if detached:
+            pipeline.detached_backward(index, workers)
+        else:
+            pipeline.backward(index)
+
+    for index in range(2):
+        pipeline.forward(index)
+        backward(index)
+
+    def steep() -> dict[str, torch.Tensor]:
+        return {name: one for name, one in pipeline.state().items() if name.partition(":")[2].startswith("1.")}
+
+    before = steep()
+    pipeline.forward(2)
+    with pytest.raises(NotFiniteError, match=r"layer 1 \(1\) for the update to version 3 is not finite"):
+        backward(2)
+    after = steep()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"buffer:1.calls"}
+    assert [layer.ledger.version for layer in upper.layers] == [2, 3]
+    assert pipeline.forward(3).loss is not None  # the layer can be read, and takes nothing more in
+    with pytest.raises(NotFiniteError, match="update to version 3"):
+        backward(3)
+    with pytest.raises(NotFiniteError, match="update to version 3"):
+        upper.layers[0].drop(pipeline.attempt(4), "bad sample")
+
+
+def test_gradients_are_taken_as_they_come_where_divergence_is_ignored() -> None:
+    pipeline = Pipeline(steep_model(), *samples())
+    for index in range(3):
+        pipeline.forward(index)
+        pipeline.backward(index)
+    assert [one.version for one in pipeline.blocks[0].report()] == [3] * 3
+    assert not torch.isfinite(pipeline.state()["parameter:1.linear.weight"]).all()
+
+
+def test_large_gradients_whose_sum_overflows_are_finite() -> None:
+    large = torch.full((8,), 3e38)
+    assert first_not_finite({"weight": large, "bias": None}) is None
+    assert first_not_finite({"weight": large, "bias": torch.tensor([0.0, float("nan")])}) == "bias"
+    assert first_not_finite({"weight": torch.tensor([float("inf"), float("-inf")])}) == "weight"
 
 
 def test_the_first_layer_that_is_not_finite_is_found() -> None:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from layerwise.build import BuiltBlock, build_block, build_detached, build_modules
 from layerwise.cuts import commit_manifest, cut_folder
 from layerwise.data import load_dataset, microbatch_indices
 from layerwise.errors import ConfigError, CorruptError, NotAllowedError, RejectedError
+from layerwise.evaluation import evaluate_cut, export_cut
 from layerwise.event_log import LogReader, find_logs
 from layerwise.events import CutEvent, RestoreEvent
 from layerwise.ids import Attempt
@@ -150,6 +151,8 @@ class Run:
             "job": "job",
             "version": version,
             "spec": json.loads(self.spec.to_json()),
+            "settings": json.loads(self.settings.to_json()),
+            "profile": json.loads(self.profile.to_json()),
             "files": [
                 {"layer": one.layer, "life": one.life, "name": one.name, "bytes": one.num_bytes, "digest": one.digest}
                 for one in files
@@ -198,6 +201,41 @@ def test_blocks_begin_with_the_weights_that_init_names(tmp_path: Path) -> None:
     with Run(job(tmp_path, mlp, init=str(tmp_path / "model.safetensors")), tmp_path / "run").blocks() as built:
         layers = [layer.module.module for one in built for layer in one.block.layers]
         assert all(torch.equal(tensor, given[name]) for name, tensor in model_tensors(layers).items())
+
+
+def test_the_file_of_init_is_needed_only_where_training_begins(tmp_path: Path) -> None:
+    """A cut holds every tensor, but once the file was gone nothing could be resumed, exported or evaluated."""
+    model = {"name": "mlp", "hidden": [8, 8]}
+    plain = job(tmp_path, model)
+    weights = tmp_path / "model.safetensors"
+    save_file(model_tensors(build_modules(plain, load_dataset(plain.data).info)), weights)
+    spec = job(tmp_path, model, init=str(weights))
+    run = Run(spec, tmp_path / "run")
+    with run.blocks() as built:
+        for one in built:
+            one.block.cut_at(3)
+        run.train(built, 0, run.settings.plan.gradients_before(3))
+        trained = {name: one.clone() for block in built for name, one in run_tensors(block).items()}
+    run.commit(3)
+    resumed = Run(spec, tmp_path / "run", life=2, cut=3)
+    weights.unlink()
+    with resumed.blocks() as built:
+        found = {name: one for block in built for name, one in run_tensors(block).items()}
+        assert first_difference(found, trained) is None
+    build_detached(resumed.assignment(1), device=CPU)
+    assert evaluate_cut(run.directory, 3, device=CPU)["samples"] > 0
+    assert load_file(export_cut(run.directory, 3, tmp_path / "out")).keys() == trained.keys()
+    resumed.cut = 0
+    with pytest.raises(ConfigError, match="init: no file at"), resumed.blocks():
+        pass
+
+
+def run_tensors(one: BuiltBlock) -> dict[str, torch.Tensor]:
+    return {
+        f"{layer.index}.{name}": tensor.detach()
+        for layer in one.block.layers
+        for name, tensor in layer.module.parameters.items()
+    }
 
 
 def test_a_bf16_run_with_clipping_verifies(tmp_path: Path) -> None:

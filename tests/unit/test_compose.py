@@ -218,6 +218,22 @@ def test_the_image_copies_what_exists_and_all_that_the_wheel_needs(repository: P
     assert folders - {"layerwise"} <= set(made.split()), "the image's dependency layer needs a folder for every package"
 
 
+def test_prometheus_leaves_our_own_labels_alone(repository: Path, scrape_configs: list[dict[str, Any]]) -> None:
+    """Where it did not, the ``job`` of a shard's metrics became ``exported_job``."""
+    about_all, about_itself = (
+        (repository / "docs/operations.md").read_text(encoding="utf-8").partition("Each process, about itself:")[::2]
+    )
+    rows = [
+        ("coordinator", labels)
+        for labels in re.findall(r"^\| `layerwise_\w+` \|[^|]*\|([^|]*)\|", about_all, re.MULTILINE)
+    ]
+    rows += re.findall(r"^\| `layerwise_\w+` \| (\w+) \|([^|]*)\|", about_itself, re.MULTILINE)
+    clash = {role for role, labels in rows if "`job`" in labels or "`role`" in labels}
+    assert clash == {"coordinator", "shard"}
+    honoured = {scrape["job_name"] for scrape in scrape_configs if scrape.get("honor_labels")}
+    assert clash <= honoured
+
+
 def test_the_scrape_config_is_one_that_prometheus_takes(repository: Path, scrape_configs: list[dict[str, Any]]) -> None:
     names = [scrape["job_name"] for scrape in scrape_configs]
     assert len(names) == len(set(names))

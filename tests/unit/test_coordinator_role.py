@@ -420,8 +420,10 @@ def test_dropped_microbatches_are_listed_and_the_run_still_ends() -> None:
     assert [(one["epoch"], one["start"]) for one in ledger["dropped"]] == [(0, 0)]
 
 
-def test_a_document_stays_small_however_many_microbatches_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerwise.server.job_document.MOST_DROPPED", 3)
+def test_documents_and_manifests_stay_small_however_many_microbatches_are_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("layerwise.server.training.MOST_DROPPED", 3)
     played = cluster()
     played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN
     job = played.submit(spec(train={"on_bad_sample": "drop", "max_dropped": 1.0}))
@@ -436,7 +438,32 @@ def test_a_document_stays_small_however_many_microbatches_are_dropped(monkeypatc
     assert (document["state"], ledger["samples_dropped"], ledger["num_dropped"]) == ("done", 80, 40)
     assert [(one["epoch"], one["start"]) for one in ledger["dropped"]] == [(0, 0), (0, 2), (0, 4)]
     manifest = json.loads([one for _, one in sent(played, CommitCut)][-1].manifest_json)
-    assert len(manifest["ledger"]["dropped"]) == 40
+    assert (len(manifest["ledger"]["dropped"]), manifest["ledger"]["num_dropped"]) == (3, 40)
+
+
+def test_the_newest_evaluations_are_listed_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise.server.evaluation_round.MOST_EVALUATIONS", 2)
+    played = cluster()
+    document = played.role.job(played.submit(spec(train={"evaluate_every": 4})))
+    assert [(one["version"], one["number"]) for one in document["evaluations"]] == [(8, 2), (10, 3)]
+    assert document["num_evaluations"] == 3
+    assert document["validation"]["version"] == 10
+    manifest = json.loads([one for _, one in sent(played, CommitCut)][-1].manifest_json)
+    assert len(manifest["evaluations"]) <= 2
+
+
+def test_a_cut_whose_manifest_can_not_be_sent_is_given_up_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sending it ended the coordinator, and the next one met the same cut again."""
+    monkeypatch.setattr(
+        "layerwise.server.training.why_too_large",
+        lambda manifest, files: "its manifest has too many bytes" if json.loads(manifest)["version"] == 4 else "",
+    )
+    played = cluster()
+    document = played.role.job(played.submit())
+    assert document["state"] == "done"
+    assert [one.version for _, one in sent(played, CommitCut)] == [8, 10]
+    said = [event.message for event in played.role.events(document["job"], 0) if event.level == "warning"]
+    assert said == ["the cut at version 4 is given up: its manifest has too many bytes; there is no durable cut yet"]
 
 
 # The queue ------------------------------------------------------------------------------------------------------------

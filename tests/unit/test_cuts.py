@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +24,9 @@ from layerwise.cuts import (
     load_manifest,
     manifest_name,
     newest_cut,
+    newest_sound_cut,
 )
-from layerwise.errors import ConfigError, CorruptError, NotFoundError
+from layerwise.errors import ConfigError, CorruptError, NotFoundError, UnreadableError
 from layerwise.export import export
 from layerwise.fault_points import FaultPlan, parse_faults, points
 from layerwise.layer import LayerCopy
@@ -129,6 +133,28 @@ def test_damage_is_found_and_the_file_is_named(tmp_path: Path, damage: str, whic
     with pytest.raises(expected) as error:
         _ = load_manifest(tmp_path, 3), load_layer(tmp_path, 3, files[1])
     assert which in str(error.value) or "no cut of version 3" in str(error.value)
+
+
+@pytest.mark.parametrize("which", ["layer-001.life-1.safetensors", "manifest.life-1.json"])
+def test_a_cut_that_can_not_be_read_for_now_is_not_taken_for_damaged(
+    tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A passing error of a network file system gave a sound cut up for good."""
+    save(tmp_path, trained(2).copies(2))
+    save(tmp_path, trained(3).copies(3), keep=(2, 3))
+    usual = Path.open
+
+    def stale(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name == which and path.parent.name == "00000003":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return usual(path, *arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", stale)
+        with pytest.raises(UnreadableError, match=rf"{which} can't be read \(Stale file handle\); try again"):
+            newest_sound_cut(tmp_path)
+        assert durable_cuts(tmp_path) == (2, 3)
+    assert newest_sound_cut(tmp_path) == (3, ())
 
 
 def test_a_file_in_another_ones_place_is_refused(tmp_path: Path) -> None:

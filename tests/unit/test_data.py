@@ -187,6 +187,18 @@ def test_a_link_or_a_broken_member_of_an_archive_is_not_followed(tmp_path: Path)
 # --- arrays ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", [60, 2000])
+def test_a_damaged_compressed_npz_is_named(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "a.npz"
+    noise = np.random.default_rng(1).random((2000, 4), dtype=np.float32)
+    np.savez_compressed(path, inputs=noise, targets=np.zeros(2000, np.int64))
+    data = bytearray(path.read_bytes())
+    data[place : place + 40] = bytes(255 - one for one in data[place : place + 40])
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"data\.path: {path} can't be read as npz"):
+        load_dataset(Arrays(path=str(path)))
+
+
 def test_arrays_are_read_alike_from_npz_and_safetensors(tmp_path: Path) -> None:
     images = np.arange(24, dtype=np.float64).reshape(6, 4)
     labels = np.array([0, 2, 1, 0, 1, 2], dtype=np.int64)

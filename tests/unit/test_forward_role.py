@@ -242,6 +242,22 @@ def test_a_newer_evaluation_replaces_what_is_left_of_the_one_before() -> None:
     assert len(role.on_evaluation_loaded("job", 4, new, DATA, DATA, 0.0)) == 1
 
 
+def test_what_is_leased_before_the_data_are_there_begins_with_them() -> None:
+    """Evaluations were asked for at once: the shell had no data of the job, and the process ended."""
+    role = ForwardRole(prefetch=2)
+    role.on_message("coordinator", ASSIGNMENT, 0.0)
+    role.take_requests()
+    samples = Microbatch(0, 0, 4)
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.EVALUATE, version=6, ranges=(samples,)), 0.0)
+    role.on_message("coordinator", Lease(job="job", kind=LeaseKind.TRAIN, attempts=(attempt(0),)), 0.0)
+    assert role.take_requests() == []
+    role.on_prepared("job", 1, 1.0)
+    assert role.take_requests() == [
+        Load(job="job", attempt=attempt(0)),
+        LoadEvaluation(job="job", version=6, samples=samples),
+    ]
+
+
 def test_an_unassigned_worker_forgets_the_job() -> None:
     role = ready_role()
     lease(role, 0)

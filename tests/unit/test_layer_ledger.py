@@ -354,9 +354,42 @@ def test_state_that_contradicts_the_plan_is_not_restored(change: dict[str, objec
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": "1"}, {"samples": -1}, {"digest": None}, {"applied": []}, {"buffers": {"watermark": -2}}],
+    [
+        {"version": "1"},
+        {"samples": -1},
+        {"digest": None},
+        {"applied": []},
+        {"buffers": {"watermark": -2}},
+        {"staleness": [1, -1]},
+        {"misalignment": 3},
+    ],
     ids=str,
 )
 def test_values_that_are_no_state_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"not a layer's ledger|not an applied set"):
         LedgerState.from_json({**LedgerState(layer=2).to_json(), **change})
+
+
+def test_staleness_is_counted_on_over_lives_from_what_the_cut_knew() -> None:
+    """After a resume mean and maximum were those of the last life alone."""
+    ledger, _ = make()
+    for index in range(4):
+        ledger.open(attempt(index), index)
+    for index in range(4, 8):
+        ledger.open(attempt(index), index)
+    for index in range(4):
+        ledger.take(attempt(index), read=0, mode=WeightMode.LATEST)
+    ledger.updated(0.1, "a")
+    for index in range(4, 8):
+        ledger.take(attempt(index), read=1, mode=WeightMode.LATEST)
+    ledger.updated(0.1, "b")
+    saved = json.loads(json.dumps(ledger.cut().to_json()))
+    take(ledger, 8)  # lost, and made again by the next life
+    again, _ = make(restored=LedgerState.from_json(saved))
+    assert (again.staleness.staleness, again.staleness.misalignment) == ((4, 4), (4, 4))
+    take(again, 8)
+    assert again.staleness.staleness == (5, 4)
+    again.staleness.check()
+    del saved["staleness"], saved["misalignment"]  # as it was written before these were kept
+    older, _ = make(restored=LedgerState.from_json(saved))
+    assert older.staleness.staleness == ()

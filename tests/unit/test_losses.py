@@ -101,6 +101,11 @@ def mean(output, target):
 
 def words(output, target):
     return "many"
+
+def loss(output, target):
+    return 0.0
+
+version = seconds = samples = number = loss
 """
 
 
@@ -137,3 +142,12 @@ def test_an_imported_metric_gives_sum_and_count_or_a_mean(user_code: list[str]) 
 def test_two_metrics_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="got 'accuracy' 2 times"):
         build_metrics([Accuracy(), Accuracy()])
+
+
+@pytest.mark.parametrize("name", ["loss", "number", "samples", "seconds", "version"])
+def test_a_metric_can_not_have_the_name_of_something_else_in_a_result(user_code: list[str], name: str) -> None:
+    """It was added to the loss, or took the place of the cut's version."""
+    with pytest.raises(
+        ConfigError, match=f"got a function called '{name}', expected another name than loss, number, samples"
+    ):
+        build_metrics([user(name)], user_code)

@@ -48,8 +48,17 @@ def test_a_shard_that_came_back_with_its_layers_is_no_recovery_and_is_not_rememb
     assert recovery.made == []
 
 
-def test_recoveries_at_one_version_are_counted_in_a_row() -> None:
+def test_recoveries_that_get_no_further_are_counted_in_a_row() -> None:
+    """Updates that are made again from a cut once counted as getting on."""
     recovery = Recovery()
-    assert [recovery.begin(4) for _ in range(3)] == [1, 2, 3]
-    assert recovery.begin(5) == 1
-    assert [recovery.begin(4) for _ in range(2)] == [1, 2]
+    assert [recovery.begin(version) for version in (60, 50, 58, 60)] == [1, 2, 3, 4]
+    assert [recovery.begin(version) for version in (61, 50)] == [1, 2]
+
+
+def test_after_a_rollback_what_was_reached_before_counts_no_more() -> None:
+    recovery = Recovery()
+    recovery.begin(60)
+    recovery.go_back(20)
+    assert [recovery.begin(60) for _ in range(2)] == [1, 2], "training has not begun at the cut yet"
+    recovery.end({0: 20}, 0, 1.0)
+    assert [recovery.begin(version) for version in (24, 24, 25)] == [1, 2, 1]

@@ -14,9 +14,10 @@ import torch
 from layerwise.audit import audit_directory
 from layerwise.cli.main import run as command
 from layerwise.cuts import cut_folder, layer_files, load_manifest
-from layerwise.errors import ConfigError, NotAllowedError, NotFoundError
+from layerwise.errors import ConfigError, NotAllowedError, NotFiniteError, NotFoundError
 from layerwise.event_log import EventLog, LogReader, find_logs
 from layerwise.events import BackwardEvent, PassEvent, WalkEvent
+from layerwise.ids import Attempt
 from layerwise.job import JobSpec
 from layerwise.log_retention import remove_old_records
 from layerwise.replay import Replay, ReplayReport, Until, parse_until
@@ -107,6 +108,27 @@ def test_every_weight_mode_is_replayed_with_steps_of_others_in_between(tmp_path:
 def test_aborted_and_dropped_attempts_are_replayed(tmp_path: Path, seed: int) -> None:
     recorded(recorded_spec(), tmp_path, seed=seed, aborted=0.2, dropped=0.1)
     check_whole(tmp_path)
+
+
+@pytest.mark.parametrize("detached", [0.0, 1.0])
+def test_a_run_that_ended_at_a_gradient_that_is_not_finite_is_replayed_to_where_it_stopped(
+    tmp_path: Path, detached: float
+) -> None:
+    """With other passes through the layer in the log, behind the gradients that made no update."""
+    spec = recorded_spec(
+        model={"import": "tests.integration.own_code:becomes_steep", "calls": 10, "classes": 10},
+        **{"async": {"window": 4, "accumulation": 2, "backward_weights": "recompute" if detached else "latest"}},
+    )
+    run = RecordedRun(spec, tmp_path, splits=(2,), detached=detached)
+    run.begin()
+    with pytest.raises(NotFiniteError, match="layer 2"):
+        run.train()
+    for index in range(run.plan.num_microbatches - 2, run.plan.num_microbatches):
+        with pytest.raises(NotFiniteError, match="layer 2"):
+            list(run._journey(index, Attempt(run.plan.microbatch(index), 1)))
+    run.commit(3)
+    run.close()
+    check(tmp_path)
 
 
 @pytest.mark.parametrize("seed", [2, 3])

@@ -598,6 +598,8 @@ def test_without_a_cut_before_the_damaged_one_the_job_fails_with_one_sentence() 
     assert document["message"].startswith(
         "the file of a layer in the cut at version 4 is torn, and there is no cut before it"
     )
+    # It said "begin again with `layerwise resume`", which then refused: no cut is sound.
+    assert document["message"].endswith("; put the damaged file back and resume the job, or submit it again")
     played.wait(1.0)
     assert {node["state"] for node in played.role.nodes(played.now)} == {"free"}
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from layerwise.applied import AppliedSet
-from layerwise.errors import WrongLifeError
+from layerwise.errors import NotFiniteError, WrongLifeError
 from layerwise.ids import Attempt, first_attempt
 from layerwise.messages import (
     Abort,
@@ -980,6 +980,20 @@ def test_a_block_that_can_not_go_on_tells_a_coordinator_that_was_away_once_more(
     assert told.diverged == bench.place.life
     assert bench.forward("shard-1", 1, 1) == []
     assert sent(bench.hears("coordinator", reroute(block=2, durable=0)), Failure) == [("coordinator", told)]
+
+
+@pytest.mark.parametrize("on_the_way", [False, True], ids=["training", "while a new route waits"])
+def test_a_gradient_that_is_not_finite_is_told_as_a_divergence_of_the_block(on_the_way: bool) -> None:
+    bench = Bench(1)
+    bench.forward("shard-0", 0, 0)
+    task = bench.queue.try_pop()
+    assert isinstance(task, ForwardTask)
+    if on_the_way:
+        assert bench.hears("coordinator", reroute(block=1)) == []
+    effects = bench.role.on_task_failed(task, NotFiniteError("the gradient of layer 2 is not finite"), 0.0)
+    said = Failure(job="job", message="the gradient of layer 2 is not finite", diverged=bench.place.life)
+    assert sent(effects, Failure) == [("coordinator", said)]
+    assert bench.role.failed
 
 
 # Standby copies ---------------------------------------------------------------------------------------------------------

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
+from layerwise.data import load_dataset
 from layerwise.errors import ConfigError
 from layerwise.ids import COORDINATOR
+from layerwise.job import parse_job
 from layerwise.messages import Assignment, BlockPlace, Failure, Ready, Role, Unassign
+from layerwise.profile import Profile
 from layerwise.roles import End, Send
 from layerwise.service import Service, ServiceSettings
+from layerwise.settings import resolve
 from layerwise.worker.backward import BackwardWorker
 from layerwise.worker.forward import ForwardWorker
 from tests.unit.played_service import PlayedService
+
+PROFILE = Profile(layers=(), num_train_samples=8, num_validation_samples=0, microbatch_samples=2, input_bytes=1)
 
 
 def assignment(life: int) -> Assignment:
@@ -26,7 +34,7 @@ def assignment(life: int) -> Assignment:
         job="job",
         spec_json="{}",
         settings_json="{}",
-        profile_json="{}",
+        profile_json=PROFILE.to_json(),
         route=route,
         block=0,
         cut=0,
@@ -137,3 +145,41 @@ def test_a_worker_that_has_no_memory_for_its_data_ends(monkeypatch: pytest.Monke
         await worker.close()
 
     asyncio.run(scene())
+
+
+def test_a_worker_whose_files_are_not_the_jobs_says_how_they_differ(tmp_path: Path) -> None:
+    """It trained on: with another number of samples, or others in their places, and ledger and audit were clean."""
+    text = tmp_path / "text.txt"
+    spec = parse_job(
+        {
+            "name": "job",
+            "model": {"name": "transformer-lm"},
+            "data": {"name": "text", "path": str(text), "context": 4, "batch": 2},
+        }
+    )
+    text.write_bytes(bytes(range(64)))
+    planned = load_dataset(spec.data).info
+
+    async def answers(content: bytes) -> list[str]:
+        text.write_bytes(content)
+        service = PlayedService()
+        worker = ForwardWorker(cast(Service, service))
+        told = replace(
+            assignment(1),
+            spec_json=spec.to_json(),
+            settings_json=resolve(spec, planned.num_train, 1).to_json(),
+            profile_json=replace(PROFILE, data_json=planned.to_json()).to_json(),
+        )
+        worker.on_message(COORDINATOR, told, 0.0)
+        await service.until(lambda: said(service, Ready) + said(service, Failure) > 0)
+        await worker.close()
+        return [
+            one.message.message for one in service.effects if isinstance(one, Send) and hasattr(one.message, "message")
+        ]
+
+    assert asyncio.run(answers(bytes(range(64)))) == []
+    [sentence] = asyncio.run(answers(bytes(range(80))))
+    assert f"num_train 18 here and {planned.num_train} there" in sentence
+    [sentence] = asyncio.run(answers(bytes(reversed(range(64)))))
+    assert "digest" in sentence
+    assert planned.digest in sentence

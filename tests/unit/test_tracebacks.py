@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from layerwise.cli.main import run
+from layerwise.errors import ConfigError, RejectedError
+from layerwise.tracebacks import log, log_traceback, logs_with_tracebacks
+
+
+@pytest.fixture(autouse=True)
+def _level_kept() -> Iterator[None]:
+    before = log.level
+    yield
+    log.setLevel(before)
+
+
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+    try:
+        raise error from cause
+    except Exception as caught:
+        return caught
+
+
+def test_only_what_a_sentence_does_not_tell_is_logged_and_only_with_debug(caplog: pytest.LogCaptureFixture) -> None:
+    log.setLevel(logging.INFO)
+    log_traceback("task failed", raised(KeyError("a user's")))
+    assert caplog.records == []
+    assert run(["--debug", "schema"]) == 0
+    log_traceback("task failed", raised(RejectedError("aborted meanwhile")))
+    assert caplog.records == []
+    log_traceback("task failed", raised(KeyError("a user's")))
+    log_traceback("probe failed", raised(ConfigError("model.import: it failed"), KeyError("the cause")))
+    assert [one.getMessage() for one in caplog.records] == ["task failed", "probe failed"]
+    assert "KeyError: 'the cause'" in caplog.text
+
+
+def test_the_logs_that_hold_a_traceback_are_found(tmp_path: Path) -> None:
+    (tmp_path / "shard-0.log").write_text("Traceback (most recent call last):\n  File ...\n", encoding="utf-8")
+    (tmp_path / "shard-1.log").write_text("all is well\n", encoding="utf-8")
+    assert logs_with_tracebacks(tmp_path) == (tmp_path / "shard-0.log",)
+    assert logs_with_tracebacks(tmp_path / "nowhere") == ()
