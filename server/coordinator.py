@@ -114,6 +114,7 @@ class Coordinator:
 
     async def open(self, *, listen: str, metrics: str = "", insecure: bool = False) -> None:
         """Listen for processes and clients; see `run_coordinator` for what is refused."""
+        self._loop = asyncio.get_running_loop()  # a process may speak before `listen` returns
         transport = Transport(
             NAME,
             on_message=self._on_message,
@@ -133,7 +134,6 @@ class Coordinator:
             )
             self.metrics_address = self._metrics.address
         self.address = await transport.listen(listen, insecure=insecure)
-        self._loop = asyncio.get_running_loop()
         self._ticks = asyncio.create_task(self._tick(), name="layerwise coordinator ticks")
         log.info("the coordinator listens at %s", self.address)
         if self.metrics_address:
