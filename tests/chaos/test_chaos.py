@@ -67,15 +67,13 @@ def test_two_roles_killed_at_one_version_lose_no_sample(under: Run) -> None:
     check(under(kill("shard:1", 12, rng), kill("forward:0", 12, rng), kill("coordinator", 20, rng)))
 
 
-def test_a_run_in_which_nothing_moves_fails_with_the_stacks_of_all_processes(
-    cluster: LocalCluster, tmp_path: Path
-) -> None:
-    """A paused process that no plan has paused is as good as one that hangs."""
-    plan = ChaosPlan(scenario=Scenario.MIXED, seed=0)
-    cluster.pause("shard-0")
-    report = ChaosRun(cluster, small_job(tmp_path / "run", timeouts={}), plan, watchdog_seconds=1.0).run()
-    assert not report.passed
+def test_a_job_that_stops_moving_fails_with_the_stacks_of_all_processes(cluster: LocalCluster, tmp_path: Path) -> None:
+    """A pause without end, in mid-training. The job says so after 2 s, which is no movement, and would give itself up after 6."""
+    plan = ChaosPlan(scenario=Scenario.PAUSE, seed=0, process_faults=(pause("shard:0", 10, 3600.0),))
+    job = small_job(tmp_path / "run", timeouts={"heartbeat": 60.0, "lease": 2.0, "task": 1.0})
+    report = ChaosRun(cluster, job, plan, watchdog_seconds=3.0).run()
     assert report.hang is not None
+    assert any(sentence.startswith("nothing moved for 3 s (training)") for sentence in report.failures)
     assert report.hang.stacks.keys() == set(cluster.names)
     for text in report.hang.stacks.values():
         assert "Thread 0x" in text
