@@ -4,7 +4,7 @@
 #   make test     install the development tools too, run the whole suite (make test ARGS="tests/unit -k window" for a part)
 #   make check    format, lint, types, generated code, wheel, deployment files: all that is not a test
 #   make bench    the benchmarks of benchmarks/ (BENCH="name ..." for some of them)
-#   make chaos    kill, pause and cut off real processes for about an hour, and write what it cost into benchmarks/RESULTS.md (CHAOS="--runs 5 ..." for less)
+#   make chaos    kill and pause real processes and disturb their frames for about an hour, and write what it cost into benchmarks/RESULTS.md (CHAOS="--runs 5 ..." for less)
 #   make format   rewrite the sources as `make check` wants them
 #   make proto    generate proto/*_pb2.py again from proto/*.proto
 #   make clean    remove .venv and all that was built

@@ -9,183 +9,43 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from benchmarks.chaos_standing import MARK, ROLES, standing_job
+from benchmarks.open_files import OpenFiles, listening_sockets
 from benchmarks.report import table, write_section
-from layerwise.chaos.faults import process_named
 from layerwise.chaos.log_facts import read_log_facts
-from layerwise.chaos.log_tail import LogTail
-from layerwise.chaos.recovery import RecoveryWatch
-from layerwise.chaos.status_watch import StatusWatch
-from layerwise.cluster import LocalCluster
-from layerwise.errors import RetryableError
-from layerwise.job import JobSpec
 from layerwise.job_audit import audit_job
-from layerwise.overrides import read_job
 
-MARK = "LAYERWISE_SOAK"
-POLL_SECONDS = 0.02
-ROLES = ("shard", "forward", "backward", "coordinator")
-
-
-def long_job(directory: Path) -> JobSpec:
-    """A job that never comes to its end by itself: a network whose updates take long enough to be counted."""
-    return read_job(
-        {
-            "name": "soak",
-            "model": {"name": "cnn", "channels": [32, 64, 64]},
-            "data": {"name": "digits", "batch": 64},
-            "train": {
-                "steps": 1_000_000,
-                "seed": 1,
-                "optimizer": {"name": "adamw", "lr": 1e-3},
-                "schedule": {"name": "constant"},
-            },
-            "cluster": {"shards": 2, "forward": 2, "backward": {"attached": True, "detached": 2}},
-            "checkpoint": {"every": 25, "path": str(directory)},
-            "timeouts": {"heartbeat": 3.0, "task": 5.0, "lease": 10.0},
-        }
-    )
-
-
-@dataclass
-class Standing:
-    """A long job on a cluster, looked at."""
-
-    cluster: LocalCluster
-    status: StatusWatch
-    tail: LogTail
-    watch: RecoveryWatch
-    directory: Path
-    job: str
-    problems: list[str] = field(default_factory=list)
-
-    def look(self) -> float:
-        """Poll once; gives the time."""
-        over = self.status.wait(POLL_SECONDS)
-        now = time.monotonic()
-        if over:
-            raise SystemExit(f"the job has ended: {self.status.document.get('message')}")
-        self.tail.poll(now)
-        self.watch.observe(self.tail.layers, self.tail.lowest_version, now)
-        return now
-
-    def look_until(self, moment: float) -> None:
-        """Poll up to that time."""
-        while self.look() < moment:
-            pass
-
-    def wait_for_version(self, version: int, seconds: float = 120.0) -> None:
-        """Poll until all layers have reached it."""
-        limit = time.monotonic() + seconds
-        while self.tail.lowest_version < version:
-            if self.look() > limit:
-                raise SystemExit(f"version {version} was not reached in {seconds:.0f} s")
-
-    def wait_for_everybody(self, seconds: float = 120.0) -> None:
-        """Poll until every process has presented itself and a spare is ready; who stopped looking meanwhile would falsify the times."""
-        limit = time.monotonic() + seconds
-        with self.cluster.client() as client:
-            while True:
-                try:
-                    here = {node["name"] for node in client.list_nodes()} | {"coordinator"}
-                except RetryableError:
-                    here = set()
-                if here >= set(self.cluster.names) and self.cluster.spare_pid is not None:
-                    return
-                self.look_until(time.monotonic() + 0.2)
-                if time.monotonic() > limit:
-                    missing = sorted(set(self.cluster.names) - here)
-                    raise SystemExit(f"not everybody is there after {seconds:.0f} s; missing: {missing or 'the spare'}")
-
-    def kill(self, role: str, rng: random.Random) -> str:
-        """Kill a process of this role that works for the job; gives its name."""
-        document = self.status.document
-        targets = [role] if role == "coordinator" else [f"{role}:{index}" for index in range(2)]
-        name = process_named(rng.choice(targets), document)
-        while name is None or name not in self.cluster.pids:
-            self.look()
-            name = process_named(rng.choice(targets), self.status.document)
-        self.cluster.kill(name)
-        now = time.monotonic()
-        self.tail.poll(now)
-        self.watch.begin(
-            fault=f"kill {name}",
-            kind=role,
-            process=name,
-            version=self.tail.lowest_version,
-            layers=self.tail.layers,
-            now=now,
-        )
-        return name
-
-    def stop(self) -> dict[str, Any]:
-        """Have the job stop at its next update; gives its last document."""
-        self.cluster.wait_for_nodes()
-        with self.cluster.client() as client:
-            client.cancel(self.job)
-        limit = time.monotonic() + 60.0
-        while not self.status.wait(POLL_SECONDS):
-            self.tail.poll(time.monotonic())
-            if time.monotonic() > limit:
-                raise SystemExit(f"the job does not stop: {self.status.document.get('message')}")
-        return self.status.document
-
-
-@contextmanager
-def standing_job(folder: Path, *, restart: bool = True) -> Iterator[Standing]:
-    """The long job on a cluster of two processes of each role with a warm spare."""
-    with (
-        LocalCluster(
-            shards=2,
-            forward=2,
-            backward=2,
-            directory=folder / "cluster",
-            threads=1,
-            serve_metrics=False,
-            restart=restart,
-            spare=True,
-            environment={MARK: str(os.getpid())},
-        ) as cluster,
-        cluster.client() as client,
-    ):
-        cluster.wait_for_nodes()
-        cluster.wait_for_spare()
-        submitted = client.submit(long_job(folder / "run").to_json())
-        job, directory = str(submitted["job"]), Path(str(submitted["directory"]))
-        with StatusWatch(cluster.coordinator_address, job) as status:
-            tail = LogTail(directory)
-            try:
-                yield Standing(cluster, status, tail, RecoveryWatch(time.monotonic()), directory, job)
-            finally:
-                tail.close()
+SAMPLE_SECONDS = 1.0
 
 
 def with_kills(command: str, seconds: float, every: float, roles: Sequence[str] = ROLES) -> None:
-    """Kill a random process of a random role every so often; count samples and leaks afterwards."""
+    """Kill a random process of a random role every so often; count samples, sockets and open files, and what is left afterwards."""
     rng = random.Random("soak")
     before = _resources()
     folder = Path(tempfile.mkdtemp(prefix="layerwise-soak-"))
     killed = []
+    files = OpenFiles()
     with standing_job(folder) as standing:
         standing.wait_for_version(10)
         end, following = time.monotonic() + seconds, time.monotonic() + every
-        while following < end:
-            standing.look_until(following)
-            killed.append(standing.kill(rng.choice(roles), rng))
-            following += every
-        standing.look_until(end)
-        version = standing.tail.lowest_version
-        standing.wait_for_version(version + 1)
+        socket_folder = Path(standing.cluster.coordinator_address.removeprefix("unix:")).parent
+        listening = len(listening_sockets(socket_folder))
+        while (now := time.monotonic()) < end:
+            files.sample(standing.cluster.pids, now)
+            if now >= following:
+                killed.append(standing.kill(rng.choice(roles), rng))
+                following += every
+            standing.look_until(min(now + SAMPLE_SECONDS, following, end))
+        standing.wait_for_version(standing.tail.lowest_version + 1)
+        standing.wait_for_everybody()
+        listening_at_end = len(listening_sockets(socket_folder))
         outcomes = standing.watch.outcomes(standing.tail.layers)
         document = standing.stop()
-        socket_folder = Path(standing.cluster.coordinator_address.removeprefix("unix:")).parent
     audit = audit_job(standing.directory, document)
     facts = read_log_facts(standing.directory)
     ledger = document["ledger"]
@@ -206,6 +66,8 @@ def with_kills(command: str, seconds: float, every: float, roles: Sequence[str] 
         ["longest rewind", f"{facts.rewind_updates} updates"],
         ["samples redone", f"{facts.samples_redone}"],
         ["longest stall after a kill", _longest([one.stall_seconds for one in outcomes])],
+        ["sockets listened on, begin and end", f"{listening}, {listening_at_end}"],
+        *([f"files open in a {role}, begin and end", _change(files, role, seconds)] for role in ROLES),
         *([what, found] for what, found in _leaks(before, socket_folder).items()),
     ]
     write_section("Chaos: soak with kills", command, table(["", ""], rows))
@@ -213,16 +75,18 @@ def with_kills(command: str, seconds: float, every: float, roles: Sequence[str] 
 
 
 def for_memory(command: str, seconds: float) -> None:
-    """The same job without faults: resident memory of each role in its first and last minute."""
+    """The same job without faults: resident memory and open files of each process in its first and last minute."""
+    files = OpenFiles()
     folder = Path(tempfile.mkdtemp(prefix="layerwise-soak-"))
     samples: dict[str, list[tuple[float, float]]] = {}
     with standing_job(folder) as standing:
         standing.wait_for_version(50)  # the first updates fill caches
         began = time.monotonic()
         while (now := time.monotonic()) < began + seconds:
+            files.sample(standing.cluster.pids, now)
             for name, pid in standing.cluster.pids.items():
                 samples.setdefault(name, []).append((now - began, psutil.Process(pid).memory_info().rss / 1e6))
-            standing.look_until(now + 1.0)
+            standing.look_until(now + SAMPLE_SECONDS)
         standing.stop()
     minute = min(60.0, seconds / 4)
     rows = []
@@ -231,6 +95,8 @@ def for_memory(command: str, seconds: float) -> None:
         last = statistics.mean(size for at, size in found if at > seconds - minute)
         rows.append([name, f"{first:.1f} MB", f"{last:.1f} MB", f"{100 * (last / first - 1):+.1f} %"])
     text = table(["process", "first minute", "last minute", "change"], rows)
+    text += "\n\nFiles open in the process of a role with most, in the first and the last minute: "
+    text += "; ".join(f"{role} {_change(files, role, seconds)}" for role in ROLES) + "."
     write_section("Chaos: memory of a calm soak", command, f"{seconds:.0f} s of training without faults.\n\n{text}")
     shutil.rmtree(folder)
 
@@ -254,7 +120,13 @@ def _leaks(before: dict[str, set[str]], socket_folder: Path) -> dict[str, str]:
                 left.append(process.pid)
         except psutil.Error:
             continue  # ended meanwhile, or somebody else's
-    return {"leaked processes": str(len(left)), "leaked sockets": str(int(socket_folder.exists())), **found}
+    sockets = len(listening_sockets(socket_folder))
+    return {"leaked processes": str(len(left)), "leaked sockets that are listened on": str(sockets), **found}
+
+
+def _change(files: OpenFiles, role: str, seconds: float) -> str:
+    first, last = files.change(role, min(60.0, seconds / 4))
+    return f"{first}, {last}"
 
 
 def _longest(values: list[float | None]) -> str:

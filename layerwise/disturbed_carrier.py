@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from layerwise.carrier import Carrier
@@ -18,12 +19,22 @@ from layerwise.proto.frames import Frame
 from layerwise.streams import BrokenStreamError
 
 HOLD_SECONDS = 0.1
-"""How long a frame is held back at most, when no other one comes that could overtake it."""
+"""How long a frame is held back at most, when no other one comes that could overtake it. It is handed on then; a later one is held instead."""
 
 IDLE = (Hello, Welcome, Heartbeat)
 """Messages that come with or without a job."""
 
 Take = Callable[[Frame, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A frame, or a copy of one, that is to come behind the next one, but no later than ``until`` (loop's clock)."""
+
+    frame: Frame
+    num_bytes: int
+    fault: FrameFault
+    until: float
 
 
 class DisturbedCarrier(Carrier):
@@ -33,7 +44,7 @@ class DisturbedCarrier(Carrier):
         super().__init__(*arguments, **options)
         self._sender = sender
         self._faults = faults
-        self._held: list[tuple[Frame, int]] = []
+        self._held: _Held | None = None
 
     async def _read(self, take: Take) -> None:
         reading: asyncio.Task[bytes | None] | None = None
@@ -41,9 +52,10 @@ class DisturbedCarrier(Carrier):
             while True:
                 # A read that was given up would end the stream, so it stays while a held frame's time runs out.
                 reading = reading or asyncio.create_task(self._stream.read())
-                done, _ = await asyncio.wait((reading,), timeout=HOLD_SECONDS if self._held else None)
-                if not done:
+                done, _ = await asyncio.wait((reading,), timeout=self._hold_seconds())
+                if self._hold_seconds() == 0.0:
                     self._let_go(take)
+                if not done:
                     continue
                 data, reading = reading.result(), None
                 if data is None:
@@ -53,6 +65,7 @@ class DisturbedCarrier(Carrier):
                     await self._disturb(self._reader.read(data), len(data), take)
             self._let_go(take)
         finally:
+            self._give_up_held()
             if reading is not None:
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
@@ -62,26 +75,50 @@ class DisturbedCarrier(Carrier):
         fault = self._faults.next_fault(self._sender) if _counts(frame) else None
         if frame.header.lost:
             self._let_go(take)
-        if fault is not None:
+        if not frame.messages and not frame.payload_bytes:
+            self._hand_on(frame, num_bytes, take)  # it only acknowledges, and overtakes nothing
+            return
+        if fault is not None and self._held is not None and _holds(fault):
+            self._faults.put_back(fault)  # one frame at a time: this one is what overtakes
+            fault = None
+        if fault is not None and fault.kind is FrameFaultKind.DROP:
             self._faults.record(fault, self._sender)
-            if fault.kind is FrameFaultKind.DROP:
-                raise BrokenStreamError(f"a planned fault broke the stream at frame {fault.frame} from {self._sender}")
-            if fault.kind is FrameFaultKind.DELAY:
-                await asyncio.sleep(fault.seconds)
-        held, self._held = self._held, []
-        coming = held if fault is not None and fault.kind is FrameFaultKind.REORDER else [(frame, num_bytes), *held]
-        if _stays(fault):
-            self._held = [(frame, num_bytes)]
-        self._hand_on(coming, take)
+            raise BrokenStreamError(f"a planned fault broke the stream at frame {fault.frame} from {self._sender}")
+        if fault is not None and fault.kind is FrameFaultKind.DELAY:
+            self._faults.record(fault, self._sender)
+            await asyncio.sleep(fault.seconds)
+        if fault is None or fault.kind is not FrameFaultKind.REORDER:
+            self._hand_on(frame, num_bytes, take)
+        self._let_go(take, overtaken=True)
+        if fault is not None and _holds(fault):
+            self._held = _Held(frame, num_bytes, fault, asyncio.get_running_loop().time() + HOLD_SECONDS)
 
-    def _let_go(self, take: Take) -> None:
-        held, self._held = self._held, []
-        self._hand_on(held, take)
+    def _hold_seconds(self) -> float | None:
+        """How much longer a frame is held; ``None``: none is."""
+        if self._held is None:
+            return None
+        return max(self._held.until - asyncio.get_running_loop().time(), 0.0)
 
-    def _hand_on(self, frames: list[tuple[Frame, int]], take: Take) -> None:
-        for frame, num_bytes in frames:
-            if self._carries:  # the link may leave this stream at each of them
-                take(frame, num_bytes)
+    def _let_go(self, take: Take, *, overtaken: bool = False) -> None:
+        """Hand on what is held. What nothing has overtaken is only late, so that a later frame suffers the fault."""
+        held, self._held = self._held, None
+        if held is None:
+            return
+        if not self._carries or (held.fault.kind is FrameFaultKind.REORDER and not overtaken):
+            self._faults.put_back(held.fault)
+        else:
+            self._faults.record(held.fault, self._sender)
+        self._hand_on(held.frame, held.num_bytes, take)
+
+    def _give_up_held(self) -> None:
+        """The stream ends before the held frame could be handed on: it suffers as if it had been lost with the stream."""
+        if self._held is not None:
+            self._faults.put_back(self._held.fault)
+            self._held = None
+
+    def _hand_on(self, frame: Frame, num_bytes: int, take: Take) -> None:
+        if self._carries:  # the link may leave this stream at each of them
+            take(frame, num_bytes)
 
 
 def _counts(frame: Frame) -> bool:
@@ -89,6 +126,6 @@ def _counts(frame: Frame) -> bool:
     return any(not isinstance(message, IDLE) for _, message in frame.messages) or frame.payload_bytes > 0
 
 
-def _stays(fault: FrameFault | None) -> bool:
+def _holds(fault: FrameFault) -> bool:
     """Whether the frame, or a copy of it, comes behind the next one."""
-    return fault is not None and fault.kind in (FrameFaultKind.REORDER, FrameFaultKind.DUPLICATE)
+    return fault.kind in (FrameFaultKind.REORDER, FrameFaultKind.DUPLICATE)

@@ -120,6 +120,10 @@ class FrameFaults:
                 return fault
         return None
 
+    def put_back(self, fault: FrameFault) -> None:
+        """It could not be done to the frame that it was given for: a later one suffers it."""
+        self._waiting.insert(0, fault)
+
     def record(self, fault: FrameFault, sender: str) -> None:
         """Write down that ``fault`` hit a frame of ``sender``."""
         line = json.dumps({"time": time.time(), "sender": sender, "fault": fault.to_json()}, separators=(",", ":"))

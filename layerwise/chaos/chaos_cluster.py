@@ -53,17 +53,23 @@ def cluster_for(
     allow_imports: Sequence[str] = (),
     threads: int | None = None,
 ) -> tuple[LocalCluster, FiredFiles]:
-    """A cluster (not started) as large as the job wants, with a warm spare process, and the plan in its environment."""
+    """A cluster (not started) as large as the job wants, with a warm spare process, and the plan in its environment.
+
+    Where a process is to be replaced while it is paused, there is one more of each role: a warm spare takes the place of
+    those that have ended only.
+    """
     fired = FiredFiles.below(directory)
     environment: dict[str, str] = {}
     if plan.frame_faults:
         environment |= frame_fault_variable(plan.frame_faults, fired.frames)
     if plan.disk_faults:
         environment |= {VARIABLE: ",".join(plan.disk_faults), FIRED_VARIABLE: str(fired.disk)}
+    more = 1 if plan.needs_spares(spec.timeouts.heartbeat) else 0
+    detached = spec.cluster.num_detached
     cluster = LocalCluster(
-        shards=spec.cluster.shards,
-        forward=spec.cluster.forward,
-        backward=spec.cluster.num_detached,
+        shards=spec.cluster.shards + more,
+        forward=spec.cluster.forward + more,
+        backward=detached + more if detached else 0,
         directory=directory / "cluster",
         allow_imports=allow_imports,
         threads=threads,

@@ -1,9 +1,9 @@
 """What can be done to a running job, as values: processes killed or paused, disks that are full.
 
-Places are named by what they do in the job, ``shard:1`` (whoever has block 1), ``forward:0``, ``backward:0``,
-``coordinator``, or ``all``; which process that is gets looked up when the fault is due. Time is counted in updates: a
-fault is due when every layer has reached ``at_version`` for the first time, and then waits ``after`` seconds, so that
-it falls into the middle of something.
+Places are named by what they do in the job, ``shard:1`` (whoever has block 1), ``forward:0`` (the first of those
+who work for it), ``backward:0``, ``coordinator``, or ``all``; which process that is gets looked up when the fault is
+due. Time is counted in updates: a fault is due when every layer has reached ``at_version`` for the first time, and then
+waits ``after`` seconds, so that it falls into the middle of something.
 """
 
 from __future__ import annotations
@@ -58,11 +58,16 @@ def process_named(target: str, document: Mapping[str, Any]) -> str | None:
     role, _, index = target.partition(":")
     if role == COORDINATOR:
         return COORDINATOR
+    names, place = _names(role, document), int(index)
+    return names[place] if place < len(names) else None
+
+
+def works_for(name: str, document: Mapping[str, Any]) -> bool:
+    """Whether the process has a place in the job with this ``document``."""
+    return any(name in _names(role, document) for role in ("shard", "forward", "backward"))
+
+
+def _names(role: str, document: Mapping[str, Any]) -> list[str]:
     if role == "shard":
-        names = [str(block["shard"]) for block in document.get("blocks") or ()]
-    else:
-        names = [str(name) for name in document.get(f"{role}_workers") or ()]
-    place = int(index)
-    if role == "shard":
-        return names[place] if place < len(names) else None
-    return names[place % len(names)] if names else None
+        return [str(block["shard"]) for block in document.get("blocks") or ()]
+    return [str(name) for name in document.get(f"{role}_workers") or ()]

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from layerwise.chaos.faults import EVERYBODY, ProcessFault, ProcessFaultKind, process_named
+from layerwise.chaos.faults import EVERYBODY, ProcessFault, ProcessFaultKind, process_named, works_for
 from layerwise.chaos.log_tail import LogTail
 from layerwise.chaos.recovery import RecoveryWatch
+from layerwise.ids import COORDINATOR
 
 
 class Processes(Protocol):
@@ -70,6 +71,8 @@ class Injector:
         acted = False
         for name in [name for name, until in self._paused.items() if now >= until]:
             del self._paused[name]
+            if name != COORDINATOR:
+                self._watch.note_replaced(name, replaced=not works_for(name, self._document()))
             self._processes.unpause(name)
             acted = True
         if self._waiting and self._due_at is None and self._tail.lowest_version >= self._waiting[0].at_version:

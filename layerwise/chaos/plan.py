@@ -7,6 +7,7 @@ those of frames by the frames of a link, so that a run can be repeated, as far a
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from layerwise.chaos.faults import EVERYBODY, ProcessFault, ProcessFaultKind
 from layerwise.errors import ConfigError
 from layerwise.faults import FrameFault, FrameFaultKind
 from layerwise.ids import COORDINATOR
+from layerwise.server.placement import RETURN_SECONDS
 
 if TYPE_CHECKING:
     from layerwise.job import JobSpec, ResolvedSettings
@@ -24,8 +26,8 @@ EARLIEST, LATEST = 0.1, 0.6
 """Where in a run, as parts of its updates, processes are hit: training has to go on for a while after the last fault."""
 LONGEST_LAG_SECONDS = 0.05
 SHORT_PAUSE_SECONDS = (0.2, 1.5)
-LONG_PAUSE = (1.3, 2.0)
-"""In time-outs: the process is replaced, and then comes back."""
+LONG_PAUSE_SECONDS = (1.0, 2.5)
+"""Beyond `replaced_after`: a spare takes the process's place, and then it comes back."""
 LONGEST_TIMEOUT = 10.0
 """Above this no pause lasts longer than the time-out."""
 DELAY_SECONDS = (0.02, 0.4)
@@ -51,6 +53,11 @@ class Scenario(StrEnum):
     DROP = "drop"
     DISK_FULL = "disk-full"
     MIXED = "mixed"
+
+
+def replaced_after(timeout_seconds: float) -> float:
+    """After how many seconds of silence any process's place is a free one's: a shard's is kept for a while."""
+    return timeout_seconds + RETURN_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +109,10 @@ class ChaosPlan:
         """All of them."""
         return len(self.process_faults) + len(self.frame_faults) + len(self.disk_faults)
 
+    def needs_spares(self, timeout_seconds: float) -> bool:
+        """Whether a process is to be replaced while it is paused, for which another one of its role has to be free."""
+        return outlast(self.process_faults, timeout_seconds)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -111,6 +122,12 @@ class ChaosPlan:
             "frame_faults": [fault.to_json() for fault in self.frame_faults],
             "disk_faults": list(self.disk_faults),
         }
+
+
+def outlast(faults: Sequence[ProcessFault], timeout_seconds: float) -> bool:
+    """Whether a process that others can replace is paused for so long that they do."""
+    limit = replaced_after(timeout_seconds)
+    return any(fault.seconds > limit and fault.target != COORDINATOR for fault in faults)
 
 
 def draw_plan(scenario: Scenario, seed: int, shape: JobShape) -> ChaosPlan:
@@ -136,12 +153,15 @@ def draw_plan(scenario: Scenario, seed: int, shape: JobShape) -> ChaosPlan:
         case Scenario.PAUSE:
             process_faults = draw.pauses()
         case Scenario.DELAY | Scenario.DUPLICATE | Scenario.REORDER | Scenario.DROP:
-            frame_faults = [draw.frame(FrameFaultKind(str(scenario))) for _ in range(FRAME_FAULTS)]
+            frame_faults = [draw.frame(FrameFaultKind(str(scenario)), LATEST) for _ in range(FRAME_FAULTS)]
         case Scenario.DISK_FULL:
             return ChaosPlan(scenario=scenario, seed=seed, disk_faults=draw.full_disk())
         case Scenario.MIXED:
             process_faults = [draw.any_process_fault(version) for version in draw.versions(3)]
-            frame_faults = [draw.frame(kind) for kind in FrameFaultKind]
+            # A process that has lost its place receives nothing any more, so what is planned for frames comes before.
+            replaced = outlast(process_faults, shape.timeout_seconds)
+            until = process_faults[0].at_version / shape.num_updates if replaced else LATEST
+            frame_faults = [draw.frame(kind, until) for kind in FrameFaultKind]
     return ChaosPlan(
         scenario=scenario,
         seed=seed,
@@ -174,7 +194,7 @@ class _Draw:
         timeout = self._shape.timeout_seconds
         seconds = self._rng.uniform(*SHORT_PAUSE_SECONDS)
         if timeout <= LONGEST_TIMEOUT and self._rng.random() < 0.5:
-            seconds = timeout * self._rng.uniform(*LONG_PAUSE)
+            seconds = replaced_after(timeout) + self._rng.uniform(*LONG_PAUSE_SECONDS)
         return ProcessFault(
             kind=ProcessFaultKind.PAUSE,
             target=target,
@@ -195,8 +215,9 @@ class _Draw:
         role = self._rng.choice(sorted({target.partition(":")[0] for target in self._shape.targets}))
         return self.kill(role, version) if self._rng.random() < 0.7 else self.pause(self._target(role), version)
 
-    def frame(self, kind: FrameFaultKind) -> FrameFault:
-        receiver, sender, most = self._rng.choice(self._links())
+    def frame(self, kind: FrameFaultKind, until: float) -> FrameFault:
+        """A fault of a frame that is sure to come before this part of the run is over."""
+        receiver, sender, most = self._rng.choice(self._links(until))
         return FrameFault(
             kind=kind,
             receiver=receiver,
@@ -224,14 +245,14 @@ class _Draw:
             faults.append(f"{self._rng.choice(MANIFEST_POINTS)}:1:{self._rng.choice(DISK_ACTIONS)}")
         return tuple(faults)
 
-    def _links(self) -> list[tuple[str, str, int]]:
-        """Receiver, sender, and how many frames are sure to come.
+    def _links(self, until: float) -> list[tuple[str, str, int]]:
+        """Receiver, sender, and how many frames are sure to come ``until`` a part of the run is over.
 
         Messages that wait for room on a stream share a frame, but never more than a window of microbatches. Nothing
         paces the links to the coordinator: a few frames come at the start.
         """
         shape = self._shape
-        sure = int(LATEST * shape.num_microbatches / shape.window)
+        sure = int(until * shape.num_microbatches / shape.window)
         links = [("shard-0", "forward", sure), (COORDINATOR, "shard-0", 5), ("forward-0", COORDINATOR, 3)]
         for index in range(1, shape.shards):
             below, above = f"shard-{index - 1}", f"shard-{index}"

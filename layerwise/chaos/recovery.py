@@ -18,6 +18,8 @@ class FaultOutcome:
     ``version``: what all layers had reached. ``recovery_seconds``: from the fault until every layer has made another
     update; ``None`` when the job ended before. ``caught_up_seconds``: until every layer was at ``version`` again.
     ``stall_seconds``: the longest time that any layer went without an update between this fault and the next one.
+    ``replaced``: whether a paused process had lost its place to another one when it went on; ``None``: it was not
+    paused, or the job ended before that, or it was the coordinator.
     """
 
     fault: str
@@ -28,6 +30,7 @@ class FaultOutcome:
     recovery_seconds: float | None = None
     caught_up_seconds: float | None = None
     stall_seconds: float | None = None
+    replaced: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -75,6 +78,11 @@ class RecoveryWatch:
                 and lowest_version >= (outcome.version or 0)
             ):
                 one.outcome = replace(outcome, caught_up_seconds=now - one.begun)
+
+    def note_replaced(self, process: str, *, replaced: bool) -> None:
+        """The newest fault of ``process``, a pause, is over."""
+        one = next(one for one in reversed(self._watched) if process in one.outcome.process.split(", "))
+        one.outcome = replace(one.outcome, replaced=replaced)
 
     @property
     def injected(self) -> tuple[str, ...]:

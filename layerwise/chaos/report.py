@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerwise.audit_report import AuditReport
+from layerwise.chaos.comparison import Comparison
 from layerwise.chaos.log_facts import LogFacts
 from layerwise.chaos.plan import ChaosPlan
 from layerwise.chaos.recovery import FaultOutcome
@@ -57,8 +58,13 @@ class ChaosReport:
 
     @property
     def passed(self) -> bool:
-        """Every fault happened, the job came to its end, and all promises hold."""
+        """Every fault happened, the job came to its end, all promises hold, and it has learned what it should."""
         return not self.failures
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The result beside the one without faults; ``None``: there is none of both."""
+        return Comparison.of(self.document, self.baseline)
 
     def _failures(self) -> list[str]:
         found = list(self.problems)
@@ -80,6 +86,8 @@ class ChaosReport:
             found.append(f"the audit contradicts these promises: {', '.join(broken)}")
         if self.replay is not None and not self.replay.exact:
             found.append(f"the replay differs: {self.replay.detail}")
+        if state == "done" and (comparison := self.comparison) is not None and not comparison.passed:
+            found.append(f"it has learned too little: {comparison}")
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +113,7 @@ class ChaosReport:
             "replay": None if self.replay is None else {"exact": self.replay.exact, "detail": self.replay.detail},
             "final": final_figures(self.document),
             "baseline": None if self.baseline is None else final_figures(self.baseline),
+            "comparison": None if (comparison := self.comparison) is None else comparison.to_json(),
             "ledger": self.document.get("ledger"),
             "hang": None
             if self.hang is None

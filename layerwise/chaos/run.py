@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.audit_report import AuditReport
+from layerwise.chaos.faults import EVERYBODY, ProcessFault
 from layerwise.chaos.injector import Injector
 from layerwise.chaos.log_facts import LogFacts, read_log_facts
 from layerwise.chaos.log_tail import LayerProgress, LogTail
@@ -17,16 +19,18 @@ from layerwise.chaos.recovery import FaultOutcome, RecoveryWatch, time_to_update
 from layerwise.chaos.report import ChaosReport, Hang, ReplayOutcome
 from layerwise.chaos.stacks import dump_stacks
 from layerwise.chaos.status_watch import StatusWatch
+from layerwise.chaos.watchdog import Stand, Watchdog, silent_seconds
 from layerwise.cluster import LocalCluster
-from layerwise.errors import ConfigError, CorruptError, NotFoundError, RetryableError
+from layerwise.errors import ConfigError, CorruptError, LayerwiseError, NotFoundError
 from layerwise.fault_points import fired_disk_faults
 from layerwise.faults import fired_faults
 from layerwise.job import JobSpec
 from layerwise.job_audit import audit_job
 
 POLL_SECONDS = 0.01
-WATCHDOG_SECONDS = 20.0
-"""A run in which nothing moves for so long hangs, and has failed."""
+GAVE_UP = "nothing has moved"
+"""So begins what a job says that has noticed by itself that it hangs."""
+_LOST_SHARDS = re.compile(r"\bwas lost\b|\blost its shard\b|processes or links failed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +50,8 @@ class ChaosRun:
     """Runs ``spec`` once on ``cluster``, whose processes were started with the frame and disk faults of ``plan``.
 
     The cluster starts killed processes again, and may have served other jobs before. ``fired`` is needed when the plan
-    has faults of frames or disks.
+    has faults of frames or disks. ``watchdog_seconds``: how long nothing may move (default: what the job's time-outs
+    say, see `silent_seconds`).
     """
 
     def __init__(
@@ -56,13 +61,14 @@ class ChaosRun:
         plan: ChaosPlan,
         *,
         fired: FiredFiles | None = None,
-        watchdog_seconds: float = WATCHDOG_SECONDS,
+        watchdog_seconds: float | None = None,
     ) -> None:
         self._cluster = cluster
         self._spec = spec
         self._plan = plan
         self._fired = fired
-        self._watchdog_seconds = watchdog_seconds
+        self._watchdog_seconds = watchdog_seconds or silent_seconds(spec.timeouts)
+        self._process_faults = sorted(plan.process_faults, key=lambda fault: fault.at_version)
         self._resumes = 0
         self._hang: Hang | None = None
         self._problems: list[str] = []
@@ -76,8 +82,10 @@ class ChaosRun:
     ) -> ChaosReport:
         """Return the report when the job has ended, or hangs; with ``replay`` a job that is done is executed again.
 
+        What goes wrong once the job is accepted is in the report.
+
         Raises:
-            LayerwiseError: the job is refused, or a process of the cluster ended for good.
+            LayerwiseError: the job is refused.
         """
         began = time.monotonic()
         with self._cluster.client() as client:
@@ -110,10 +118,9 @@ class ChaosRun:
 
     def _follow(self, job: str, tail: LogTail, watch: RecoveryWatch) -> tuple[dict[str, Any], list[str]]:
         """Inject, and watch, until the job has ended; gives its last document, and the faults that are left."""
-        left = sum(1 for fault in self._plan.process_faults if fault.target == "all")
         while True:
             with StatusWatch(self._cluster.coordinator_address, job) as status:
-                faults = self._plan.process_faults[len(watch.injected) :]
+                faults = self._process_faults[len(watch.injected) :]
                 injector = Injector(faults, self._cluster, tail, watch, lambda: status.document)
                 try:
                     self._inject(status, injector, tail, watch)
@@ -121,38 +128,46 @@ class ChaosRun:
                     injector.end()
                 document = dict(status.document)
                 waiting = [str(fault) for fault in injector.waiting]
-            if self._hang is not None or document.get("state") != "failed" or self._resumes >= left:
+            injected = self._process_faults[: len(watch.injected)]
+            if self._hang is not None or not may_resume(document, injected, self._resumes):
                 return document, waiting
-            # Everything was killed at once, the coordinator too: somebody has to say that it shall go on.
             self._resumes += 1
-            self._cluster.wait_for_nodes()
-            with self._cluster.client() as client:
-                client.resume(job=job)
+            try:
+                self._cluster.wait_for_nodes()
+                with self._cluster.client() as client:
+                    client.resume(job=job)
+            except LayerwiseError as error:
+                self._problems.append(f"the job can't be resumed: {error}")
+                return document, waiting
 
     def _inject(self, status: StatusWatch, injector: Injector, tail: LogTail, watch: RecoveryWatch) -> None:
-        moved_at, seen = time.monotonic(), (0, "")
+        watchdog = Watchdog(self._watchdog_seconds, time.monotonic())
         while not status.wait(POLL_SECONDS):
             now = time.monotonic()
             tail.poll(now)
             watch.observe(tail.layers, tail.lowest_version, now)
             acted = injector.step(now)
-            document = status.document
-            stand = (tail.num_updates, f"{document.get('num_events')} {document.get('message')}")
-            if acted or injector.paused or stand != seen:
-                moved_at, seen = now, stand
-            elif now - moved_at > self._watchdog_seconds:
-                self._give_up(status.job, str(document.get("message") or "no answer yet"), now - moved_at)
+            phase = str(status.document.get("message") or "no answer yet")
+            if watchdog.observe(Stand(num_updates=tail.num_updates, phase=phase), now, acted=acted):
+                self._note_hang(phase, watchdog.silence(now))
+                self._cancel(status.job)
                 return
         now = time.monotonic()
         tail.poll(now)
         watch.observe(tail.layers, tail.lowest_version, now)
+        if status.error is not None:
+            self._problems.append(f"the job can't be watched any more: {status.error}")
+        elif str(message := status.document.get("message")).startswith(GAVE_UP):
+            self._note_hang(str(message), watchdog.silence(now))
 
-    def _give_up(self, job: str, phase: str, seconds: float) -> None:
+    def _note_hang(self, phase: str, seconds: float) -> None:
         self._hang = Hang(seconds=seconds, phase=phase, stacks=dump_stacks(self._cluster))
+
+    def _cancel(self, job: str) -> None:
         try:
             with self._cluster.client() as client:
                 client.cancel(job)
-        except RetryableError as error:
+        except LayerwiseError as error:
             self._problems.append(f"the job that hangs can't be cancelled: {error}")
 
     def _fired_outcomes(self, began: float, layers: Mapping[int, LayerProgress]) -> list[FaultOutcome]:
@@ -183,6 +198,16 @@ class ChaosRun:
             *(str(fault) for fault in self._plan.frame_faults if fault not in frames),
             *(fault for fault in self._plan.disk_faults if fault not in disk),
         ]
+
+
+def may_resume(document: Mapping[str, Any], injected: Sequence[ProcessFault], resumes: int) -> bool:
+    """Whether a job that has ended, after these faults, may be told to go on, which was done ``resumes`` times.
+
+    Only one whose shards were lost when everybody was killed at once, the coordinator too: then somebody has to say so.
+    """
+    killed = sum(1 for fault in injected if fault.target == EVERYBODY)
+    lost = _LOST_SHARDS.search(str(document.get("message"))) is not None
+    return document.get("state") == "failed" and lost and resumes < killed
 
 
 def _log_facts(directory: Path, problems: list[str]) -> LogFacts | None:

@@ -33,10 +33,13 @@ class StatusWatch:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The newest answer; empty before the first one. Raises what ended the asking, if an error did."""
-        if self._error is not None:
-            raise self._error
+        """The newest answer; empty before the first one."""
         return self._document
+
+    @property
+    def error(self) -> LayerwiseError | None:
+        """What ended the asking before the job had ended."""
+        return self._error
 
     def wait(self, seconds: float) -> bool:
         """Wait so long, or until the job has ended; tells whether it has (or nobody can be asked any more)."""

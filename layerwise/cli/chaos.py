@@ -78,12 +78,12 @@ def chaos_command(
     threads: int | None,
     output: str,
 ) -> int:
-    """Train the job in SPEC on a cluster of its own, whose processes are killed, paused or cut off on purpose; then report.
+    """Train the job in SPEC on a cluster of its own, whose processes are killed, paused or disturbed on purpose; then report.
 
     When what happens is planned from the seed: processes are hit when the job has made so many updates, links at so many
     frames. The report says what each fault cost, whether every sample was applied exactly once on every layer, and how
     the result compares with the same job without faults. Exit status 0: every planned fault happened, the job came to
-    its end, and all promises hold.
+    its end, all promises hold, and the result is not much worse.
     """
     from layerwise.chaos.chaos_cluster import cluster_for, job_for_chaos, shape_of
     from layerwise.chaos.plan import Scenario, draw_plan
@@ -127,10 +127,11 @@ def show_report(report: ChaosReport) -> None:
             outcome.version,
             _seconds(outcome.recovery_seconds),
             _seconds(outcome.stall_seconds),
+            {None: "-", True: "yes", False: "no"}[outcome.replaced],
         ]
         for outcome in report.faults
     ]
-    print_table(["fault", "process", "at", "version", "recovery", "longest stall"], rows)
+    print_table(["fault", "process", "at", "version", "recovery", "longest stall", "replaced"], rows)
     click.echo()
     values = report.to_json()
     audit, replay = values["audit"], values["replay"]
@@ -148,6 +149,7 @@ def show_report(report: ChaosReport) -> None:
             else f"{'bit for bit' if replay['exact'] else 'DIFFERS'}: {replay['detail']}",
             "with faults": _figures(values["final"]),
             "without": _figures(values["baseline"]),
+            "compared": report.comparison,
             "directory": report.directory,
         }
     )

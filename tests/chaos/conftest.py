@@ -1,4 +1,7 @@
-"""One standing cluster that survives everything: killed processes are started again, a warm spare takes their place."""
+"""One standing cluster that survives everything: killed processes are started again, a warm spare takes their place.
+
+What has to be planned before processes start, or needs processes that are free, runs on a cluster of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from layerwise.chaos.faults import ProcessFault
-from layerwise.chaos.plan import ChaosPlan, Scenario
+from layerwise.chaos.chaos_cluster import cluster_for, shape_of
+from layerwise.chaos.plan import ChaosPlan, JobShape, Scenario, draw_plan
 from layerwise.chaos.report import ChaosReport
 from layerwise.chaos.run import ChaosRun
 from layerwise.client import FINAL_STATES
@@ -63,10 +66,31 @@ def cluster(standing: LocalCluster) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def under(cluster: LocalCluster, tmp_path: Path) -> Run:
-    """Run the small job on the standing cluster under these faults of processes."""
+    """Run the small job on the standing cluster under the faults of processes that are drawn for it."""
 
-    def run(*faults: ProcessFault, seed: int = 0, **sections: Any) -> ChaosReport:
-        plan = ChaosPlan(scenario=Scenario.MIXED, seed=seed, process_faults=faults)
-        return ChaosRun(cluster, small_job(tmp_path / "run", **sections), plan).run()
+    def run(scenario: Scenario, seed: int, **sections: Any) -> ChaosReport:
+        job = small_job(tmp_path / "run", **sections)
+        return ChaosRun(cluster, job, draw_plan(scenario, seed, shape_of(job))).run()
+
+    return run
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Run:
+    """Run the small job on a cluster of its own, as large as ``plan`` (of the job's shape) wants it."""
+
+    def run(plan: Callable[[JobShape], ChaosPlan], **sections: Any) -> ChaosReport:
+        job = small_job(tmp_path / "run", **sections)
+        drawn = plan(shape_of(job))
+        running, fired = cluster_for(job, drawn, tmp_path, threads=1)
+        with running:
+            running.wait_for_nodes()
+            running.wait_for_spare()
+            report = ChaosRun(running, job, drawn, fired=fired).run()
+            with running.client() as client:
+                states = {node["name"]: node["state"] for node in client.list_nodes()}
+        assert set(states.values()) <= {"free", "serving"}, "somebody still works for the job"
+        assert states.keys() == set(running.names), "somebody has not come back"
+        return report
 
     return run

@@ -147,14 +147,21 @@ def test_an_overtaken_frame_comes_behind_the_next(
     assert len(late) == 1
 
 
-def test_a_frame_without_another_behind_it_is_only_late(monkeypatch: pytest.MonkeyPatch, socket_folder: Path) -> None:
-    plan(monkeypatch, socket_folder, FrameFaultKind.REORDER, 1)
+def test_a_frame_without_another_behind_it_is_only_late_and_a_later_one_is_overtaken(
+    monkeypatch: pytest.MonkeyPatch, socket_folder: Path, given: list[tuple[int, ...]]
+) -> None:
+    """What nothing has overtaken has not happened: a run whose plan says so would count for nothing."""
+    fired = plan(monkeypatch, socket_folder, FrameFaultKind.REORDER, 1)
 
     async def body() -> None:
         async with pair(socket_folder, receiver_dials=True) as both:
             assert await both.exchange(1) == [0]
+            assert fired_faults(fired) == []
+            assert await both.exchange(20) == list(range(20))
 
     asyncio.run(body())
+    assert len(fired_faults(fired)) == 1
+    assert len([place for place in range(1, len(given)) if given[place] < given[place - 1]]) == 1
 
 
 def test_a_lost_frame_breaks_the_stream_and_comes_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,25 @@ def test_a_forward_worker_joins_a_running_job_and_is_killed(cluster: LocalCluste
     assert result.document["recoveries"] == []
     assert any("forward worker guest, which had joined, left" in line for line in lines)
     assert "no job 'no-job' to join here" in stranger.errors
+
+
+def test_who_follows_a_training_job_hears_of_its_end_though_the_coordinator_is_started_again(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    (tmp_path / "job.yaml").write_text(json.dumps(long_job(tmp_path / "run", gate)), encoding="utf-8")
+    arguments = ("submit", "--follow", "job.yaml", "--output", "json", "--coordinator", fragile.coordinator_address)
+    with Command(*arguments, folder=tmp_path) as follower:
+        job = follower.wait_for("submitted as").split()[-1]
+        follower.wait_for("the cut at version 5 is durable")
+        assert connection.job(job).status().state == "running"
+        fragile.kill("coordinator")
+        fragile.start("coordinator")
+        fragile.wait_for_nodes()
+        gate.open()
+        assert follower.finish() == 0, follower.errors
+        document = follower.document
+    assert (document["job"], document["state"], document["steps"]) == (job, "done", STEPS)
+    events = [event.message for event in connection.job(job).logs()]
+    followed = [line for line in follower.lines if line.endswith("is durable")]
+    assert len(followed) == sum(message.endswith("is durable") for message in events), "each event comes once"
+    check_done(wait(connection.job(job)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -70,6 +71,10 @@ class SimulatedCluster:
         self.job = ""
         self._profile = _profile(scenario)
         self.num_drained = 0
+        self.happened: Counter[str] = Counter()
+        """Faults that hit something while the job ran, by kind."""
+        self.replaced: Counter[str] = Counter()
+        """Faults at whose end another shard had the block of the one that they had silenced, by kind."""
         for index in range(scenario.shards + scenario.spare_shards):
             self._start(f"shard-{index}")
         for index in range(scenario.forward + scenario.spare_shards):
@@ -203,6 +208,10 @@ class SimulatedCluster:
 
     def _fault(self, fault: Fault) -> Callable[[], None]:
         def happen() -> None:
+            if self._hits(fault):
+                self.happened[fault.kind] += 1
+                if fault.kind in ("pause", "isolate"):
+                    self._watch_place(fault)
             if fault.kind == "break":
                 self.world.break_stream(fault.target, fault.other, fault.seconds)
             elif fault.kind == "blackhole":
@@ -224,6 +233,33 @@ class SimulatedCluster:
                 self.world.at(fault.seconds, lambda: self._start(fault.target))
 
         return happen
+
+    def _hits(self, fault: Fault) -> bool:
+        """Whether the job is there, and what the fault is about: a process, or a link between two."""
+        process = self.world.processes.get(fault.target)
+        if not self.job or self._over() or process is None:
+            return False
+        if fault.kind == "isolate":
+            return any(other is not process for other in self.world.processes.values())
+        return not fault.other or (fault.other in self.world.processes and process.links.get(fault.other) is not None)
+
+    def _watch_place(self, fault: Fault) -> None:
+        """See at the end of the fault whether somebody else has the block of its target."""
+        process, before = self.world.processes[fault.target], self._owners()
+        if fault.target not in before:
+            return
+
+        def look() -> None:
+            owners = self._owners()
+            lives = self.world.processes.get(fault.target) is process
+            if lives and len(owners) == len(before) and owners[before.index(fault.target)] != fault.target:
+                self.replaced[fault.kind] += 1
+
+        self.world.at(fault.seconds, look)
+
+    def _owners(self) -> list[str]:
+        """The shards of the job's blocks, as far as the coordinator knows."""
+        return [one["shard"] for one in self.coordinator.role.job(self.job)["blocks"]] if self.job else []
 
     # Watching --------------------------------------------------------------------------------------------------------
 

@@ -185,9 +185,9 @@ def _draw(seed: int) -> Scenario:
             faults.append(Fault(at=at, kind=kind, target=target, seconds=seconds))
         elif target != "coordinator":
             other = "coordinator" if kind == "sever" else ""
-            faults.append(
-                Fault(at=at, kind="sever" if other else "pause", target=target, other=other, seconds=3 * seconds)
-            )
+            # A shard that is silent for 15 s is lost, and 3 s later a spare has its place: some come back just then.
+            silent = 3 * seconds if seconds < 3 else 18.0 + seconds / 10
+            faults.append(Fault(at=at, kind="sever" if other else "pause", target=target, other=other, seconds=silent))
     swallows = random.Random(f"blackholes {seed}")
     if swallows.random() < 0.12:
         one, other = swallows.sample([*names, *names, *workers, "coordinator"], 2)

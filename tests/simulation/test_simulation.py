@@ -5,29 +5,20 @@ A failing seed is named in the failure; ``python -m tests.simulation.run --seed 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
+from layerwise.server.placement import RETURN_SECONDS
 from tests.simulation.cluster import SimulatedCluster
-from tests.simulation.scenario import draw, lose_shards
+from tests.simulation.found import FOUND
+from tests.simulation.scenario import Fault, draw, lose_shards
 
 NUM_SEEDS = 560
 SEEDS_AT_ONCE = 20
 NUM_STANDBY_SEEDS = 40
-
-REGRESSIONS = {
-    42: "a cut that was pinned after the commit that deleted it had been asked for",
-    291: "a first shard that died after deleting the cut that the coordinator knew of",
-    479: "microbatches that some layers lacked, together on their way where updates were to follow one another",
-    619: "a microbatch that was leased and given back without end, while one that some layers lacked was waited for",
-    865: "a worker that lost the link to the first shard's earlier incarnation after the job was resumed",
-    1061: "a microbatch that a paused worker gave back as out of order when nothing else could come any more",
-    1580: "an answer to the run before, taken for one to the resumed run",
-    4018: "a block that told of its end while the coordinator was away, and never again",
-}
-"""Seeds beyond the range, or worth their own name: what they once found (the draw may have moved on since)."""
-
 
 ON_A_SLOW_DISK = {
     230: "a commit of the route before, refused because of a life that had begun since, that cost the job its last cut",
@@ -53,9 +44,14 @@ def test_every_run_ends_with_a_clean_audit(first: int) -> None:
         run(seed)
 
 
-@pytest.mark.parametrize("seed", REGRESSIONS)
-def test_what_was_found_once_stays_mended(seed: int) -> None:
-    run(seed)
+@pytest.mark.parametrize("what", FOUND, ids=lambda what: f"seed {FOUND[what].seed} of its time")
+def test_what_was_found_once_stays_mended(what: str) -> None:
+    cluster = SimulatedCluster(FOUND[what])
+    try:
+        cluster.run()
+    except Exception as error:
+        error.add_note(f"the scenario in tests/simulation/found.py that found {what}")
+        raise
 
 
 @pytest.mark.parametrize("seed", ON_A_SLOW_DISK)
@@ -122,6 +118,43 @@ def test_guests_really_join_and_leave() -> None:
         lines += [event.message for event in cluster.coordinator.role.events(cluster.job, 0)]
     assert sum(" joins" in line for line in lines) > 5
     assert sum("which had joined, left" in line for line in lines) > 3
+
+
+def silences_a_shard(seed: int) -> bool:
+    """For so long that a spare, which there is, could have its place: by the heartbeat, or by links that are cut at once."""
+    scenario = draw(seed)
+    limits = {"pause": scenario.spec["timeouts"]["heartbeat"] + RETURN_SECONDS, "isolate": RETURN_SECONDS}
+    return scenario.spare_shards > 0 and any(
+        fault.target.startswith("shard") and fault.seconds > limits.get(fault.kind, math.inf)
+        for fault in scenario.faults
+    )
+
+
+def test_shards_are_really_cut_off_and_replaced_while_they_are_silent() -> None:
+    """What the runs with pauses and isolations are worth: a fault that hits nobody, or that nobody notices, shows nothing."""
+    happened: Counter[str] = Counter()
+    replaced: Counter[str] = Counter()
+    for seed in filter(silences_a_shard, range(NUM_SEEDS)):
+        cluster = run(seed)
+        happened += cluster.happened
+        replaced += cluster.replaced
+    assert happened["isolate"] > 3
+    assert replaced["isolate"] > 3
+    assert replaced["pause"] > 3
+
+
+def test_a_fault_that_hits_nobody_has_not_happened() -> None:
+    calm = replace(draw(7), faults=(), stops=(), stop_after_resume=None)
+    absent = (
+        Fault(at=0.2, kind="kill", target="shard-9", seconds=0.1),
+        Fault(at=0.2, kind="sever", target="forward-0", other="backward-9", seconds=0.0),
+        Fault(at=0.2, kind="break", target="shard-9", other="shard-0", seconds=0.1),
+    )
+    late = Fault(at=200.0, kind="kill", target="shard-0", seconds=0.1)
+    there = Fault(at=0.2, kind="pause", target="shard-0", seconds=0.05)
+    cluster = SimulatedCluster(replace(calm, faults=(*absent, late, there)))
+    cluster.run()
+    assert cluster.happened == {"pause": 1}
 
 
 def test_a_seed_repeats_exactly() -> None:

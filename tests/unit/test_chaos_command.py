@@ -63,6 +63,7 @@ def test_the_report_shows_what_each_fault_cost_and_why_the_run_failed() -> None:
         version=13,
         recovery_seconds=1.5,
         stall_seconds=1.6,
+        replaced=True,
     )
 
     runner = CliRunner()
@@ -71,5 +72,6 @@ def test_the_report_shows_what_each_fault_cost_and_why_the_run_failed() -> None:
         text, complaint = output.getvalue().decode(), errors.getvalue().decode()
     assert "kill shard:1 at version 12  shard-1" in text
     assert "1.50 s" in text
+    assert "yes" in text
     assert "FAILED" in text
     assert "did not happen: kill forward:0" in complaint

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerwise.chaos.chaos_cluster import cluster_for
 from layerwise.chaos.faults import ProcessFault, ProcessFaultKind, process_named
-from layerwise.chaos.plan import LATEST, ChaosPlan, JobShape, Scenario, draw_plan
+from layerwise.chaos.plan import LATEST, ChaosPlan, JobShape, Scenario, draw_plan, replaced_after
 from layerwise.cli.chaos import SCENARIOS
 from layerwise.errors import ConfigError
 from layerwise.fault_points import parse_faults
 from layerwise.faults import FrameFaultKind
+from layerwise.job import parse_job
 
 SHAPE = JobShape(
     num_updates=40,
@@ -77,6 +80,41 @@ def test_pauses_meet_every_role_and_some_outlast_the_time_out() -> None:
     assert {fault.target.partition(":")[0] for fault in pauses} == {"shard", "forward", "backward", "coordinator"}
     long = [fault for fault in pauses if fault.seconds > SHAPE.timeout_seconds]
     assert 0 < len(long) < len(pauses)
+    assert min(fault.seconds for fault in long) > replaced_after(SHAPE.timeout_seconds)
+
+
+def test_a_plan_needs_spares_where_somebody_is_replaced_while_paused() -> None:
+    for seed in range(20):
+        plan = draw_plan(Scenario.PAUSE, seed, SHAPE)
+        long = {fault.target for fault in plan.process_faults if fault.seconds > SHAPE.timeout_seconds}
+        assert plan.needs_spares(SHAPE.timeout_seconds) is bool(long - {"coordinator"})
+
+
+def test_frames_suffer_before_somebody_is_replaced_for_good() -> None:
+    plans = [draw_plan(Scenario.MIXED, seed, SHAPE) for seed in range(200)]
+    replacing = [plan for plan in plans if plan.needs_spares(SHAPE.timeout_seconds)]
+    assert 0 < len(replacing) < len(plans)
+    for plan in replacing:
+        part = plan.process_faults[0].at_version / SHAPE.num_updates
+        frames = max(5, part * SHAPE.num_microbatches / SHAPE.window)
+        assert max(fault.frame for fault in plan.frame_faults) <= frames
+
+
+def test_a_cluster_has_one_more_of_each_role_where_a_plan_needs_spares(tmp_path: Path) -> None:
+    job = parse_job(
+        {
+            "name": "small",
+            "model": {"name": "mlp", "hidden": [8, 8]},
+            "data": {"name": "digits", "batch": 32},
+            "cluster": {"shards": 2, "backward": {"attached": True, "detached": 1}},
+            "timeouts": {"heartbeat": 3.0},
+        }
+    )
+    fault = ProcessFault(kind=ProcessFaultKind.PAUSE, target="shard:0", at_version=3, seconds=7.0)
+    for faults, counts in (((), (2, 1, 1)), ((fault,), (3, 2, 2)), ((replace(fault, seconds=5.0),), (2, 1, 1))):
+        plan = ChaosPlan(scenario=Scenario.PAUSE, seed=0, process_faults=faults)
+        cluster, _ = cluster_for(job, plan, tmp_path)
+        assert (cluster.shards, cluster.forward, cluster.backward) == counts
 
 
 def test_pauses_are_short_where_the_time_out_is_long() -> None:
@@ -141,7 +179,8 @@ def test_places_are_looked_up_in_the_document() -> None:
     document = {"blocks": [{"shard": "b"}, {"shard": "a"}], "forward_workers": ["f"], "backward_workers": []}
     assert process_named("shard:1", document) == "a"
     assert process_named("shard:2", document) is None
-    assert process_named("forward:3", document) == "f"
+    assert process_named("forward:0", document) == "f"
+    assert process_named("forward:1", document) is None, "a fault of somebody who is away hits nobody else"
     assert process_named("backward:0", document) is None
     assert process_named("coordinator", {}) == "coordinator"
     assert process_named("shard:0", {}) is None

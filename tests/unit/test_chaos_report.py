@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -153,6 +154,22 @@ def test_a_paused_process_goes_on_after_its_time_or_at_the_end(tmp_path: Path) -
     assert played.injector.paused == ()
 
 
+def test_a_pause_tells_whether_the_process_was_replaced_meanwhile(tmp_path: Path) -> None:
+    faults = [
+        ProcessFault(kind=ProcessFaultKind.PAUSE, target="shard:0", at_version=version, seconds=5.0)
+        for version in (1, 2)
+    ]
+    played = Played(tmp_path, *faults, names=("shard-0", "shard-1"))
+    played.reach(2)
+    played.injector.step(0.0)
+    played.injector.step(time.monotonic() + 6.0)
+    played.document = {"blocks": [{"shard": "shard-0"}]}
+    played.injector.step(0.0)
+    played.document = {"blocks": [{"shard": "shard-1"}]}
+    played.injector.step(time.monotonic() + 6.0)
+    assert [one.replaced for one in played.watch.outcomes({})] == [False, True]
+
+
 def restore(version: int, applied: AppliedSet | None = None) -> RestoreEvent:
     return RestoreEvent(
         layer=1,
@@ -255,12 +272,14 @@ def test_half_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
     tail.close()
 
 
+DONE = {"state": "done", "job": "j-1", "ledger": {"samples_applied": 8}, "total_samples": 8, "steps": 2}
+
+
 def report(**changes: object) -> ChaosReport:
-    document = {"state": "done", "job": "j-1", "ledger": {"samples_applied": 8}, "total_samples": 8, "steps": 2}
     values: dict[str, object] = {
         "plan": ChaosPlan(scenario=Scenario.MIXED, seed=3),
         "directory": "/run",
-        "document": document,
+        "document": DONE,
         "baseline": None,
         "faults": (),
         "unfired": (),
@@ -295,6 +314,10 @@ def test_a_run_passes_when_all_happened_and_all_holds() -> None:
             r"nothing moved for 21 s \(training\)",
         ),
         ({"problems": ("no audit: empty",)}, "no audit: empty"),
+        (
+            {"document": {**DONE, "validation": {"accuracy": 0.7}}, "baseline": {"validation": {"accuracy": 0.9}}},
+            r"learned too little: accuracy 0\.7 with faults, 0\.9 without \(at least 0\.85 will do\)",
+        ),
     ],
 )
 def test_a_run_fails_with_a_sentence(changes: dict[str, object], sentence: str) -> None:

@@ -59,6 +59,15 @@ def test_two_faults_at_one_frame_hit_two_frames(tmp_path: Path) -> None:
     assert [faults.next_fault("x"), faults.next_fault("x"), faults.next_fault("x")] == [fault(1), delay, None]
 
 
+def test_what_could_not_be_done_to_a_frame_is_done_to_a_later_one(tmp_path: Path) -> None:
+    faults = FrameFaults([fault(1)], tmp_path / "fired")
+    first = faults.next_fault("shard-0")
+    assert first == fault(1)
+    faults.put_back(first)
+    assert faults.next_fault("forward-0") == fault(1)
+    assert fired_faults(tmp_path / "fired") == []
+
+
 def test_what_has_happened_is_written_down_and_not_repeated_by_a_successor(tmp_path: Path) -> None:
     fired = tmp_path / "fired"
     assert fired_faults(fired) == []
