@@ -46,6 +46,7 @@ PLAIN_LOOP = (
             "sections",
             "settings",
             "specification",
+            "state_hash",
             "tensors",
         )
     ),

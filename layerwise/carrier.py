@@ -105,6 +105,9 @@ class Carrier:
         """
         reading = asyncio.create_task(self._read(take), name=f"layerwise read {self._name}")
         writing = asyncio.create_task(self._write(), name=f"layerwise write {self._name}")
+        for task in (reading, writing):
+            # gRPC cancels who serves a stream in mid-wait when it breaks; then nobody asks how these two have ended.
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         try:
             await asyncio.wait((reading, writing, self._broken), return_when=asyncio.FIRST_COMPLETED)
             if self._broken.done():

@@ -563,7 +563,9 @@ def test_a_network_that_swallows_everything_loses_the_link_on_both_sides(
             side.transport.send(other, forward(torch.zeros(sent_bytes // 4)))
         assert await one.next_lost() == "two"
         assert await two.next_lost() == "one"
-        assert "asked for a sign of life and gave none for 0.4 s" in two.transport.lost_reason("one")
+        # Who gives up first ends the connection, which the other one may see before its own patience is over.
+        reasons = one.transport.lost_reason("two"), two.transport.lost_reason("one")
+        assert any("asked for a sign of life and gave none for 0.4 s" in reason for reason in reasons)
         assert (one.transport.peers, two.transport.peers) == ([], [])
         assert proxy.swallowed_bytes > 0
         await proxy.close()
