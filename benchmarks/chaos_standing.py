@@ -16,7 +16,7 @@ from layerwise.chaos.log_tail import LogTail
 from layerwise.chaos.recovery import RecoveryWatch
 from layerwise.chaos.stacks import dump_stacks
 from layerwise.chaos.status_watch import StatusWatch
-from layerwise.chaos.watchdog import Stand, Watchdog, silent_seconds
+from layerwise.chaos.watchdog import Stand, Watchdog, silent_seconds, waiting_seconds
 from layerwise.client import CoordinatorClient
 from layerwise.cluster import LocalCluster
 from layerwise.errors import RetryableError
@@ -201,7 +201,7 @@ def standing_job(folder: Path, **timeouts: float) -> Iterator[Standing]:
         job, directory = str(submitted["job"]), Path(str(submitted["directory"]))
         with StatusWatch(cluster.coordinator_address, job) as status:
             tail, now = LogTail(directory), time.monotonic()
-            watchdog = Watchdog(silent_seconds(spec.timeouts), now)
+            watchdog = Watchdog(silent_seconds(spec.timeouts), now, waiting=waiting_seconds(spec.timeouts))
             try:
                 yield Standing(cluster, status, tail, RecoveryWatch(now), directory, job, watchdog)
             finally:

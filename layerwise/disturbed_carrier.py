@@ -18,7 +18,7 @@ from layerwise.messages import Heartbeat, Hello, Welcome
 from layerwise.proto.frames import Frame
 from layerwise.streams import BrokenStreamError
 
-HOLD_SECONDS = 0.1
+HOLD_SECONDS = 0.25
 """How long a frame is held back at most, when no other one comes that could overtake it. It is handed on then; a later one is held instead."""
 
 IDLE = (Hello, Welcome, Heartbeat)
@@ -79,7 +79,7 @@ class DisturbedCarrier(Carrier):
             self._hand_on(frame, num_bytes, take)  # it only acknowledges, and overtakes nothing
             return
         if fault is not None and self._held is not None and _holds(fault):
-            self._faults.put_back(fault)  # one frame at a time: this one is what overtakes
+            self._faults.put_back(fault)  # one frame at a time: this one overtakes the one that is held
             fault = None
         if fault is not None and fault.kind is FrameFaultKind.DROP:
             self._faults.record(fault, self._sender)

@@ -27,6 +27,9 @@ from layerwise.errors import ConfigError
 VARIABLE = "LAYERWISE_FRAME_FAULTS"
 """Holds what `frame_fault_variable` wrote."""
 
+FRAMES_BETWEEN = 4
+"""Between two frames that are to suffer the same fault, when it could not be done to the first."""
+
 log = logging.getLogger(__name__)
 
 
@@ -106,6 +109,7 @@ class FrameFaults:
     def __init__(self, faults: Iterable[FrameFault], fired: Path) -> None:
         had = {fault for fault, _ in fired_faults(fired)}
         self._waiting = [fault for fault in faults if fault not in had]
+        self._from = {fault: fault.frame for fault in self._waiting}
         self._received: dict[str, int] = {fault.sender: 0 for fault in self._waiting}
         self._fired = fired
 
@@ -115,13 +119,17 @@ class FrameFaults:
             if sender.startswith(prefix):
                 self._received[prefix] += 1
         for fault in self._waiting:
-            if sender.startswith(fault.sender) and self._received[fault.sender] >= fault.frame:
+            if sender.startswith(fault.sender) and self._received[fault.sender] >= self._from[fault]:
                 self._waiting.remove(fault)
                 return fault
         return None
 
     def put_back(self, fault: FrameFault) -> None:
-        """It could not be done to the frame that it was given for: a later one suffers it."""
+        """It could not be done to the frame that it was given for: a later one suffers it.
+
+        Not one of the next few: who waits for an answer to the frame before sends one at a time.
+        """
+        self._from[fault] = self._received[fault.sender] + FRAMES_BETWEEN
         self._waiting.insert(0, fault)
 
     def record(self, fault: FrameFault, sender: str) -> None:

@@ -217,7 +217,11 @@ class _Draw:
 
     def frame(self, kind: FrameFaultKind, until: float) -> FrameFault:
         """A fault of a frame that is sure to come before this part of the run is over."""
-        receiver, sender, most = self._rng.choice(self._links(until))
+        links = self._links(until)
+        if kind is FrameFaultKind.REORDER:
+            # Only there it is sure that a frame comes before the one ahead of it was answered, and can overtake it.
+            links = [link for link in links if link[0].startswith("shard") and link[1].startswith("shard")] or links
+        receiver, sender, most = self._rng.choice(links)
         return FrameFault(
             kind=kind,
             receiver=receiver,

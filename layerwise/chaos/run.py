@@ -19,7 +19,7 @@ from layerwise.chaos.recovery import FaultOutcome, RecoveryWatch, time_to_update
 from layerwise.chaos.report import ChaosReport, Hang, ReplayOutcome
 from layerwise.chaos.stacks import dump_stacks
 from layerwise.chaos.status_watch import StatusWatch
-from layerwise.chaos.watchdog import Stand, Watchdog, silent_seconds
+from layerwise.chaos.watchdog import Stand, Watchdog, silent_seconds, waiting_seconds
 from layerwise.cluster import LocalCluster
 from layerwise.errors import ConfigError, CorruptError, LayerwiseError, NotFoundError
 from layerwise.fault_points import fired_disk_faults
@@ -141,7 +141,8 @@ class ChaosRun:
                 return document, waiting
 
     def _inject(self, status: StatusWatch, injector: Injector, tail: LogTail, watch: RecoveryWatch) -> None:
-        watchdog = Watchdog(self._watchdog_seconds, time.monotonic())
+        waiting = waiting_seconds(self._spec.timeouts)
+        watchdog = Watchdog(self._watchdog_seconds, time.monotonic(), waiting=waiting)
         while not status.wait(POLL_SECONDS):
             now = time.monotonic()
             tail.poll(now)

@@ -36,7 +36,7 @@ def small_job(directory: Path, updates: int = UPDATES, **sections: Any) -> JobSp
             "cluster": {"shards": 2, "forward": 2, "backward": {"attached": False, "detached": 2}},
             "async": {"window": 4, "accumulation": 4},
             "checkpoint": {"every": 5, "path": str(directory)},
-            "timeouts": {"heartbeat": HEARTBEAT_SECONDS, "task": 3.0, "lease": 6.0},
+            "timeouts": {"heartbeat": HEARTBEAT_SECONDS, "task": 3.0, "lease": 6.0, "start": 60.0},
             **sections,
         }
     )

@@ -95,4 +95,4 @@ def test_a_disk_that_is_full_for_a_while_costs_cuts_and_nothing_else(alone: Run)
 
 
 def test_everything_at_once_costs_no_sample(alone: Run) -> None:
-    check(alone(lambda shape: draw_plan(Scenario.MIXED, 1, shape)))
+    check(alone(lambda shape: draw_plan(Scenario.MIXED, 4, shape)))

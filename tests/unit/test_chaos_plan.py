@@ -130,6 +130,13 @@ def test_a_frame_scenario_has_its_kind_of_fault_only(scenario: Scenario) -> None
     assert not plan.process_faults
 
 
+def test_frames_are_overtaken_between_shards_where_there_are_two() -> None:
+    plans = [draw_plan(scenario, seed, SHAPE) for scenario in (Scenario.REORDER, Scenario.MIXED) for seed in range(20)]
+    faults = [fault for plan in plans for fault in plan.frame_faults if fault.kind is FrameFaultKind.REORDER]
+    assert {(fault.receiver, fault.sender) for fault in faults} == {("shard-0", "shard-1"), ("shard-1", "shard-0")}
+    assert draw_plan(Scenario.REORDER, 0, replace(SHAPE, shards=1)).frame_faults
+
+
 def test_mixed_plans_have_everything_in_the_end() -> None:
     plans = [draw_plan(Scenario.MIXED, seed, SHAPE) for seed in range(40)]
     hit = {fault.target.partition(":")[0] for plan in plans for fault in plan.process_faults}

@@ -19,7 +19,7 @@ from layerwise.chaos.plan import ChaosPlan, Scenario
 from layerwise.chaos.report import ChaosReport
 from layerwise.chaos.run import ChaosRun, may_resume
 from layerwise.chaos.status_watch import StatusWatch
-from layerwise.chaos.watchdog import SILENT_SECONDS, Stand, Watchdog, silent_seconds
+from layerwise.chaos.watchdog import SILENT_SECONDS, Stand, Watchdog, silent_seconds, waiting_seconds
 from layerwise.errors import NotFoundError
 from layerwise.job import parse_job
 from layerwise.sections import Timeouts
@@ -46,6 +46,16 @@ def test_an_update_a_phase_and_a_fault_are_movement(seen: dict[str, Any]) -> Non
     now = {"stand": stand(3), **seen}
     assert not dog.observe(now.pop("stand"), 130.0, **now)
     assert dog.silence(131.0) == 1.0
+
+
+def test_processes_that_start_have_their_time() -> None:
+    dog = Watchdog(20.0, 100.0, waiting=waiting_seconds(Timeouts(start=100.0)))
+    waits = stand(3, "waiting for a shard to take the place of shard-1")
+    assert not dog.observe(waits, 101.0)
+    assert not dog.observe(waits, 180.0)
+    assert dog.observe(waits, 181.1)
+    assert not dog.observe(stand(3), 182.0)
+    assert dog.observe(stand(3), 202.1)
 
 
 @pytest.mark.parametrize(("lease", "task"), [(6.0, 3.0), (10.0, 5.0), (60.0, 60.0), (0.5, 0.1), (1.0, 300.0)])

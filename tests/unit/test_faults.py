@@ -7,6 +7,7 @@ import pytest
 
 from layerwise.errors import ConfigError
 from layerwise.faults import (
+    FRAMES_BETWEEN,
     VARIABLE,
     FrameFault,
     FrameFaultKind,
@@ -64,7 +65,7 @@ def test_what_could_not_be_done_to_a_frame_is_done_to_a_later_one(tmp_path: Path
     first = faults.next_fault("shard-0")
     assert first == fault(1)
     faults.put_back(first)
-    assert faults.next_fault("forward-0") == fault(1)
+    assert [faults.next_fault("forward-0") for _ in range(FRAMES_BETWEEN)] == [*[None] * (FRAMES_BETWEEN - 1), fault(1)]
     assert fired_faults(tmp_path / "fired") == []
 
 
