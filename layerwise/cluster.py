@@ -263,6 +263,10 @@ class LocalCluster:
             raise NotFoundError(f"this cluster has no process {name}; it has {', '.join(self.names)}")
         with self._lock:
             self._killed.discard(name)
+            if self._end is not None and self._end.name == name:
+                # It ended for good, and is there again: that is no reason any more not to wait for the others.
+                self._end = None
+                self._gone.clear()
         self._running().start(self._program(name))
 
     # ---- inside ----
