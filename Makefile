@@ -24,9 +24,10 @@ ARGS ?=
 BENCH ?=
 CHAOS ?=
 CLUSTER_TESTS := tests/chaos tests/integration
+LATE_TESTS := $(wildcard tests/integration/test_[s-z]*.py)
 FOLDERS := layerwise server worker proto tests benchmarks tools examples
 
-.PHONY: help train test test-clusters test-others check bench chaos venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
+.PHONY: help train test test-clusters test-others test-late check bench chaos venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,21 +60,26 @@ dev: .venv/development
 train: .venv/run-time
 	$(BIN)/layerwise train $(SPEC) $(ARGS)
 
-# The whole suite in two runs side by side, since processes that wait for each other leave much of two cores idle: tests that start a
-# cluster, and all others, which step back for them and are shown when both have ended.
+# The whole suite in three runs, two of them side by side, since processes that wait for each other leave much of two cores idle: tests
+# that start a cluster, all others, which step back for them, and, when these have ended, the last of those that start a cluster. What the
+# second and the third say is shown when all have ended.
 test: .venv/development
 ifneq ($(ARGS),)
 	$(BIN)/python -m pytest $(ARGS)
 else
 	@mkdir -p build
-	@$(MAKE) --no-print-directory --jobs=2 test-clusters test-others; status=$$?; cat build/test-others.txt; exit $$status
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-clusters test-others test-late; status=$$?; \
+		cat build/test-others.txt build/test-late.txt; exit $$status
 endif
 
 test-clusters:
-	$(BIN)/python -m pytest $(CLUSTER_TESTS)
+	$(BIN)/python -m pytest $(CLUSTER_TESTS) $(addprefix --ignore=,$(LATE_TESTS))
 
 test-others:
 	@nice $(BIN)/python -m pytest $(addprefix --ignore=,$(CLUSTER_TESTS)) >build/test-others.txt 2>&1
+
+test-late:
+	@$(BIN)/python -m pytest $(LATE_TESTS) >build/test-late.txt 2>&1
 
 bench: .venv/development
 	$(BIN)/python -m benchmarks $(BENCH)
