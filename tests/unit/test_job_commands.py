@@ -10,6 +10,7 @@ import pytest
 
 from layerwise.cli.main import run
 from layerwise.errors import JobFailedError, LayerwiseError, UnreachableError
+from layerwise.follow import JobFollower
 from tests.unit.played_client import PlayedClient
 
 JOB = "name: tiny\nmodel: mlp\ndata: digits\n"
@@ -42,6 +43,19 @@ def test_following_that_ends_before_the_job_prints_what_was_last_seen(
     PlayedClient({**RUNNING, "num_events": 0}, endless=True).play(monkeypatch)
     assert run([*arguments, "--timeout", "0.01", "-o", "json", *AT]) == 124
     assert json.loads(capsys.readouterr().out)["steps"] == 3
+
+
+def test_waiting_that_is_interrupted_prints_what_was_last_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(follower: JobFollower, *, timeout: float | None) -> dict[str, Any]:
+        follower.document = RUNNING
+        raise KeyboardInterrupt
+
+    PlayedClient(RUNNING).play(monkeypatch)
+    monkeypatch.setattr(JobFollower, "run", interrupt)
+    assert run(["cancel", "tiny-1", "--wait", "-o", "json", *AT]) == 130
+    assert json.loads(capsys.readouterr().out) == RUNNING
 
 
 def test_a_job_that_was_never_seen_is_printed_as_it_was_submitted(
