@@ -32,7 +32,7 @@ def train(
         job: The path of a job file, or its content.
         overrides: Changes to it, such as ``"train.steps=100"``.
         allow_imports: Modules of your own that the job may import; each allows what lies below it too.
-        overwrite: Delete the run that lies at ``checkpoint.path`` once this one begins; otherwise this one gets a number.
+        overwrite: Delete the run that lies at ``checkpoint.path`` at this one's first update; otherwise this one gets a number.
         threads: Of each shard's arithmetic; default: the cores divided by the shards.
         check: Raise for a job that fails; else its result says so.
 

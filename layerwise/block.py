@@ -239,10 +239,11 @@ class Block:
                 else:
                     result = BackwardResult(gradients=boundary)
         finally:
-            with self._transfers.computing(), ExitStack() as updates:
+            with ExitStack() as ending:
+                ending.callback(self._unstash, kept)
+                ending.enter_context(self._transfers.computing())
                 for one in reversed(kept.updates):
-                    updates.push(one)
-            self._unstash(kept)
+                    ending.push(one)
         return result
 
     def _take(self, kept: KeptPass, forward: LayerPass, found: Gradients, reads: tuple[int, ...]) -> None:

@@ -91,7 +91,7 @@ class LocalCluster:
         self._supervisor: Supervisor | None = None
         self._gone = threading.Event()
         self._problems: list[str] = []
-        self._end: Problem | None = None
+        self._ends: dict[str, Problem] = {}
         self._killed: set[str] = set()
         self._folder: Path | None = None
         self._directory_lock: DirectoryLock | None = None
@@ -206,8 +206,8 @@ class LocalCluster:
         deadline = time.monotonic() + (seconds or self.start_seconds)
         with self.client() as client:
             while missing := self._missing_nodes(client):
-                if self._gone.wait(0.05):
-                    raise self._why_gone()
+                if self._gone.wait(0.05) and (error := self._why_gone()) is not None:
+                    raise error
                 if time.monotonic() > deadline:
                     raise DeadlineError(
                         f"these processes did not reach the coordinator in time: {', '.join(sorted(missing))}; "
@@ -263,9 +263,9 @@ class LocalCluster:
             raise NotFoundError(f"this cluster has no process {name}; it has {', '.join(self.names)}")
         with self._lock:
             self._killed.discard(name)
-            if self._end is not None and self._end.name == name:
-                # It ended for good, and is there again: that is no reason any more not to wait for the others.
-                self._end = None
+            # Where it ended for good and is there again, that is no reason any more not to wait for the others.
+            self._ends.pop(name, None)
+            if not self._ends:
                 self._gone.clear()
         self._running().start(self._program(name))
 
@@ -317,17 +317,19 @@ class LocalCluster:
         with self._lock:
             self._problems.append(problem.sentence)
             if problem.for_good and problem.name != SPARE:
-                self._end = self._end or problem
+                self._ends.setdefault(problem.name, problem)
                 self._gone.set()
         if self._on_problem is not None:
             self._on_problem(problem.sentence, problem.for_good and problem.name != SPARE)
 
-    def _why_gone(self) -> LayerwiseError:
-        """The first end for good, as the error that its exit status stands for."""
+    def _why_gone(self) -> LayerwiseError | None:
+        """The first end for good, as the error that its exit status stands for; None: all that ended were started again."""
         with self._lock:
-            assert self._end is not None
-            kinds: dict[int, type[LayerwiseError]] = {USAGE_STATUS: ConfigError, NOT_ALLOWED_STATUS: NotAllowedError}
-            return kinds.get(self._end.status, UnreachableError)(self._end.sentence)
+            end = next(iter(self._ends.values()), None)
+        if end is None:
+            return None
+        kinds: dict[int, type[LayerwiseError]] = {USAGE_STATUS: ConfigError, NOT_ALLOWED_STATUS: NotAllowedError}
+        return kinds.get(end.status, UnreachableError)(end.sentence)
 
     def _running(self) -> Supervisor:
         if self._supervisor is None:
@@ -340,8 +342,8 @@ class LocalCluster:
         ready = threading.Event()
         with self.client() as client, client.watch_ready(ready.set):
             while not ready.wait(0.05):
-                if self._gone.is_set():
-                    raise self._why_gone()
+                if (error := self._why_gone()) is not None:
+                    raise error
                 if time.monotonic() > deadline:
                     words = last_lines(self.logs / "coordinator.log")
                     raise DeadlineError(

@@ -28,9 +28,9 @@ class EmbeddedRun:
     """Starts a cluster as large as the job wants, has it train the job (or go on with it), and ends the cluster.
 
     ``directory`` is the job's: cuts, event logs, and here the coordinator's state and the processes' logs too, so
-    that the run can be resumed after everything has ended. With ``overwrite`` the run that lies there goes as soon as
-    this one trains; if that does not come about it stays. Of a ``temporary`` one nobody is told how to resume it. `run`
-    is called once; `interrupt` belongs into a signal handler of the same thread.
+    that the run can be resumed after everything has ended. With ``overwrite`` the run that lies there goes with the
+    first update of this one; if that does not come about it stays. Of a ``temporary`` one nobody is told how to resume
+    it. `run` is called once; `interrupt` belongs into a signal handler of the same thread.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class EmbeddedRun:
         self._resume = resume
         self._overwrite = overwrite
         self._earlier: EarlierRun | None = None
+        """What waits to be deleted or put back."""
+        self._gave_way = False
         self._allow_imports = tuple(allow_imports)
         self._follower: JobFollower | None = None
         self._words: OwnWords
@@ -94,8 +96,8 @@ class EmbeddedRun:
         for target in self.spec.imports:
             check_allowed(target, self._allow_imports)
         if self._overwrite:
-            self._earlier = EarlierRun(self.directory)
-            self._earlier.set_aside()
+            earlier = EarlierRun(self.directory)
+            self._earlier = earlier if earlier.set_aside() else None
         try:
             return self._run()
         except BaseException as error:
@@ -113,14 +115,33 @@ class EmbeddedRun:
             cluster.wait_for_nodes(self.spec.timeouts.start)
             self._job, offset = self._begin(client)
             save_result(self.directory, None)
-            if self._earlier is not None:
-                self._earlier.delete()
-            self._words = OwnWords(self._view, self._job, self.how_to_resume, self._on_document)
+            how_to_resume = self.how_to_resume if self._earlier is None else ""
+            self._words = OwnWords(self._view, self._job, how_to_resume, self._on_document)
             self._follower = JobFollower(client, self._job, self._words, offset=offset, refresh_seconds=REFRESH_SECONDS)
             document = self._words.reword(self._follower.run())
             self._over = True
             save_result(self.directory, document)
-            return document
+        if document["state"] == "done":
+            self._delete_earlier()
+        self._put_earlier_back()
+        return document
+
+    def _delete_earlier(self) -> None:
+        """This run has begun, and is the one to go on with."""
+        if self._earlier is not None:
+            self._earlier.delete()
+            self._earlier = None
+            self._words.how_to_resume = self.how_to_resume
+
+    def _put_earlier_back(self) -> bool:
+        """Where there is an earlier run still, this one has not begun and is over: the earlier one takes its place again."""
+        if self._earlier is None:
+            return False
+        where = self._earlier.put_back()
+        self._earlier, self._gave_way = None, bool(where)
+        if where:
+            self._view.say(where)
+        return self._gave_way
 
     def _on_error(self, error: BaseException) -> None:
         """Keep what is known; where nothing was trained, what is left must not stand in the way of the next run."""
@@ -133,11 +154,7 @@ class EmbeddedRun:
             self.document |= {"state": "failed", "message": sentence(error)}
         elif last is None:
             self.document |= {"state": "failed", "message": "interrupted before it began"}
-        if self._job:
-            return
-        if self._earlier is not None and (where := self._earlier.put_back()):
-            self._view.say(where)
-        elif not self._resume:
+        if not self._put_earlier_back() and not self._job and not self._resume:
             self._save_failure(self.document)
 
     def _save_failure(self, document: dict[str, Any]) -> None:
@@ -170,7 +187,7 @@ class EmbeddedRun:
     @property
     def resumable(self) -> bool:
         """Whether there is something to go on with."""
-        return self._resume or bool(self._job)
+        return self._resume or (bool(self._job) and not self._gave_way)
 
     def _starting(self) -> str:
         counts = {
@@ -202,7 +219,9 @@ class EmbeddedRun:
             client.cancel(self._job)
 
     def _on_document(self, document: dict[str, Any]) -> None:
-        """The job is this far: from some time after its first update on, keep a spare process."""
+        """The job is this far: with its first update an earlier run goes; from some time after it on, keep a spare process."""
+        if document.get("steps"):
+            self._delete_earlier()
         if self._first_update is None:
             self._first_update = time.monotonic() if document.get("steps") else None
         elif self._spare and time.monotonic() - self._first_update >= SPARE_AFTER_SECONDS:
@@ -217,7 +236,8 @@ class EmbeddedRun:
 
         def tell() -> None:
             if for_good:
-                raise JobFailedError(problem + (f"; go on with `{self.how_to_resume}`" if self.how_to_resume else ""))
+                resumable = self.how_to_resume and self._earlier is None
+                raise JobFailedError(problem + (f"; go on with `{self.how_to_resume}`" if resumable else ""))
             self._view.say(f"warning: {problem}")
 
         follower.interrupt(tell)

@@ -34,12 +34,12 @@ def keep_freed_memory() -> bool:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it was raised from, means that memory could not be had: Python's, torch's or a device's."""
+    """Whether ``error``, or what it was raised from or met on its way, means that memory could not be had: Python's, torch's or a device's."""
     while error is not None:
         text = str(error)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return True
         if isinstance(error, RuntimeError) and any(words in text for words in _OF_TORCH):
             return True
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return False

@@ -17,7 +17,7 @@ from layerwise.progress import ProgressView
 class OwnWords:
     """Hands a job's news on, with our command where the coordinator says how to resume by the job's id.
 
-    After this cluster only the directory is left; where ``how_to_resume`` is empty, not even that.
+    After this cluster only the directory is left; where and while ``how_to_resume`` is empty, not even that.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class OwnWords:
     ) -> None:
         self._view = view
         self._on_document = on_document
-        self._theirs, self._ours = f"`layerwise resume {job}`", how_to_resume and f"`{how_to_resume}`"
+        self._theirs, self.how_to_resume = f"`layerwise resume {job}`", how_to_resume
 
     def on_event(self, event: JobEvent) -> None:
         """Hand it on."""
@@ -41,8 +41,8 @@ class OwnWords:
         return {**document, "message": self._in_ours(str(document.get("message") or ""))}
 
     def _in_ours(self, message: str) -> str:
-        if self._ours:
-            return message.replace(self._theirs, self._ours)
+        if self.how_to_resume:
+            return message.replace(self._theirs, f"`{self.how_to_resume}`")
         # Remedies are the last part of a sentence.
         return re.sub(rf"[;:] [^;:]*{re.escape(self._theirs)}$", "", message)
 

@@ -27,8 +27,8 @@ def directory_for(wanted: str | Path, *, overwrite: bool = False) -> Path:
     """The absolute directory that a new run gets: ``wanted``, or with a number behind it when a run lies there already.
 
     So that training twice neither fails nor mixes two runs nor destroys one. With ``overwrite`` it is ``wanted``: what
-    lies there is the `layerwise.earlier_run.EarlierRun`, which goes when the new one trains. A run that failed before it
-    trained anything is deleted: its job is mended now.
+    lies there is the `layerwise.earlier_run.EarlierRun`, which goes with the new one's first update. A run that failed
+    before it trained anything is deleted: its job is mended now.
 
     Raises:
         ConfigError: something that is no directory is in the way, or it may not be read.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from layerwise.errors import LayerwiseError
@@ -23,6 +24,14 @@ def log_traceback(what: str, error: BaseException) -> None:
         log.debug("%s", what, exc_info=error)
 
 
-def logs_with_tracebacks(folder: Path) -> tuple[Path, ...]:
-    """The log files in ``folder`` that hold one, by name."""
-    return tuple(path for path in sorted(folder.glob("*.log")) if HEAD in path.read_bytes())
+def log_ends(folder: Path) -> dict[int, int]:
+    """How long each log file in ``folder`` is by now, by inode: one that gives way to another and comes back is known again."""
+    found = [path.stat() for path in folder.glob("*.log")]
+    return {one.st_ino: one.st_size for one in found}
+
+
+def logs_with_tracebacks(folder: Path, ends: Mapping[int, int]) -> tuple[Path, ...]:
+    """The log files in ``folder`` that hold one behind their ``ends`` of before, by name."""
+    return tuple(
+        path for path in sorted(folder.glob("*.log")) if HEAD in path.read_bytes()[ends.get(path.stat().st_ino, 0) :]
+    )

@@ -30,6 +30,7 @@ from layerwise.messages import (
     Tensors,
 )
 from layerwise.roles import Effect, Send
+from layerwise.server.admission import Decision
 from layerwise.server.block_context import BlockContext
 from layerwise.server.first_shard import FirstShard
 from layerwise.tasks import BackwardTask, DropResult, DropTask, FindTask, ForwardResult, ForwardTask
@@ -86,14 +87,14 @@ class BlockPasses:
     def on_forward(self, peer: str, message: Forward, now: float) -> list[Effect]:
         """A microbatch arrived whole: from its worker at the first block, from upstream at the others."""
         context = self._context
-        effects: list[Effect] = []
+        decisions: list[Decision] = []
         needed_from = message.needed_from
         if self._first is not None:
             needed_from = context.num_layers
             arrived = self._first.on_tensors(peer, message.number, message.attempt, now)
             if arrived is None:
                 return context.refuse(peer, message, f"number {message.number} does not wait for it")
-            effects = arrived
+            decisions = arrived
         elif not context.is_upstream(peer) or message.number in self._passes:
             return context.refuse(peer, message, f"number {message.number} is here already, or {peer} is not upstream")
         elif len(self._passes) >= context.window:
@@ -111,13 +112,22 @@ class BlockPasses:
             input_gradient=below,
         )
         self._passes[one.number] = one
+        effects = self._begin(one, message, index)
+        if self._first is not None:
+            # Only now: what is admitted next may be here whole already, and must come behind this one.
+            effects += self._first.carry_out(decisions, now)
+        return effects
+
+    def _begin(self, one: _Pass, message: Forward, index: int) -> list[Effect]:
+        """Have a slot run the forward pass; or drop the microbatch, here and in the blocks behind."""
+        context = self._context
         if message.dropped:
-            return effects + self._hand_on_drop(one, message.dropped) + self._push_drop(one, message.dropped)
+            return self._hand_on_drop(one, message.dropped) + self._push_drop(one, message.dropped)
         if context.compute.dropped(index):
             # Decided before, and lost with a crash on the way to the other blocks.
             known = self._drops.get(index)
             reason = TOMBSTONE if known is None else known.reason
-            return effects + self._hand_on_drop(one, reason) + self._drop(one, reason)
+            return self._hand_on_drop(one, reason) + self._drop(one, reason)
         context.queue.push(
             ForwardTask(
                 attempt=one.attempt,
@@ -125,10 +135,10 @@ class BlockPasses:
                 inputs=message.inputs,
                 targets=message.targets,
                 keep=one.keep,
-                input_gradient=below,
+                input_gradient=one.input_gradient,
             )
         )
-        return effects
+        return []
 
     def on_forward_done(self, task: ForwardTask, result: ForwardResult, now: float) -> list[Effect]:
         """A slot has run the forward pass."""

@@ -133,7 +133,7 @@ class FirstShard:
         stop = self._context.plan.num_microbatches
         done = AppliedSet.parse(message.done_json, stop=stop)
         held = AppliedSet.parse(message.held_json, stop=stop) if message.held_json else None
-        effects = self._carry_out(self.admission.start(done, held, now), now)
+        effects = self.carry_out(self.admission.start(done, held, now), now)
         if self._stop_wanted:
             effects += self.on_stop(now)
         return effects
@@ -167,7 +167,7 @@ class FirstShard:
 
     def _let_wait(self, peer: str, offered: _Offered, now: float) -> list[Effect]:
         self._offered[peer] = offered
-        return self._carry_out(self.admission.offer(peer, offered.offer.attempt, now), now)
+        return self.carry_out(self.admission.offer(peer, offered.offer.attempt, now), now)
 
     def on_workers(self, now: float) -> list[Effect]:
         """Who works for the job has changed: nobody else is granted anything, nor waited for."""
@@ -186,8 +186,11 @@ class FirstShard:
             effects += self._let_wait(peer, self._strangers.pop(peer), now)
         return effects
 
-    def on_tensors(self, peer: str, number: int, attempt: Attempt, now: float) -> list[Effect] | None:
-        """A microbatch arrived whole; ``None`` when it is not wanted, or not from ``peer``."""
+    def on_tensors(self, peer: str, number: int, attempt: Attempt, now: float) -> list[Decision] | None:
+        """A microbatch arrived whole; ``None`` when it is not wanted, or not from ``peer``.
+
+        Gives what admission decides after it: to be carried out once the microbatch itself is under way.
+        """
         entry = self.admission.get(number)
         if entry is None or entry.peer != peer:
             return None
@@ -195,7 +198,7 @@ class FirstShard:
         if decisions is None:
             return None
         self._num_unfit = 0
-        return self._carry_out(decisions, now)
+        return decisions
 
     def on_unfit(self, peer: str, number: int, attempt: Attempt, why: str, now: float) -> list[Effect]:
         """What arrived for ``number`` can't be used: its worker loses the microbatch to another one."""
@@ -224,7 +227,7 @@ class FirstShard:
             missing_from=report.missing_from,
             partial=report.partial,
         )
-        return self._carry_out(decisions, now)
+        return self.carry_out(decisions, now)
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """A forward worker is gone: what it had not sent whole is aborted."""
@@ -234,7 +237,7 @@ class FirstShard:
         effects: list[Effect] = []
         for entry in aborted:
             effects += self._abort(entry, f"forward worker {peer} was lost before it had sent the samples", now)
-        return effects + self._carry_out(decisions, now)
+        return effects + self.carry_out(decisions, now)
 
     def on_stop(self, now: float) -> list[Effect]:
         """Stop at the next update boundary."""
@@ -249,12 +252,12 @@ class FirstShard:
             self._context.compute.cut_at(version)
             if (after := self._context.downstream) is not None:
                 effects.append(Send(after.shard, StopAt(job=self._job, version=version, life=after.life)))
-        return effects + self._carry_out(decisions, now) + self._report(now)
+        return effects + self.carry_out(decisions, now) + self._report(now)
 
     def on_cut_durable(self, version: int, now: float) -> list[Effect]:
         """Admission may pass the cuts after ``version``."""
         self._durable = max(self._durable, version)
-        return self._carry_out(self.admission.cut_durable(version, now), now)
+        return self.carry_out(self.admission.cut_durable(version, now), now)
 
     def on_tick(self, now: float) -> list[Effect]:
         """Abort what never arrived, dissolve a stall, report what has closed."""
@@ -262,7 +265,7 @@ class FirstShard:
         for entry in self.admission.abort_late(now - self._task_seconds):
             reason = f"the samples of {entry.attempt} did not arrive within {self._task_seconds:g} s of its grant"
             effects += self._abort(entry, reason, now)
-        return effects + self._carry_out(self.admission.unblock(now - STALL_SECONDS), now)
+        return effects + self.carry_out(self.admission.unblock(now - STALL_SECONDS), now)
 
     def _abort(self, entry: OpenNumber, reason: str, now: float) -> list[Effect]:
         log.info("number %d aborted: %s", entry.number, reason)
@@ -273,9 +276,10 @@ class FirstShard:
             abort = Abort(job=self._job, attempt=entry.attempt, number=entry.number, life=after.life)
             effects.append(Send(after.shard, abort))
         decisions = self.admission.report(entry.number, entry.attempt, 0, Outcome.ABORTED, now, reason=reason)
-        return effects + self._carry_out(decisions, now)
+        return effects + self.carry_out(decisions, now)
 
-    def _carry_out(self, decisions: list[Decision], now: float) -> list[Effect]:
+    def carry_out(self, decisions: list[Decision], now: float) -> list[Effect]:
+        """Tell workers and coordinator what admission has decided; what is admitted and here whole is taken in."""
         effects: list[Effect] = []
         for decision in decisions:
             match decision:

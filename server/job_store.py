@@ -246,6 +246,8 @@ class SqliteJobStore:
                 self._error.__cause__ = error
             else:
                 self._problem = ""
+                if lost := self._waiting.take_dropped():
+                    log.warning("the job store %s: %d lines of jobs' logs were lost meanwhile", self._path, lost)
                 break
         for hear in batch.heard_by:
             hear()

@@ -154,7 +154,7 @@ class ShardRole:
         if block == 0:
             self.first = FirstShard(
                 self._context,
-                lambda peer, forward, now: self._passes.on_forward(peer, forward, now),
+                self._enter,
                 synchronous=synchronous,
                 schedule=schedule,
                 version=version,
@@ -233,17 +233,23 @@ class ShardRole:
         if self.failed:
             return []
         effects = self._context.refuse(peer, message, why)
+        try:
+            return effects + self._give_up_unfit(peer, message, why, now)
+        except (ValueError, BusyError, RejectedError) as error:
+            return effects + self._context.refuse(peer, message, str(error))
+
+    def _give_up_unfit(self, peer: str, message: Message, why: str, now: float) -> list[Effect]:
         if isinstance(message, Offer) and self.first is not None and self._reroute is None:
             # It is granted as any other, and then given up, so that a worker whose samples never fit is noticed.
-            return effects + self.first.on_offer(peer, message, now, unfit=why)
+            return self.first.on_offer(peer, message, now, unfit=why)
         if getattr(message, "life", None) != self._context.life:
-            return effects
+            return []
         match message:
             case Forward() if self.first is not None:
-                effects += self.first.on_unfit(peer, message.number, message.attempt, why, now)
+                return self.first.on_unfit(peer, message.number, message.attempt, why, now)
             case PushGradient() | TaskFinished():
-                effects += self._detached.on_unfit(peer, message.number, why, now)
-        return effects
+                return self._detached.on_unfit(peer, message.number, why, now)
+        return []
 
     def on_lost(self, peer: str, now: float) -> list[Effect]:
         """The link to ``peer`` is gone for good. If that was a neighbour, the coordinator finds out what it means."""
@@ -385,6 +391,10 @@ class ShardRole:
                 return []
             case _:
                 return self._dispatch_first(peer, message, now)
+
+    def _enter(self, peer: str, forward: Forward, now: float) -> list[Effect]:
+        """A microbatch came with its offer, and is granted. What is admitted before a new route is given up with the rest."""
+        return [] if self._reroute is not None else self._passes.on_forward(peer, forward, now)
 
     def _dispatch_first(self, peer: str, message: Message, now: float) -> list[Effect]:
         if self.first is not None:

@@ -59,6 +59,12 @@ class WaitingWrites:
             self._changed.notify()
         return True
 
+    def take_dropped(self) -> int:
+        """How many writes were dropped since the last call."""
+        with self._changed:
+            dropped, self.num_dropped = self.num_dropped, 0
+            return dropped
+
     def tell(self, hear: Hear) -> None:
         """Call ``hear``, on the writing thread, when the transaction with all that waits now is over."""
         with self._changed:

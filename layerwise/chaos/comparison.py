@@ -10,6 +10,7 @@ No two asynchronous runs on real clocks end alike, so equal figures can't be ask
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,12 @@ class Comparison:
     def of(cls, document: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> Comparison | None:
         """Of two jobs' documents; ``None``: nothing was measured in both."""
         found, calm = _measured(document), _measured(baseline or {})
-        metric = next((name for name in (ACCURACY, "loss", "train_loss") if name in found and name in calm), None)
+        known = [
+            name
+            for name in (ACCURACY, "loss", "train_loss")
+            if name in found and math.isfinite(calm.get(name, math.nan))
+        ]
+        metric = next(iter(known), None)
         if metric is None:
             return None
         without = calm[metric]
@@ -78,5 +84,9 @@ def worse_than_calm(with_faults: Sequence[float], without: Sequence[float]) -> t
 
 
 def _measured(document: Mapping[str, Any]) -> dict[str, float]:
-    values = {**(document.get("validation") or {}), "train_loss": document.get("train_loss")}
+    # Documents have null where a figure was not finite.
+    validation = {
+        name: math.nan if value is None else value for name, value in (document.get("validation") or {}).items()
+    }
+    values = {**validation, "train_loss": document.get("train_loss")}
     return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import click
 from layerwise.cli import exit_codes
 from layerwise.cli.options import allow_import_option, command, output_option, set_option, threads_option
 from layerwise.cli.output import print_facts, print_json, print_table
+from layerwise.json_text import json_text
 
 if TYPE_CHECKING:
     from layerwise.chaos.plan import ChaosPlan
@@ -109,7 +109,7 @@ def chaos_command(
         report = ChaosRun(cluster, job, plan, fired=fired).run(
             baseline=calm, replay=replay, allow_imports=allow_imports
         )
-    (folder / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    (folder / REPORT_FILE).write_text(json_text(report.to_json(), indent=2) + "\n", encoding="utf-8")
     if output == "json":
         print_json(report.to_json())
     else:

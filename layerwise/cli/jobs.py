@@ -219,7 +219,7 @@ def cancel_command(job: str, wait: bool, timeout: float | None, coordinator: str
             follower = JobFollower(client, job, Silent(), refresh_seconds=60.0)
             try:
                 document = follower.run(timeout=timeout)
-            except LayerwiseError:
+            except (LayerwiseError, KeyboardInterrupt):
                 show_last(follower.document or document, output)
                 raise
     if output == "json":

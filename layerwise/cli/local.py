@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -42,7 +43,7 @@ from layerwise.cli.options import (
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Delete the run that lies at checkpoint.path once this one begins; else this one gets a number.",
+    help="Delete the run that lies at checkpoint.path at this one's first update; else this one gets a number.",
 )
 @click.option(
     "--device",
@@ -112,46 +113,55 @@ def run_embedded(arguments: dict[str, Any], output: str, *, quiet: bool, note: s
     from layerwise.cli.following import show_last, show_result, shown_progress, signals_call
     from layerwise.embedded import EmbeddedRun
     from layerwise.errors import LayerwiseError
+    from layerwise.tracebacks import log_ends
 
     with shown_progress(quiet=quiet) as view:
         if note:
             view.note(note)
         run = EmbeddedRun(view=view, **arguments)
         again = f"go on with it: {run.how_to_resume}"
+        log_ends_before = log_ends(run.directory / "logs")
         with signals_call(run.interrupt):
             try:
                 document = run.run()
             except KeyboardInterrupt:
                 show_last(run.document, output)
-                saved = f"; what was saved before stays: {again}" if run.resumable else " before the job began"
+                saved = f"; what was saved before stays: {again}" if run.resumable else " before training began"
                 view.say(f"ended at once{saved}")
                 return exit_codes.INTERRUPTED
             except LayerwiseError:
                 show_last(run.document, output)
                 raise
     stopped = bool(run.interrupts) and document["state"] == "cancelled"
-    remedy = remedy_of(document, run.how_to_resume, run.directory) + where_tracebacks_are(run.directory / "logs")
+    remedy = ""
+    if document["state"] == "failed":
+        remedy = remedy_of(document, run.how_to_resume if run.resumable else "", run.directory)
+        remedy += where_tracebacks_are(run.directory / "logs", log_ends_before)
     status = show_result(document, output, remedy=remedy.removeprefix("; "))
     if document["state"] == "cancelled":
         steps = f"{document.get('steps') or 0} of {document.get('total_steps') or '?'}"
-        click.echo(f"stopped at step {steps}; {again}" if stopped else again, err=True)
+        advice = again if run.resumable else "nothing was trained"
+        click.echo(f"stopped at step {steps}; {advice}" if stopped else advice, err=True)
     return exit_codes.INTERRUPTED if stopped else status
 
 
 def remedy_of(document: dict[str, Any], how_to_resume: str, directory: Path) -> str:
-    """What to do about a run that failed, unless its message says so."""
-    if how_to_resume in str(document.get("message")):
+    """What to do about a run that failed, unless its message says so. ``how_to_resume`` is empty where it can't be."""
+    if how_to_resume and how_to_resume in str(document.get("message")):
         return ""
-    if document.get("cuts") or document.get("steps"):
+    if how_to_resume and (document.get("cuts") or document.get("steps")):
         return f"go on with it: {how_to_resume}"
     return f"nothing was trained; the logs of its processes are in {short(directory / 'logs')}"
 
 
-def where_tracebacks_are(logs: Path) -> str:
-    """Where to look for what the messages are too short for, such as the line of one's own code that failed."""
+def where_tracebacks_are(logs: Path, ends: Mapping[int, int]) -> str:
+    """Where to look for what the messages are too short for, such as the line of one's own code that failed.
+
+    What the logs held up to their ``ends`` is of an earlier run.
+    """
     from layerwise.tracebacks import logs_with_tracebacks
 
-    found = logs_with_tracebacks(logs)
+    found = logs_with_tracebacks(logs, ends)
     return f"; for a traceback see {', '.join(map(short, found))}" if found else ""
 
 

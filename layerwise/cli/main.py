@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from layerwise.cli import exit_codes
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, sentence
 from layerwise.process_end import end_process
 from layerwise.version import VERSION
 
@@ -111,6 +111,11 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        from layerwise.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            click.echo(f"layerwise: memory ran out: {sentence(error)}", err=True)
+            return exit_codes.OUT_OF_MEMORY
         click.echo(
             f"layerwise: unexpected {type(error).__name__}: {error}; this is a bug, --debug shows where it happened",
             err=True,

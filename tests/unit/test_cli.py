@@ -180,6 +180,27 @@ def test_an_unexpected_error_is_one_sentence_too(
     assert len(shown.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "MemoryError"),
+        (
+            RuntimeError("not enough memory: you tried to allocate\n9 bytes"),
+            "RuntimeError: not enough memory: you tried to allocate 9 bytes",
+        ),
+    ],
+)
+def test_a_command_that_runs_out_of_memory_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("layerwise.job.job_schema", fail)
+    assert run(["schema"]) == exit_codes.OUT_OF_MEMORY == 7
+    assert capsys.readouterr().err == f"layerwise: memory ran out: {words}\n"
+
+
 def test_the_schema_is_json_that_names_the_sections(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

@@ -142,8 +142,7 @@ def test_a_run_whose_directory_another_one_took_meanwhile_leaves_its_result_alon
 def test_overwriting_destroys_nothing_where_the_new_run_is_refused_or_does_not_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: object
 ) -> None:
-    save_spec(tmp_path / "run", SPEC)
-    (tmp_path / "run" / "cuts").mkdir()
+    earlier_run_in(tmp_path / "run")
     run = EmbeddedRun(
         parse_job({"name": "new", "model": model, "data": "digits"}),
         tmp_path / "run",
@@ -154,9 +153,66 @@ def test_overwriting_destroys_nothing_where_the_new_run_is_refused_or_does_not_s
     with pytest.raises(LayerwiseError):
         run.run()
     assert spec_in(tmp_path / "run") == SPEC
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"job.json", "cuts", "lock"} - (
-        set() if model == "mlp" else {"lock"}
-    )
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"job.json", "cuts", "lock"}
+
+
+def earlier_run_in(directory: Path) -> None:
+    """One that has trained."""
+    save_spec(directory, SPEC)
+    (directory / "cuts").mkdir()
+    DirectoryLock(directory).close()
+
+
+def overwriting(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, document: dict[str, Any], view: ProgressLines | None = None
+) -> EmbeddedRun:
+    """A run in the place of an earlier one, whose job is accepted and then as ``document`` says."""
+    earlier_run_in(directory)
+    client = PlayedClient({"job": "tiny-1", **document}, endless=document["state"] == "running").play(monkeypatch)
+    new = parse_job({"name": "new", "model": "mlp", "data": "digits"})
+    run = EmbeddedRun(new, directory, view or ProgressLines(io.StringIO()), overwrite=True)
+    monkeypatch.setattr(run, "_cluster", PlayedCluster(client))
+    return run
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_an_accepted_job_that_ends_before_its_first_update_leaves_the_earlier_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str
+) -> None:
+    said = io.StringIO()
+    message = "no such attribute; go on with `layerwise resume tiny-1`"
+    run = overwriting(monkeypatch, tmp_path, {"state": state, "steps": 0, "message": message}, ProgressLines(said))
+    document = run.run()
+    assert (document["state"], document["message"]) == (state, "no such attribute")
+    assert not run.resumable
+    assert spec_in(tmp_path) == SPEC
+    assert {path.name for path in tmp_path.iterdir()} == {"job.json", "cuts", "lock"}
+    assert f"the earlier run in {tmp_path} stays as it was" in said.getvalue()
+
+
+@pytest.mark.parametrize(("state", "steps"), [("failed", 1), ("cancelled", 1), ("done", 8), ("done", 0)])
+def test_a_job_that_has_trained_or_is_done_takes_the_earlier_runs_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, steps: int
+) -> None:
+    message = "ended; go on with `layerwise resume tiny-1`"
+    run = overwriting(monkeypatch, tmp_path, {"state": state, "steps": steps, "message": message})
+    document = run.run()
+    assert run.resumable
+    assert (run.how_to_resume in document["message"]) == bool(steps)
+    assert spec_in(tmp_path).name == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"job.json", "lock", "result.json"}
+
+
+def test_a_process_given_up_before_the_first_update_leaves_the_earlier_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    view = GivesUp(io.StringIO())
+    run = view.run = overwriting(monkeypatch, tmp_path, {"state": "running", "steps": 0}, view)
+    with pytest.raises(JobFailedError) as caught:
+        run.run()
+    assert str(caught.value) == "shard-0 ended with exit status 1"
+    assert not run.resumable
+    assert spec_in(tmp_path) == SPEC
 
 
 class GivesUp(ProgressLines):
@@ -172,8 +228,7 @@ class GivesUp(ProgressLines):
 def test_what_was_known_of_a_job_is_there_after_a_process_was_given_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, temporary: bool
 ) -> None:
-    save_spec(tmp_path / "run", SPEC)
-    (tmp_path / "run" / "cuts").mkdir()
+    earlier_run_in(tmp_path / "run")
     client = PlayedClient({"job": "tiny-1", "state": "running", "steps": 3}, endless=True).play(monkeypatch)
     view = GivesUp(io.StringIO())
     run = view.run = EmbeddedRun(SPEC, tmp_path / "run", view, temporary=temporary, overwrite=True)

@@ -279,6 +279,33 @@ def test_samples_that_came_with_the_offer_are_computed_once_there_is_room() -> N
     assert len(bench.queue) == 0
 
 
+def test_microbatches_of_one_update_are_computed_in_their_order_though_all_are_here_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Synchronously the second one is admitted when the first has arrived: it came before it on the queue."""
+    bench = Bench(0, synchronous=True)
+    pushed: list[int] = []
+    push = bench.queue.push
+
+    def spy(task: Any) -> None:
+        pushed.append(task.number)
+        push(task)
+
+    monkeypatch.setattr(bench.queue, "push", spy)
+    for index in (1, 0):
+        bench.hears(f"forward-{index}", whole(index, bench.place.life))
+    bench.start()
+    assert pushed == [0, 1]
+
+
+def test_an_offer_of_what_the_plan_does_not_cut_is_refused_also_where_its_samples_do_not_fit() -> None:
+    bench = Bench(0)
+    bench.start()
+    offer = replace(whole(0, bench.place.life), attempt=Attempt(Microbatch(7, 1, 2), attempt(0).attempt))
+    assert bench.role.on_unfit("forward-0", offer, "input 0 is float64", 0.0) == []
+    assert (bench.role.num_open, bench.role.failed) == (0, False)
+
+
 def test_samples_that_do_not_fit_cost_the_offer_its_number() -> None:
     bench = Bench(0)
     bench.start()

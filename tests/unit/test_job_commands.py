@@ -10,6 +10,7 @@ import pytest
 
 from layerwise.cli.main import run
 from layerwise.errors import JobFailedError, LayerwiseError, UnreachableError
+from layerwise.follow import JobFollower
 from tests.unit.played_client import PlayedClient
 
 JOB = "name: tiny\nmodel: mlp\ndata: digits\n"
@@ -42,6 +43,19 @@ def test_following_that_ends_before_the_job_prints_what_was_last_seen(
     PlayedClient({**RUNNING, "num_events": 0}, endless=True).play(monkeypatch)
     assert run([*arguments, "--timeout", "0.01", "-o", "json", *AT]) == 124
     assert json.loads(capsys.readouterr().out)["steps"] == 3
+
+
+def test_waiting_that_is_interrupted_prints_what_was_last_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(follower: JobFollower, *, timeout: float | None) -> dict[str, Any]:
+        follower.document = RUNNING
+        raise KeyboardInterrupt
+
+    PlayedClient(RUNNING).play(monkeypatch)
+    monkeypatch.setattr(JobFollower, "run", interrupt)
+    assert run(["cancel", "tiny-1", "--wait", "-o", "json", *AT]) == 130
+    assert json.loads(capsys.readouterr().out) == RUNNING
 
 
 def test_a_job_that_was_never_seen_is_printed_as_it_was_submitted(
@@ -101,3 +115,37 @@ def test_training_that_ends_without_the_job_prints_what_is_known_of_it(
     assert json.loads(capsys.readouterr().out) == RUNNING
     assert run(["train", "job.yaml"]) == status
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("state", "named"), [("failed", True), ("cancelled", False), ("done", False)])
+def test_only_a_run_that_failed_names_its_tracebacks_and_only_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, state: str, named: bool
+) -> None:
+    logs = tmp_path / "runs" / "tiny" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "shard-0.log").write_text("Traceback (most recent call last)\n", encoding="utf-8")
+
+    class Raises(PlayedRun):
+        def run(self) -> dict[str, Any]:
+            (logs / "shard-1.log").write_text("Traceback (most recent call last)\n", encoding="utf-8")
+            return {"job": "tiny-1", "state": state, "steps": 3}
+
+    monkeypatch.setattr("layerwise.embedded.EmbeddedRun", Raises)
+    run(["train", "job.yaml", "--overwrite"])
+    shown = capsys.readouterr().err
+    assert ("for a traceback see runs/tiny/logs/shard-1.log" in shown) == named
+    assert "shard-0.log" not in shown
+
+
+@pytest.mark.parametrize(
+    ("interrupts", "words"), [(1, "stopped at step 0 of ?; nothing was trained"), (0, "nothing was trained")]
+)
+def test_a_run_that_gave_way_to_the_earlier_one_is_not_to_be_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], interrupts: int, words: str
+) -> None:
+    monkeypatch.setattr("layerwise.embedded.EmbeddedRun", PlayedRun)
+    monkeypatch.setattr(PlayedRun, "end", {"job": "tiny-1", "state": "cancelled"})
+    monkeypatch.setattr(PlayedRun, "interrupts", interrupts)
+    monkeypatch.setattr(PlayedRun, "resumable", False)
+    run(["train", "job.yaml"])
+    assert capsys.readouterr().err.splitlines()[-1] == words
