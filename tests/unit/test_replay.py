@@ -215,9 +215,9 @@ def test_a_replay_begins_inside_a_life_where_no_ticket_is_open(tmp_path: Path) -
     run.begin()
     run.train()
     run.commit(6)
+    run.close()  # what is logged is on disk only now
     _, report = check(tmp_path, start=6)
     assert (report.start, report.updates, report.cuts) == (6, 4 * 4, ())
-    run.close()
 
 
 def test_an_open_ticket_keeps_a_replay_from_beginning_at_a_cut(tmp_path: Path) -> None:
