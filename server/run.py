@@ -70,6 +70,8 @@ from layerwise.server.worker_places import WorkerPlaces
 
 LINK_SECONDS = 1.0
 """How long after a broken link between two shards it is waited for one of them to be found lost."""
+TOGETHER_SECONDS = 1.0
+"""How long a restarted coordinator waits for the workers of a run whose shards are back and train on, before it interrupts them."""
 MOST_RECOVERIES = 6
 """New routes without a new update in between, or losses of a block's shard before training began, after which the run is given up."""
 
@@ -104,6 +106,8 @@ class Run:
         self._cuts_damaged = False
         self._began = now
         self._probing = ""
+        self._not_back: set[str] = set()
+        """Workers that the coordinator before knew of, while those that are back train on without this one."""
         self._link_down: tuple[str, float] | None = None
         self._lost_early: Counter[int] = Counter()
         self._starved_since: float | None = None
@@ -208,6 +212,7 @@ class Run:
         self._now = now
         shards = sorted((one for one in self.record.placement if one.role is Role.SHARD), key=lambda one: one.block)
         self.shards.remember(shards)
+        self._not_back = {one.process for one in self.record.placement if one.role is not Role.SHARD}
         self._routing.recall(self.record)
         self._note("warning", "the coordinator was started again; waiting for the processes of the run")
         return []
@@ -299,7 +304,7 @@ class Run:
             self.shards.fill(place.block, process, holds=True)
             self._routing.knows(process.name)
             self._note("info", f"shard {process.name} is back, with block {place.block}", shard=process.name)
-            return self._proceed()
+            return self._proceed_together()
         oldest = self.shards.oldest_life
         has_room = self.workers.has_room(process.role, hosting.block, joins=process.joins)
         if not has_room or not oldest or hosting.generation < oldest:
@@ -309,11 +314,22 @@ class Run:
         self._routing.knows(process.name)
         self._place()
         self._note("info", f"{process.role} worker {process.name} is back", worker=process.name)
+        self._not_back.discard(process.name)
         generation = self._routing.generation
+        if not generation:
+            return self._proceed_together()
         if hosting.generation != generation:
-            return [self._routing.inform(process.name, hosting.block, self.record)] if generation else []
+            return [self._routing.inform(process.name, hosting.block, self.record)]
         self._routing.take_ready(process.name, Ready(job=self.job, block=hosting.block, generation=generation), stop=0)
         return self._start_if_ready()
+
+    def go_without(self, name: str, now: float) -> list[Effect]:
+        """A process that worked for the job presents itself again, but has to leave."""
+        self._now = now
+        if name not in self._not_back:
+            return []
+        self._not_back.discard(name)
+        return self._proceed_together()
 
     def lose(self, name: str, why: str, now: float) -> list[Effect]:
         """A process of the run is gone."""
@@ -384,6 +400,8 @@ class Run:
         if self.training is None or self.training.suspended:
             if not self.shards.empty and now - self._began > limits.start:
                 return self.fail(self._why_not_ready(limits.start), now)
+            if self._not_back:
+                return self._proceed_together()
             # A worker that was not ready may have been lost, so that nobody is waited for any more.
             return self._start_if_ready()
         if self._link_down is not None and now - self._link_down[1] > LINK_SECONDS:
@@ -424,9 +442,15 @@ class Run:
         if training is None or training.suspended:
             if peer not in self.shards:
                 return []
-            if training is not None and self.shards.empty and isinstance(message, CutCommitted):
-                # No new route yet: the newer the cut, the less is to be done again.
-                return training.commit_cut(message, now) if self.shards.of(peer).block == 0 else []
+            place = self.shards.of(peer)
+            if training is not None and place.block == 0:
+                match message:
+                    case CutCommitted() if self.shards.empty:
+                        # No new route yet: the newer the cut, the less is to be done again.
+                        return training.commit_cut(message, now)
+                    case AttemptsClosed() if place.holds and self._divergence.found is None:
+                        # The last ones of the route before; what the layers keep of them is told with `Ready`.
+                        return training.close(message, now)
             self._routing.keep(peer, message)
             return []
         if peer in self.workers:
@@ -489,7 +513,7 @@ class Run:
             self._note("warning", f"{message.message.rstrip('.')}; going on from what else there is")
             return self._route_anew()
         if not message.cut:
-            return self.fail(message.message.rstrip("."), self._now)
+            return self.fail(self.workers.call(peer) + message.message.rstrip("."), self._now)
         if message.cut != self._routing.cut or peer not in self.shards:
             return []  # the others that found it damaged have been told of another one already
         older = self._keep_cuts(lambda version: version < message.cut)
@@ -595,6 +619,15 @@ class Run:
         self.training.suspended = True
         return self._route_anew()
 
+    def _proceed_together(self) -> list[Effect]:
+        """As `_proceed`, but while the processes train on as they did before this coordinator, not before the last is back.
+
+        A new route interrupts them for as long as one of them is missing.
+        """
+        if self._not_back and not self.shards.lacking and self._now - self._began < TOGETHER_SECONDS:
+            return []
+        return self._proceed()
+
     def _proceed(self) -> list[Effect]:
         """All places are filled: measure, or assign. Else wait for those that are not."""
         if self.shards.empty or self.over:
@@ -645,6 +678,7 @@ class Run:
         self.record = replace(self.record, next_life=next_life, moving=moving)
         self._place()
         self._room.clear()
+        self._not_back.clear()
         self._began = self._now
         self._link_down = None
         for block, copy in copies.items():

@@ -473,7 +473,8 @@ class Training:
         # It only delays training if training goes on after it; the first close after it settles that.
         self._pause_to_count += evaluation.seconds
         means = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.means.items())
-        self._journal("info", f"evaluation of version {evaluation.version}: {means}", **evaluation.to_json())
+        level = "info" if all(map(math.isfinite, evaluation.means.values())) else "warning"
+        self._journal(level, f"evaluation of version {evaluation.version}: {means}", **evaluation.to_json())
         self.round = None
         return []
 
