@@ -119,6 +119,8 @@ class Training:
         self.stopping = False
         self.suspended = False
         """Nothing is handed out: the route is being changed."""
+        self.moved = False
+        """Processes were let go at its end: on the next route all layers begin at the newest durable cut."""
         self.evaluations: list[Evaluation] = []
         self.reports: dict[int, BlockReport] = {}
         self.round: EvaluationRound | None = None

@@ -14,7 +14,7 @@ from layerwise.messages import (
     Workers,
 )
 from layerwise.roles import Effect
-from layerwise.server.run import TOGETHER_SECONDS
+from layerwise.server.assembly import TOGETHER_SECONDS
 from tests.unit.played_cluster import PlayedCluster, spec
 from tests.unit.test_shard_role import Bench, push, request, sent
 

@@ -30,7 +30,9 @@ from layerwise.messages import (
     Stop,
     Unassign,
 )
-from layerwise.server.run import LINK_SECONDS, MOST_RECOVERIES, TOGETHER_SECONDS
+from layerwise.server.assembly import TOGETHER_SECONDS
+from layerwise.server.recovery import MOST_RECOVERIES
+from layerwise.server.setbacks import LINK_SECONDS
 from tests.unit.played_cluster import PlayedCluster, spec
 
 ACCUMULATE = {"async": {"accumulation": 4}}
