@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from layerwise.messages import Failure, Message
 
+TICK_SECONDS = 0.2
+"""How often a shell calls its role's ``on_tick``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Send:

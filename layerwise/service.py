@@ -28,14 +28,12 @@ from layerwise.lifetime import Lifetime
 from layerwise.memory import is_out_of_memory, keep_freed_memory
 from layerwise.messages import Assignment, Dismissal, DismissalReason, Heartbeat, Hello, Hosting, Message, Role, Welcome
 from layerwise.metrics_server import serve_metrics
-from layerwise.roles import Connect, Disconnect, Effect, End, Send
+from layerwise.roles import TICK_SECONDS, Connect, Disconnect, Effect, End, Send
 from layerwise.silence import patience
 from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
 from layerwise.transport_metrics import transport_metrics
 from layerwise.version import VERSION
-
-TICK_SECONDS = 0.2
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from layerwise.lifetime import Lifetime
 from layerwise.messages import Hello, Message
 from layerwise.metrics_server import MetricsServer
 from layerwise.refusals import Refused
-from layerwise.roles import Connect, Disconnect, Effect, Send
+from layerwise.roles import TICK_SECONDS, Connect, Disconnect, Effect, Send
 from layerwise.server.adopted_job import look_at_directories, read_job, unused_directory, with_cuts_on_disk
 from layerwise.server.client_service import ClientService
 from layerwise.server.coordinator_role import EVENTS_AT_ONCE, CoordinatorRole
@@ -34,7 +34,6 @@ from layerwise.transport import Transport
 from layerwise.transport_metrics import transport_metrics
 
 NAME = "coordinator"
-TICK_SECONDS = 0.2
 LOCK = "coordinator.lock"
 MAX_OUTBOX_BYTES = 64 << 20
 """For one process; what the coordinator says is small."""

@@ -294,8 +294,10 @@ class CoordinatorRole:
         assert process is not None
         leaves = process.draining and process.role is not Role.SHARD
         taken = run.take_back(process, hosting, now) if run is not None and process.free and not leaves else None
-        if run is None or taken is None:
+        if run is None:
             return [Send(name, Unassign(job=hosting.job))]
+        if taken is None:
+            return [Send(name, Unassign(job=hosting.job)), *run.go_without(name, now), *self._after(run, now)]
         self.members.assign([name], run.job, run.spec.timeouts.heartbeat)
         if process.draining:
             taken += run.move([name], now)

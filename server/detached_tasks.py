@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from layerwise.ids import Attempt
 from layerwise.messages import DetachedTask, LayerRevision, PushGradient, TaskFinished, TaskRequest, Tensors
-from layerwise.roles import Effect, Send
+from layerwise.roles import TICK_SECONDS, Effect, Send
 from layerwise.server.block_context import BlockContext
 from layerwise.tasks import ApplyTask, BackwardTask, DetachTask
 
@@ -59,7 +59,7 @@ class DetachedTasks:
     ) -> None:
         self._context = context
         self._complete = complete
-        self._task_seconds = task_seconds
+        self._patience = max(task_seconds - TICK_SECONDS, task_seconds / 2)
         self._idle: dict[str, tuple[LayerRevision, ...]] = {}
         self._given: dict[int, _Given] = {}
         self._num_unfit = 0
@@ -156,11 +156,11 @@ class DetachedTasks:
         return [effect for peer in others if not self._context.is_worker(peer) for effect in self.on_lost(peer, now)]
 
     def on_tick(self, now: float) -> list[Effect]:
-        """Take back what a worker, paused perhaps, has had for too long."""
+        """Take back what a worker, paused perhaps, has had for too long, or will have had before the next tick."""
         effects: list[Effect] = []
         for given in list(self._given.values()):
-            if given.peer is not None and given.finished is None and now - given.since >= self._task_seconds:
-                log.warning("%s is taken back from %s after %g s", given.task.attempt, given.peer, self._task_seconds)
+            if given.peer is not None and given.finished is None and now - given.since >= self._patience:
+                log.warning("%s is taken back from %s after %.1f s", given.task.attempt, given.peer, now - given.since)
                 given.peer = None
                 effects += self._settle(given, now)
         return effects

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MOST_RECOVERIES = 6
+"""New routes without a new update in between, or losses of a block's shard before training began, after which the run is given up."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostBlock:

@@ -119,6 +119,8 @@ class Training:
         self.stopping = False
         self.suspended = False
         """Nothing is handed out: the route is being changed."""
+        self.moved = False
+        """Processes were let go at its end: on the next route all layers begin at the newest durable cut."""
         self.evaluations: list[Evaluation] = []
         self.reports: dict[int, BlockReport] = {}
         self.round: EvaluationRound | None = None
@@ -473,7 +475,8 @@ class Training:
         # It only delays training if training goes on after it; the first close after it settles that.
         self._pause_to_count += evaluation.seconds
         means = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.means.items())
-        self._journal("info", f"evaluation of version {evaluation.version}: {means}", **evaluation.to_json())
+        level = "info" if all(map(math.isfinite, evaluation.means.values())) else "warning"
+        self._journal(level, f"evaluation of version {evaluation.version}: {means}", **evaluation.to_json())
         self.round = None
         return []
 

@@ -55,6 +55,11 @@ class WorkerPlaces:
         """All of them, with the blocks that they work for."""
         return (*self._filled.values(), *self._joined.values())
 
+    def call(self, name: str) -> str:
+        """A worker as the beginning of a sentence about what it met; empty for others."""
+        found = [one.role for one in self.records if one.process == name]
+        return f"{found[0]} worker {name}: " if found else ""
+
     def of_role(self, role: Role) -> tuple[str, ...]:
         """The workers of one role."""
         return tuple(one.process for one in self.records if one.role is role)

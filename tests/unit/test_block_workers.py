@@ -14,6 +14,7 @@ from layerwise.messages import (
     Workers,
 )
 from layerwise.roles import Effect
+from layerwise.server.assembly import TOGETHER_SECONDS
 from tests.unit.played_cluster import PlayedCluster, spec
 from tests.unit.test_shard_role import Bench, push, request, sent
 
@@ -182,6 +183,7 @@ def test_a_coordinator_that_was_started_again_names_those_that_are_back() -> Non
     played.restart_coordinator()
     played.sent.clear()
     played.come_back("shard-0", "shard-1", "backward-0", "backward-1", "forward-0")
+    played.wait(TOGETHER_SECONDS + 0.1)
     assert told(played)["shard-0"] == ("backward-0", "forward-0")
     played.come_back("forward-1")
     assert told(played)["shard-0"] == ("backward-0", "forward-0", "forward-1")

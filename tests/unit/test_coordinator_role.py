@@ -221,6 +221,7 @@ def test_a_silent_process_is_lost_after_the_job_s_heartbeat_limit() -> None:
     for name in ("shard-0", "forward-0"):
         played.say(name, Heartbeat())
     played.wait(2.0)
+    played.wait(0.2)
     lines = [event.message for event in played.role.events(job, 0)]
     assert "shard shard-1 (block 1) was lost (no sign of life for 6 s)" in lines
     assert {node["name"] for node in played.role.nodes(played.now)} == {"shard-0", "forward-0"}

@@ -12,6 +12,8 @@ from layerwise.applied import AppliedSet
 from layerwise.ids import ATTEMPTS_OF_GENERATION, Attempt
 from layerwise.messages import (
     Assignment,
+    AttemptClosed,
+    AttemptsClosed,
     BlockReport,
     CutDurable,
     Failure,
@@ -19,6 +21,7 @@ from layerwise.messages import (
     LeaseKind,
     LinkDown,
     Message,
+    Outcome,
     Probe,
     ReleaseCut,
     Reroute,
@@ -27,7 +30,9 @@ from layerwise.messages import (
     Stop,
     Unassign,
 )
-from layerwise.server.run import LINK_SECONDS, MOST_RECOVERIES
+from layerwise.server.assembly import TOGETHER_SECONDS
+from layerwise.server.recovery import MOST_RECOVERIES
+from layerwise.server.setbacks import LINK_SECONDS
 from tests.unit.played_cluster import PlayedCluster, spec
 
 ACCUMULATE = {"async": {"accumulation": 4}}
@@ -105,6 +110,28 @@ def test_a_shard_started_again_under_its_name_takes_its_place_at_once_in_a_new_l
     go_on(played)
     check_done(played, job)
     assert lives(played, job) == [("shard-0", 1), ("shard-1", 3)]
+
+
+@pytest.mark.parametrize("lost_first", [True, False], ids=["no route yet", "a new route"])
+def test_what_the_first_shard_tells_last_of_a_route_counts_though_training_rests(lost_first: bool) -> None:
+    played = cluster()
+    job = run_until(played, 21)
+    first, second, *_ = (attempt for _, lease in played.held for attempt in lease.attempts)
+    lost = f"samples {second.microbatch} are dropped: an image is broken"
+    closed = (
+        AttemptClosed(attempt=first, number=100, outcome=Outcome.APPLIED, loss=21.0),
+        AttemptClosed(attempt=second, number=101, outcome=Outcome.DROPPED, loss=None, reason="an image is broken"),
+    )
+    training = played.role.runs[job].training
+    assert training is not None
+    assert training.loss.recent == 1.0
+    played.kill("shard-1")
+    if not lost_first:
+        played.silent.add("shard-0")
+        played.add(Role.SHARD, "shard-1")
+    played.say("shard-0", AttemptsClosed(job=job, closed=closed, active_seconds=100.0))
+    assert training.loss.recent == 2.0  # of an epoch's 20 microbatches
+    assert lost in log(played, job)
 
 
 def test_survivors_keep_their_layers_and_hear_of_the_new_route_before_training_starts_again() -> None:
@@ -645,6 +672,28 @@ def test_a_restarted_coordinator_takes_its_processes_back_and_no_layer_goes_back
     assert lives(played, job) == [("shard-0", 1), ("shard-1", 2)]
 
 
+def test_a_restarted_coordinator_interrupts_nobody_before_the_last_worker_is_back() -> None:
+    played, job = restarted(forward=2, cluster={"forward": 2})
+    played.come_back("shard-0", "forward-1", "shard-1")
+    assert sent(played, Reroute) == []
+    played.wait(TOGETHER_SECONDS / 2)
+    assert sent(played, Reroute) == []
+    played.come_back("forward-0")
+    assert {peer for peer, _ in sent(played, Reroute)} == {"shard-0", "shard-1", "forward-0", "forward-1"}
+    assert len(sent(played, Reroute)) == 4
+    go_on(played)
+    check_done(played, job)
+
+
+def test_a_worker_that_does_not_come_back_to_a_restarted_coordinator_is_not_waited_for_long() -> None:
+    played, job = restarted(forward=2, cluster={"forward": 2})
+    played.come_back("shard-0", "forward-1", "shard-1")
+    played.wait(TOGETHER_SECONDS + 0.1)
+    assert [peer for peer, _ in sent(played, Reroute)] == ["shard-0", "shard-1", "forward-1"]
+    go_on(played)
+    check_done(played, job)
+
+
 def test_what_was_trained_while_nobody_coordinated_counts() -> None:
     played, job = restarted(12)
     played.play_held()  # nobody hears of it
@@ -704,6 +753,7 @@ def test_a_forward_worker_that_does_not_come_back_is_replaced_by_a_free_one() ->
     played.come_back("shard-0", "shard-1")
     assert played.role.runs[job].training is None
     played.add(Role.FORWARD, "forward-5")
+    played.wait(TOGETHER_SECONDS + 0.1)
     go_on(played)
     check_done(played, job)
     assert played.role.job(job)["forward_workers"] == ["forward-5"]

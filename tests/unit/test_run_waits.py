@@ -21,7 +21,7 @@ from layerwise.messages import (
     Role,
     Unassign,
 )
-from layerwise.server.run import MOST_RECOVERIES
+from layerwise.server.recovery import MOST_RECOVERIES
 from tests.unit.played_cluster import PlayedCluster, spec
 from tests.unit.test_run_recovery import PATIENT, check_done, cluster, go_on, log, run_until, sent
 
