@@ -52,6 +52,11 @@ class ResolvedSettings:
     standby_every: int = 0
     warnings: tuple[str, ...] = ()
 
+    @property
+    def plain(self) -> bool:
+        """Microbatches go in position order, one update after the other, so that training equals a plain loop."""
+        return self.mode == "synchronous" or self.window == 1
+
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives back equal settings."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))

@@ -37,29 +37,35 @@ class Assembly:
         self._divergence = divergence
         self._probing = ""
         self._expected: set[str] = set()
+        self._interrupts_at: float | None = None
 
     @property
-    def expecting(self) -> bool:
-        """Workers that may come back are waited for (see `proceed_together`)."""
-        return bool(self._expected)
+    def expected(self) -> frozenset[str]:
+        """Workers that may come back, while they are waited for (see `proceed_together`)."""
+        return frozenset(self._expected)
 
     def expect(self, workers: Iterable[str]) -> None:
         """The coordinator before knew of these ``workers``: they may come back."""
-        self._expected.update(workers)
+        account = self._account
+        if account.prepared is not None and not account.prepared.settings.plain:
+            # Else nothing is leased ahead, and nobody trains on without a coordinator.
+            self._expected.update(workers)
 
-    def meet(self, worker: str) -> bool:
-        """A worker is back, or known not to come back; whether it was expected."""
-        expected = worker in self._expected
+    def expect_no_more(self, worker: str) -> None:
+        """A worker is back, or known not to come back."""
         self._expected.discard(worker)
-        return expected
 
     def proceed_together(self) -> list[Effect]:
         """As `proceed`, but while the processes train on as they did before this coordinator, not before the last is back.
 
         A new route interrupts them for as long as one of them is missing.
         """
-        waits = self._expected and self._account.now - self.began < TOGETHER_SECONDS
-        return [] if waits and not self._crew.shards.lacking else self.proceed()
+        if self._expected and not self._crew.shards.lacking:
+            if self._interrupts_at is None:
+                self._interrupts_at = self._account.now + TOGETHER_SECONDS
+            if self._account.now < self._interrupts_at:
+                return []
+        return self.proceed()
 
     def proceed(self) -> list[Effect]:
         """Measure, or assign, if all places are filled. Else it is waited for those that are not."""
@@ -123,7 +129,7 @@ class Assembly:
             self._go_back()
             restored, copies = tuple(range(len(crew.shards))), {}
         moved = training is not None and training.moved
-        if moved or settings.mode == "synchronous" or settings.window == 1:
+        if moved or settings.plain:
             # What equals plain training has no layer ahead of another: all of them go back to the cut.
             restored, copies = tuple(range(len(crew.shards))), {}
         if training is not None and account.recovery.begin(training.version) > MOST_RECOVERIES:

@@ -57,8 +57,7 @@ class Attendance:
         block = self._crew.workers.join(name, process.role)
         self._place()
         where = f" for block {block}" if block >= 0 else ""
-        settings = account.prepared.settings if account.prepared is not None else None
-        ordered = settings is not None and (settings.mode == "synchronous" or settings.window == 1)
+        ordered = account.prepared is not None and account.prepared.settings.plain
         useless = "; microbatches of this job go in position order, which it does not make faster" if ordered else ""
         account.note("info", f"{process.role} worker {name} joins{where}{useless}", worker=name)
         return self._inform(name, block)
@@ -77,7 +76,7 @@ class Attendance:
         crew.routing.knows(name)
         self._place()
         account.note("info", f"{process.role} worker {name} is back", worker=name)
-        self._assembly.meet(name)
+        self._assembly.expect_no_more(name)
         generation = crew.routing.generation
         if not generation:
             return self._assembly.proceed_together()
@@ -97,8 +96,9 @@ class Attendance:
         return self._assembly.proceed_together()
 
     def go_without(self, name: str) -> list[Effect]:
-        """A process that worked for the job presents itself again, but has to leave."""
-        return self._assembly.proceed_together() if self._assembly.meet(name) else []
+        """A worker that was expected is here, and does not work for the job any more."""
+        self._assembly.expect_no_more(name)
+        return self._assembly.proceed_together()
 
     # Going -----------------------------------------------------------------------------------------------------------
 

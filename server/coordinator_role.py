@@ -285,6 +285,8 @@ class CoordinatorRole:
         effects: list[Effect] = [Send(peer, Welcome(heartbeat_seconds=self._heartbeat_seconds))]
         for hosting in hello.hosting:
             effects += self._take_back(peer, hosting, now)
+        for run in [one for one in self.runs.values() if peer in one.expected]:
+            effects += run.go_without(peer, now) + self._after(run, now)
         return effects + self._fill_vacancies(now) + self._schedule(now)
 
     def _take_back(self, name: str, hosting: Hosting, now: float) -> list[Effect]:
@@ -294,10 +296,8 @@ class CoordinatorRole:
         assert process is not None
         leaves = process.draining and process.role is not Role.SHARD
         taken = run.take_back(process, hosting, now) if run is not None and process.free and not leaves else None
-        if run is None:
+        if run is None or taken is None:
             return [Send(name, Unassign(job=hosting.job))]
-        if taken is None:
-            return [Send(name, Unassign(job=hosting.job)), *run.go_without(name, now), *self._after(run, now)]
         self.members.assign([name], run.job, run.spec.timeouts.heartbeat)
         if process.draining:
             taken += run.move([name], now)

@@ -44,8 +44,8 @@ class Crew:
         """Who is where, as the job's record keeps it."""
         return (*self.shards.records(self.routing.route), *self.workers.records)
 
-    def vacancies(self) -> list[Vacancy]:
-        """Places that nobody fills."""
+    def vacancies(self, *, without_workers: bool = False) -> list[Vacancy]:
+        """Places that nobody fills; ``without_workers``: only those of shards."""
         shards = [
             Vacancy(
                 role=Role.SHARD,
@@ -55,6 +55,8 @@ class Crew:
             )
             for one in self.shards.empty
         ]
+        if without_workers:
+            return shards
         return [*shards, *(Vacancy(role=role, block=block) for role, block in self.workers.vacancies())]
 
     def remove_worker(self, name: str) -> PlacementRecord:

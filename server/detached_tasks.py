@@ -59,7 +59,7 @@ class DetachedTasks:
     ) -> None:
         self._context = context
         self._complete = complete
-        self._patience = max(task_seconds - TICK_SECONDS, task_seconds / 2)
+        self._patience = task_seconds - TICK_SECONDS if task_seconds >= 5 * TICK_SECONDS else task_seconds
         self._idle: dict[str, tuple[LayerRevision, ...]] = {}
         self._given: dict[int, _Given] = {}
         self._num_unfit = 0

@@ -134,6 +134,11 @@ class Run:
         return self._account.recovering
 
     @property
+    def expected(self) -> frozenset[str]:
+        """Workers of the coordinator before that are waited for."""
+        return self._assembly.expected
+
+    @property
     def stopping(self) -> bool:
         """It ends at the next update."""
         return self._account.stopping
@@ -171,7 +176,7 @@ class Run:
 
     def vacancies(self) -> list[Vacancy]:
         """Places that nobody fills."""
-        return [] if self.over else self._crew.vacancies()
+        return [] if self.over else self._crew.vacancies(without_workers=bool(self.expected))
 
     # From outside ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +255,7 @@ class Run:
         return None if self.over else self._attendance.take_back(process, hosting)
 
     def go_without(self, name: str, now: float) -> list[Effect]:
-        """A process that worked for the job presents itself again, but has to leave."""
+        """One of the `expected` workers is here, and does not work for the job any more."""
         self._account.now = now
         return self._attendance.go_without(name)
 
@@ -286,10 +291,10 @@ class Run:
                     f"within {limits.start:g} s"
                 )
         if training is None or training.suspended:
+            if self.expected:
+                return self._assembly.proceed_together()
             if not self.shards.empty and now - self._assembly.began > limits.start:
                 return self._ending.fail(self._training_start.why_not(limits.start))
-            if self._assembly.expecting:
-                return self._assembly.proceed_together()
             # A worker that was not ready may have been lost, so that nobody is waited for any more.
             return self._training_start.if_ready()
         if self._setbacks.link_is_to_mend:

@@ -62,7 +62,7 @@ class Setbacks:
             account.note("warning", f"{sentence}; going on from what else there is")
             return self._assembly.route_anew()
         if not message.cut:
-            return self._ending.fail(crew.workers.call(peer) + sentence)
+            return self._ending.fail(crew.workers.introduce(peer) + sentence)
         if message.cut != crew.routing.cut or peer not in crew.shards:
             return []  # the others that found it damaged have been told of another one already
         older = account.keep_cuts(lambda version: version < message.cut)

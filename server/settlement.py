@@ -30,7 +30,7 @@ class Settlement:
             return []
         self._take_over(training)
         found, training.divergence = training.divergence, None
-        if found is not None and not training.suspended and not account.stopping:
+        if found is not None and not account.stopping:
             return self._assembly.on_divergence(found)
         if training.moved:
             return []
@@ -55,7 +55,7 @@ class Settlement:
     def _take_over(self, training: Training) -> None:
         """Note durable cuts, what was given up, and evaluations."""
         account = self._account
-        if training is not self._training:
+        if training is not self._training:  # it counts its decisions anew
             self._training, self._num_decisions = training, 0
         # What a commit under way deletes is forgotten before it is gone: its answer may find another coordinator.
         cuts = tuple(training.durable[version] for version in sorted(training.durable) if training.cuts.stays(version))

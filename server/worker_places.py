@@ -55,8 +55,8 @@ class WorkerPlaces:
         """All of them, with the blocks that they work for."""
         return (*self._filled.values(), *self._joined.values())
 
-    def call(self, name: str) -> str:
-        """A worker as the beginning of a sentence about what it met; empty for others."""
+    def introduce(self, name: str) -> str:
+        """A worker as the beginning of a sentence about what it met; empty for who is none."""
         found = [one.role for one in self.records if one.process == name]
         return f"{found[0]} worker {name}: " if found else ""
 

@@ -685,6 +685,36 @@ def test_a_restarted_coordinator_interrupts_nobody_before_the_last_worker_is_bac
     check_done(played, job)
 
 
+def test_a_worker_that_died_with_the_coordinator_is_waited_for_no_longer_once_it_is_there_anew() -> None:
+    played, job = restarted(forward=2, cluster={"forward": 2})
+    played.add(Role.FORWARD, "forward-2")  # it has nothing to do while the other two may come back
+    played.come_back("shard-0", "forward-1", "shard-1")
+    assert sent(played, Reroute) == sent(played, Assignment) == []
+    played.add(Role.FORWARD, "forward-0")
+    assert [peer for peer, _ in sent(played, Reroute)] == ["shard-0", "shard-1", "forward-1"]
+    assert len(sent(played, Assignment)) == 1
+    go_on(played)
+    check_done(played, job)
+
+
+def test_where_nothing_is_leased_ahead_a_restarted_coordinator_waits_for_nobody() -> None:
+    played, job = restarted(5, forward=2, cluster={"forward": 2}, **{"async": {"window": 1}})
+    played.come_back("shard-0", "forward-1", "shard-1")
+    assert {peer for peer, _ in sent(played, Assignment)} == {"shard-0", "shard-1"}
+    go_on(played)
+    check_done(played, job)
+
+
+def test_a_short_start_limit_does_not_fail_a_run_whose_processes_train_on() -> None:
+    played, job = restarted(forward=2, cluster={"forward": 2}, timeouts={"start": 0.5})
+    played.come_back("shard-0", "forward-1", "shard-1")
+    played.wait(TOGETHER_SECONDS / 2 + 0.1)
+    assert played.state(job) == "running"
+    played.wait(TOGETHER_SECONDS)
+    go_on(played)
+    check_done(played, job)
+
+
 def test_a_worker_that_does_not_come_back_to_a_restarted_coordinator_is_not_waited_for_long() -> None:
     played, job = restarted(forward=2, cluster={"forward": 2})
     played.come_back("shard-0", "forward-1", "shard-1")

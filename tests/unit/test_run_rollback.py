@@ -7,7 +7,20 @@ from dataclasses import replace
 
 import pytest
 
-from layerwise.messages import Assignment, CommitCut, Failure, LeaseKind, LeaseRequest, Message, Role
+from layerwise.ids import Attempt
+from layerwise.messages import (
+    Assignment,
+    AttemptClosed,
+    AttemptsClosed,
+    CommitCut,
+    Failure,
+    LeaseKind,
+    LeaseRequest,
+    Message,
+    Outcome,
+    Role,
+)
+from layerwise.server.training import NOT_FINITE as DROPPED_FOR
 from layerwise.server.training import Training
 from tests.unit.played_cluster import PlayedCluster, spec
 
@@ -95,6 +108,50 @@ def test_without_rollback_a_loss_that_is_not_finite_fails_the_job(policy: str) -
     job = trained(played, 8, on_divergence=policy)
     diverge(played, job)
     assert played.state(job) == "failed"
+
+
+def tell_of_drops(played: PlayedCluster, job: str, first: int, last: int) -> None:
+    """The first shard's last words of a route: microbatches were dropped, for their losses are not finite."""
+    plan = played.jobs[job].plan
+    closed = tuple(
+        AttemptClosed(
+            attempt=Attempt(plan.microbatch(index), 1),
+            number=100 + index,
+            outcome=Outcome.DROPPED,
+            loss=None,
+            reason=f"{DROPPED_FOR}: layer 2 is the first",
+        )
+        for index in range(first, last)
+    )
+    played.say("shard-0", AttemptsClosed(job=job, closed=closed, active_seconds=100.0))
+
+
+def test_what_a_rollback_takes_back_is_not_counted_though_it_is_told_late() -> None:
+    played = cluster()
+    job = trained(played, 24)
+    played.kill("shard-1")
+    diverge(played, job, "shard-0")  # all go back once there is a second shard
+    tell_of_drops(played, job, 24, 26)
+    assert played.role.runs[job].record.drops == ()
+    played.silent.add("shard-0")
+    played.add(Role.SHARD, "shard-1")
+    tell_of_drops(played, job, 26, 28)  # it has not heard yet that its layers are to be restored
+    assert played.role.runs[job].record.drops == ()
+    played.wake("shard-0")
+    go_on(played)
+    assert played.role.job(job)["ledger"]["samples_applied"] == 80
+
+
+def test_a_divergence_that_shows_while_the_route_changes_is_answered() -> None:
+    played = cluster()
+    job = trained(played, 24, max_dropped=1.0)
+    played.kill("shard-1")
+    tell_of_drops(played, job, 24, 36)
+    assert played.role.job(job)["rollbacks"] == []
+    played.add(Role.SHARD, "shard-1")
+    assert len(played.role.job(job)["rollbacks"]) == 1
+    go_on(played)
+    assert played.role.job(job)["ledger"]["samples_applied"] == 80
 
 
 def test_a_rollback_waits_for_a_shard_that_is_lost() -> None:
