@@ -10,7 +10,7 @@ from typing import Any
 from layerwise.client import CoordinatorClient
 from layerwise.cluster import LocalCluster
 from layerwise.earlier_run import EarlierRun
-from layerwise.errors import BusyError, JobFailedError, sentence
+from layerwise.errors import BusyError, JobFailedError, RetryableError, sentence
 from layerwise.follow import JobFollower
 from layerwise.imports import check_allowed
 from layerwise.job import JobSpec
@@ -68,6 +68,8 @@ class EmbeddedRun:
         self._words: OwnWords
         self._job = ""
         self._over = False
+        self._has_to_stop = False
+        """It was interrupted, and the coordinator has not heard of it yet."""
         self._spare = spare
         self._first_update: float | None = None
         self._cluster = LocalCluster(
@@ -215,11 +217,22 @@ class EmbeddedRun:
 
     def _stop(self) -> None:
         self._view.say("stopping at the next update; interrupt again to end at once")
-        with self._cluster.client() as client:
-            client.cancel(self._job)
+        self._has_to_stop = True
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
+        """Cancel the job; a coordinator that is away just now is asked again when it answers."""
+        try:
+            with self._cluster.client() as client:
+                client.cancel(self._job)
+        except RetryableError:
+            return
+        self._has_to_stop = False
 
     def _on_document(self, document: dict[str, Any]) -> None:
         """The job is this far: with its first update an earlier run goes; from some time after it on, keep a spare process."""
+        if self._has_to_stop:
+            self._ask_to_stop()
         if document.get("steps"):
             self._delete_earlier()
         if self._first_update is None:

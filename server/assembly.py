@@ -15,7 +15,6 @@ from layerwise.server.divergence_policy import DivergencePolicy
 from layerwise.server.ending import Ending
 from layerwise.server.job_record import JobState
 from layerwise.server.preparation import prepare
-from layerwise.server.recovery import MOST_RECOVERIES
 from layerwise.server.run_account import RunAccount
 from layerwise.server.standby_copies import HeldCopy, next_evaluation
 
@@ -132,12 +131,14 @@ class Assembly:
         if moved or settings.plain:
             # What equals plain training has no layer ahead of another: all of them go back to the cut.
             restored, copies = tuple(range(len(crew.shards))), {}
-        if training is not None and account.recovery.begin(training.version) > MOST_RECOVERIES:
-            return self._ending.fail(
-                f"the run did not get on: {MOST_RECOVERIES} times in a row processes or links failed before an update "
-                f"beyond those made before"
-            )
         if training is not None:
+            account.recovery.begin(training.version, account.now)
+            in_a_row = account.recovery.in_a_row
+            if in_a_row.goes_on:
+                return self._ending.fail(
+                    f"the run did not get on: {in_a_row.times - 1} times in a row processes or links failed before an "
+                    f"update beyond those made before"
+                )
             training.suspended = True
         next_life = routing.begin(account.record, restored, copies)
         for block in restored:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import replace
 
 from layerwise.messages import Dismissal, DismissalReason, Hosting, Ready, Role, Unassign
@@ -11,7 +11,7 @@ from layerwise.server.assembly import Assembly
 from layerwise.server.crew import Crew
 from layerwise.server.ending import Ending
 from layerwise.server.membership import Process
-from layerwise.server.recovery import MOST_RECOVERIES
+from layerwise.server.recovery import Setback
 from layerwise.server.run_account import RunAccount
 from layerwise.server.settlement import Settlement
 from layerwise.server.training_start import TrainingStart
@@ -35,7 +35,7 @@ class Attendance:
         self._assembly = assembly
         self._start = start
         self._settlement = settlement
-        self._lost_early: Counter[int] = Counter()
+        self._lost_early: defaultdict[int, Setback] = defaultdict(Setback)
 
     # Coming ----------------------------------------------------------------------------------------------------------
 
@@ -151,10 +151,11 @@ class Attendance:
 
     def _give_up_early(self, block: int, name: str, why: str) -> list[Effect]:
         """Whatever it is that ends shards of ``block`` before training begins, it need not end with the next one."""
-        self._lost_early[block] += 1
-        if (lost := self._lost_early[block]) <= MOST_RECOVERIES:
+        losses = self._lost_early[block]
+        losses.again(self._account.now)
+        if not losses.goes_on:
             return []
-        times = f"block {block} lost its shard {lost} times before training began"
+        times = f"block {block} lost its shard {losses.times} times before training began"
         return self._ending.fail(f"{times}, the last time {name} ({why})")
 
     # Both ------------------------------------------------------------------------------------------------------------

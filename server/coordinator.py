@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from layerwise.errors import ConfigError
+from layerwise.ids import COORDINATOR
 from layerwise.job import parse_job
 from layerwise.lifetime import Lifetime
 from layerwise.messages import Hello, Message
@@ -33,7 +34,6 @@ from layerwise.threads import DeathWatch
 from layerwise.transport import Transport
 from layerwise.transport_metrics import transport_metrics
 
-NAME = "coordinator"
 LOCK = "coordinator.lock"
 MAX_OUTBOX_BYTES = 64 << 20
 """For one process; what the coordinator says is small."""
@@ -115,7 +115,7 @@ class Coordinator:
         """Listen for processes and clients; see `run_coordinator` for what is refused."""
         self._loop = asyncio.get_running_loop()  # a process may speak before `listen` returns
         transport = Transport(
-            NAME,
+            COORDINATOR,
             on_message=self._on_message,
             on_lost=self._on_lost,
             on_error=self._fail,
@@ -254,9 +254,12 @@ class Coordinator:
         self._perform(self._role.on_lost(peer, self._now()))
 
     async def _tick(self) -> None:
+        expected = self._now()
         try:
             while True:
-                self._perform(self._role.on_tick(self._now()))
+                now = self._now()
+                self._perform(self._role.on_tick(now, late=now - expected))
+                expected = now + TICK_SECONDS
                 self._warn_of_a_slow_disk()
                 self._ticked.set()
                 self._ticked = asyncio.Event()

@@ -48,8 +48,6 @@ class Process:
     """It gets no new work."""
     reserved: str | None = None
     """The job that is about to need it."""
-    doubted: bool = False
-    """It was silent for too long when last looked at."""
 
     @property
     def name(self) -> str:
@@ -127,22 +125,22 @@ class Membership:
     def heard(self, name: str, now: float, vitals: Heartbeat | None = None) -> None:
         """Any message is a sign of life; a heartbeat brings the process's own figures."""
         process = self._processes[name]
-        process.seen, process.doubted = now, False
+        process.seen = now
         if vitals is not None:
             process.vitals = vitals
 
     def overdue(self, now: float) -> list[Process]:
-        """Processes that were silent for too long, at two looks in a row.
+        """Processes that were silent for too long."""
+        return [
+            one
+            for one in self
+            if now - one.seen > (self.heartbeat_timeout if one.heartbeat_seconds is None else one.heartbeat_seconds)
+        ]
 
-        Who was held up itself, and looks before it reads what has come meanwhile, must not take its own pause for one of everybody.
-        """
-        lost = []
+    def excuse(self, seconds: float, now: float) -> None:
+        """For so long nobody could be heard."""
         for one in self:
-            limit = self.heartbeat_timeout if one.heartbeat_seconds is None else one.heartbeat_seconds
-            before, one.doubted = one.doubted, now - one.seen > limit
-            if before and one.doubted:
-                lost.append(one)
-        return lost
+            one.seen = min(one.seen + seconds, now)
 
     def assign(self, names: Iterable[str], job: str, heartbeat_seconds: float) -> None:
         """These processes now work for ``job``, under its heartbeat time limit."""

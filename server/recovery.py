@@ -8,6 +8,30 @@ from typing import Any
 
 MOST_RECOVERIES = 6
 """New routes without a new update in between, or losses of a block's shard before training began, after which the run is given up."""
+LEAST_SECONDS = 5.0
+"""So long from the first to the last of them: who was held up hears at once of all that happened meanwhile, and most of it is over."""
+MOST_SECONDS = 2.0
+"""So much of it counts at the most from one to the next: it may be during just that time that nothing was heard."""
+
+
+@dataclass(slots=True)
+class Setback:
+    """The same thing over and over, for ``seconds`` by now."""
+
+    times: int = 0
+    seconds: float = 0.0
+    last: float = 0.0
+
+    def again(self, now: float) -> None:
+        """Once more."""
+        if self.times:
+            self.seconds += min(now - self.last, MOST_SECONDS)
+        self.times, self.last = self.times + 1, now
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is no hope left that it ends."""
+        return self.times > MOST_RECOVERIES and self.seconds >= LEAST_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,21 +53,23 @@ class Recovery:
         self._lost: dict[int, LostBlock] = {}
         self._highest = -1
         self._gone_back: int | None = None
-        self._in_a_row = 0
+        self.in_a_row = Setback()
+        """New routes that brought no update beyond those made before."""
 
     def lose(self, block: int, shard: str, version: int, now: float) -> None:
         """The shard of ``block``, whose layers had reached ``version``, is gone."""
         self._lost.setdefault(block, LostBlock(block=block, shard=shard, version=version, time=now))
 
-    def begin(self, version: int) -> int:
-        """A new route is given out, ``version`` is what all layers had reached; gives how many in a row got no further.
+    def begin(self, version: int, now: float) -> None:
+        """A new route is given out, ``version`` is what all layers had reached.
 
         Updates that are made again are none: a shard that ends in each next one would go back to the same cut for ever.
         """
         reached = version if self._gone_back is None else self._gone_back
-        self._in_a_row = 1 if reached > self._highest else self._in_a_row + 1
+        if reached > self._highest:
+            self.in_a_row = Setback()
+        self.in_a_row.again(now)
         self._highest = max(self._highest, reached)
-        return self._in_a_row
 
     def go_back(self, version: int) -> None:
         """With the next route all layers go back to ``version`` on purpose: what they had reached counts no more."""

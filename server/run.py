@@ -259,6 +259,16 @@ class Run:
         self._account.now = now
         return self._attendance.go_without(name)
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """For so long nobody could be heard: no time limit counts that."""
+        self._cancelled_at = min(self._cancelled_at + seconds, now)
+        self._assembly.began = min(self._assembly.began + seconds, now)
+        if self._starved_since is not None:
+            self._starved_since = min(self._starved_since + seconds, now)
+        self.shards.excuse(seconds, now)
+        if self.training is not None:
+            self.training.excuse(seconds, now)
+
     def lose(self, name: str, why: str, now: float) -> list[Effect]:
         """A process of the run is gone."""
         self._account.now = now

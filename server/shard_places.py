@@ -98,6 +98,12 @@ class ShardPlaces:
         """``name`` has to leave its place, and does not come back."""
         self.vacate(name, "its node is drained", now).sent_away = True
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """For so long nobody could come into an empty place."""
+        for place in self.empty:
+            assert place.empty_since is not None
+            place.empty_since = min(place.empty_since + seconds, now)
+
     def give_life(self, block: int, life: int) -> None:
         """The block is to be restored in ``life``."""
         self._places[block].life, self._places[block].holds = life, False

@@ -391,6 +391,12 @@ class Training:
             self.failure = f"nothing has moved for {silent:.0f} s ({self.phase}), so the run was given up"
         return effects
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """For so long nothing that moved could be heard of."""
+        self.progressed = min(self.progressed + seconds, now)
+        self._short = min(self._short + seconds, now)
+        self.ledger.excuse(seconds, now)
+
     # Inside ----------------------------------------------------------------------------------------------------------
 
     def _recall(self) -> list[Effect]:

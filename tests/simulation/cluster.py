@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from layerwise.worker.forward_role import ForwardRole
 from tests.simulation.disk import Disk
 from tests.simulation.processes import SimulatedBackward, SimulatedForward, SimulatedShard, Work
 from tests.simulation.scenario import Fault, Scenario
-from tests.simulation.world import Process, World
+from tests.simulation.world import TICK_SECONDS, Process, World
 
 LONGEST_SECONDS = 240.0
 """Simulated time after which a run counts as stalled."""
@@ -41,6 +42,7 @@ class SimulatedCoordinator(Process):
     """The coordinator's process."""
 
     role: CoordinatorRole = field(default_factory=lambda: CoordinatorRole(MemoryJobStore(), now=0.0))
+    _expected_tick: float = math.inf
 
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         return self.role.on_message(peer, message, self.world.now)
@@ -49,7 +51,9 @@ class SimulatedCoordinator(Process):
         return self.role.on_lost(peer, self.world.now)
 
     def on_tick(self) -> list[Effect]:
-        return self.role.on_tick(self.world.now)
+        late = max(self.world.now - self._expected_tick, 0.0)
+        self._expected_tick = self.world.now + TICK_SECONDS
+        return self.role.on_tick(self.world.now, late=late)
 
     def describe(self) -> str:
         return "; ".join(f"{one['job']} {one['state']}: {one['message']} {one['ledger']}" for one in self.role.jobs())

@@ -197,6 +197,14 @@ def _draw(seed: int) -> Scenario:
             longest = 70.0 if {one, other} <= set(names) else 25.0
             seconds = swallows.choice((swallows.uniform(0.1, 5.0), swallows.uniform(21.0, longest)))
             faults.append(Fault(at=at, kind="blackhole", target=one, other=other, seconds=seconds))
+    stopped = random.Random(f"stopped coordinators {seed}")
+    if stopped.random() < 0.08:
+        # Longer than anybody may be silent, and than a run may rest: neither is counted.
+        at, seconds = (
+            0.1 + stopped.uniform(0, length),
+            stopped.choice((stopped.uniform(0.5, 6.0), stopped.uniform(16.0, 45.0))),
+        )
+        faults.append(Fault(at=at, kind="pause", target="coordinator", seconds=seconds))
     drops = worse.random() < 0.4
     moves = random.Random(f"drains {seed}")
     spare = moves.choice((0, 0, 0, 1, 2))

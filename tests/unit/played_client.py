@@ -9,6 +9,7 @@ from typing import Any, Self
 import pytest
 
 from layerwise.client import JobEvent
+from layerwise.errors import UnreachableError
 
 
 class PlayedClient:
@@ -25,6 +26,9 @@ class PlayedClient:
         self._endless = endless
         self._closed = threading.Event()
         self.asked = 0
+        self.deaf = 0
+        """So many requests to cancel from now on are lost."""
+        self.cancelled: list[str] = []
 
     def play(self, monkeypatch: pytest.MonkeyPatch) -> Self:
         """Have every command and follower of this test use it."""
@@ -52,6 +56,10 @@ class PlayedClient:
         return {"job": "tiny-1", "state": "queued", "num_events": 0}
 
     def cancel(self, job: str) -> dict[str, Any]:
+        if self.deaf:
+            self.deaf -= 1
+            raise UnreachableError("no coordinator answers")
+        self.cancelled.append(job)
         return {"job": job, "state": "stopping"}
 
     def list_jobs(self) -> list[dict[str, Any]]:

@@ -221,10 +221,40 @@ def test_a_silent_process_is_lost_after_the_job_s_heartbeat_limit() -> None:
     for name in ("shard-0", "forward-0"):
         played.say(name, Heartbeat())
     played.wait(2.0)
-    played.wait(0.2)
     lines = [event.message for event in played.role.events(job, 0)]
     assert "shard shard-1 (block 1) was lost (no sign of life for 6 s)" in lines
     assert {node["name"] for node in played.role.nodes(played.now)} == {"shard-0", "forward-0"}
+
+
+def test_time_in_which_the_coordinator_was_stopped_counts_against_nobody() -> None:
+    """Its first tick comes before it has read what the others said meanwhile. It lost all of them, and gave the job up."""
+    played = cluster()
+    played.hold = hold_training
+    job = played.submit(spec(timeouts={"heartbeat": 50.0, "lease": 10.0, "task": 5.0}))
+    played.now += 400.0
+    played.perform(played.role.on_tick(played.now, late=399.0))
+    played.run()
+    assert played.state(job) == "running"
+    assert {node["state"] for node in played.role.nodes(played.now)} == {"working"}
+    for name in ("shard-0", "shard-1", "forward-0"):
+        played.say(name, Heartbeat())
+    played.wait(31.0)
+    document = played.role.job(job)
+    assert document["message"].startswith("nothing has moved for 32 s (training), so the run was given up")
+
+
+def test_a_lost_shard_s_place_waits_longer_by_the_time_in_which_the_coordinator_was_stopped() -> None:
+    played = cluster()
+    played.hold = hold_training
+    job = played.submit(spec(timeouts={"start": 10.0}))
+    played.kill("shard-1")
+    played.now += 60.0
+    played.perform(played.role.on_tick(played.now, late=59.0))
+    assert played.state(job) == "running"
+    played.wait(8.0)
+    assert played.state(job) == "running"
+    played.wait(2.0)
+    assert played.state(job) == "failed"
 
 
 def test_samples_that_cannot_be_loaded_fail_the_job_with_the_worker_s_sentence() -> None:

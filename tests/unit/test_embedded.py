@@ -90,6 +90,26 @@ class PlayedCluster:
         pass
 
 
+def test_an_interrupt_while_the_coordinator_is_away_stops_the_job_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It ended the command, as if there were no coordinator."""
+    client = PlayedClient({"job": "tiny-1", "state": "running"}, {"job": "tiny-1", "state": "cancelled"}).play(
+        monkeypatch
+    )
+    client.deaf = 2
+    run = EmbeddedRun(SPEC, tmp_path / "run", ProgressLines(io.StringIO(), quiet=True))
+    monkeypatch.setattr(run, "_cluster", PlayedCluster(client))
+    run._job = "tiny-1"
+    run._stop()
+    run._on_document({"state": "running"})
+    assert client.cancelled == []
+    run._on_document({"state": "running"})
+    assert client.cancelled == ["tiny-1"]
+    run._on_document({"state": "stopping"})
+    assert client.cancelled == ["tiny-1"]
+
+
 class NoCluster:
     """Can't be started."""
 

@@ -103,7 +103,6 @@ class MembershipMachine(RuleBasedStateMachine):
             assert (one.incarnation, one.job, one.leaving) == (known.incarnation, known.job, known.leaving)
             assert one.free == (known.job is None)
         overdue = {name for name, known in self.known.items() if self.now - known.seen > known.limit}
-        self.members.overdue(self.now)
         assert {one.name for one in self.members.overdue(self.now)} == overdue
 
     @invariant()

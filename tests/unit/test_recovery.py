@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from layerwise.server.recovery import Recovery
+from layerwise.server.recovery import LEAST_SECONDS, MOST_RECOVERIES, Recovery
 
 
 def test_a_recovery_says_how_far_layers_went_back_and_how_long_it_took() -> None:
@@ -48,17 +48,37 @@ def test_a_shard_that_came_back_with_its_layers_is_no_recovery_and_is_not_rememb
     assert recovery.made == []
 
 
+def begin(recovery: Recovery, version: int) -> int:
+    recovery.begin(version, 0.0)
+    return recovery.in_a_row.times
+
+
 def test_recoveries_that_get_no_further_are_counted_in_a_row() -> None:
     """Updates that are made again from a cut once counted as getting on."""
     recovery = Recovery()
-    assert [recovery.begin(version) for version in (60, 50, 58, 60)] == [1, 2, 3, 4]
-    assert [recovery.begin(version) for version in (61, 50)] == [1, 2]
+    assert [begin(recovery, version) for version in (60, 50, 58, 60)] == [1, 2, 3, 4]
+    assert [begin(recovery, version) for version in (61, 50)] == [1, 2]
 
 
 def test_after_a_rollback_what_was_reached_before_counts_no_more() -> None:
     recovery = Recovery()
-    recovery.begin(60)
+    begin(recovery, 60)
     recovery.go_back(20)
-    assert [recovery.begin(60) for _ in range(2)] == [1, 2], "training has not begun at the cut yet"
+    assert [begin(recovery, 60) for _ in range(2)] == [1, 2], "training has not begun at the cut yet"
     recovery.end({0: 20}, 0, 1.0)
-    assert [recovery.begin(version) for version in (24, 24, 25)] == [1, 2, 1]
+    assert [begin(recovery, version) for version in (24, 24, 25)] == [1, 2, 1]
+
+
+def test_what_happens_all_at_once_is_not_given_up() -> None:
+    """A coordinator that was held up hears of many losses in one moment, and most of them are over."""
+    recovery = Recovery()
+    recovery.begin(7, 0.0)
+    for _ in range(10 * MOST_RECOVERIES):
+        recovery.begin(7, 100.0)
+        assert not recovery.in_a_row.goes_on
+    recovery.begin(7, 100.0 + LEAST_SECONDS)
+    assert not recovery.in_a_row.goes_on
+    recovery.begin(7, 101.0 + LEAST_SECONDS)
+    assert recovery.in_a_row.goes_on
+    recovery.begin(8, 200.0)
+    assert not recovery.in_a_row.goes_on

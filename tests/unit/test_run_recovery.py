@@ -459,6 +459,7 @@ def test_a_run_that_does_not_get_on_between_recoveries_is_given_up_and_lets_ever
     for _ in range(MOST_RECOVERIES):
         played.kill("shard-1")
         played.add(Role.SHARD, "shard-1")
+        played.wait(1.0)
         assert played.state(job) == "running"
     played.kill("shard-1")
     played.add(Role.SHARD, "shard-1")

@@ -97,6 +97,7 @@ def test_a_shard_that_dies_again_and_again_of_its_block_ends_the_job_before_it_h
     for _ in range(MOST_RECOVERIES):
         played.kill("shard-1")
         played.add(Role.SHARD, "shard-1")
+        played.wait(1.0)
         assert played.state(job) == "preparing"
     played.kill("shard-1")
     assert played.state(job) == "failed"
@@ -113,6 +114,7 @@ def test_a_shard_that_dies_again_and_again_of_the_measurement_ends_the_job() -> 
         assert played.state(job) == "preparing"
         played.kill("shard-0")
         played.add(Role.SHARD, "shard-0")
+        played.wait(1.0)
     assert played.state(job) == "failed"
 
 
