@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from layerwise.client import CoordinatorClient
+from layerwise.client import FINAL_STATES, CoordinatorClient
 from layerwise.cluster import LocalCluster
 from layerwise.earlier_run import EarlierRun
 from layerwise.errors import BusyError, JobFailedError, RetryableError, sentence
@@ -231,7 +231,7 @@ class EmbeddedRun:
 
     def _on_document(self, document: dict[str, Any]) -> None:
         """The job is this far: with its first update an earlier run goes; from some time after it on, keep a spare process."""
-        if self._has_to_stop:
+        if self._has_to_stop and document.get("state") not in FINAL_STATES:
             self._ask_to_stop()
         if document.get("steps"):
             self._delete_earlier()

@@ -66,6 +66,12 @@ class Assembly:
                 return []
         return self.proceed()
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """For so long nobody could be heard."""
+        self.began = min(self.began + seconds, now)
+        if self._interrupts_at is not None:
+            self._interrupts_at += seconds
+
     def proceed(self) -> list[Effect]:
         """Measure, or assign, if all places are filled. Else it is waited for those that are not."""
         account, shards = self._account, self._crew.shards

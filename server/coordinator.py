@@ -35,6 +35,8 @@ from layerwise.transport import Transport
 from layerwise.transport_metrics import transport_metrics
 
 LOCK = "coordinator.lock"
+HELD_UP_SECONDS = 1.0
+"""A tick that is overdue by so much says that this process was stopped or held up."""
 MAX_OUTBOX_BYTES = 64 << 20
 """For one process; what the coordinator says is small."""
 
@@ -99,6 +101,7 @@ class Coordinator:
         self._transport: Transport | None = None
         self._metrics: MetricsServer | None = None
         self._ticks: asyncio.Task[None] | None = None
+        self._tick_due = math.inf
         self._ticked = asyncio.Event()
         self._held = HeldEffects()
         self._asked: tuple[int, float] | None = None
@@ -247,19 +250,25 @@ class Coordinator:
         if not isinstance(message, Hello) and self._role.members.get(peer) is None:
             sentence = f"{type(message).__name__} from {peer} refused: it has not presented itself"
             refusals.add(Refused.UNEXPECTED, sentence)
-        self._perform(self._role.on_message(peer, message, self._now()))
+        self._perform(self._role.on_message(peer, message, self._caught_up()))
 
     def _on_lost(self, peer: str) -> None:
         self._held.lose(peer)
-        self._perform(self._role.on_lost(peer, self._now()))
+        self._perform(self._role.on_lost(peer, self._caught_up()))
+
+    def _caught_up(self) -> float:
+        """The time, and whoever looks at it first after this process was stopped excuses everybody else."""
+        now = self._now()
+        if now - self._tick_due > HELD_UP_SECONDS:
+            self._role.excuse(now - self._tick_due, now)
+            self._tick_due = now
+        return now
 
     async def _tick(self) -> None:
-        expected = self._now()
         try:
             while True:
-                now = self._now()
-                self._perform(self._role.on_tick(now, late=now - expected))
-                expected = now + TICK_SECONDS
+                self._perform(self._role.on_tick(self._caught_up()))
+                self._tick_due = self._now() + TICK_SECONDS
                 self._warn_of_a_slow_disk()
                 self._ticked.set()
                 self._ticked = asyncio.Event()

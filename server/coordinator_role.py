@@ -23,8 +23,6 @@ from layerwise.server.resharding import with_shards
 from layerwise.server.run import Run
 
 HEARTBEAT_SECONDS = 1.0
-HELD_UP_SECONDS = 1.0
-"""A tick that comes so much later than it should says that this process was stopped or held up."""
 STORE_SECONDS = 2.0
 """How old the stored document of a running job may be."""
 EVENTS_AT_ONCE = 1000
@@ -87,17 +85,18 @@ class CoordinatorRole:
         """The link to a process is gone for good."""
         return self._lose(peer, "its link broke and did not come back", now)
 
-    def on_tick(self, now: float, *, late: float = 0.0) -> list[Effect]:
-        """Time limits of processes and runs, and of the job that waits first.
+    def excuse(self, seconds: float, now: float) -> None:
+        """This process was stopped or held up for so long: what the others did meanwhile is still to be read, and counts against nobody."""
+        self.members.excuse(seconds, now)
+        for run in self.runs.values():
+            run.excuse(seconds, now)
+        if self._lacking_since is not None:
+            job, since = self._lacking_since
+            self._lacking_since = (job, min(since + seconds, now))
 
-        The tick comes ``late`` by so many seconds. That long this process was stopped or held up: what the others did meanwhile
-        is still to be read, and none of it counts against them.
-        """
+    def on_tick(self, now: float) -> list[Effect]:
+        """Time limits of processes and runs, and of the job that waits first."""
         effects: list[Effect] = []
-        if late > HELD_UP_SECONDS:
-            self.members.excuse(late, now)
-            for run in self.runs.values():
-                run.excuse(late, now)
         for process in self.members.overdue(now):
             silent = now - process.seen
             effects += self._lose(process.name, f"no sign of life for {silent:.0f} s", now)

@@ -10,6 +10,9 @@ the start, and the noise of the losses themselves::
                                 ╲____╱ ◄── the rise begins
                              best ┘     a cut from before it, by the length of the average, is good
 
+Losses that are thrown about after a collapse are their own noise, and one out of all proportion is that for long. So it also counts
+when they stay far above the start: several times it, and by 5 standard errors of what is usual now.
+
 Two stalls count as well: the loss is nearly back where it started, and stays there; or it never came below that, and is above it.
 Where to trip costs little, it is enough that the loss stays near where it started, long after the beginning or soon after the window
 was opened again.
@@ -20,6 +23,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 RISE = 1.5
@@ -28,6 +32,14 @@ GAIN = 0.25
 """Part of what was gained since the start that may be lost again."""
 STANDARD_ERRORS = 10.0
 """Of the average; noise alone does not take it so far from its best."""
+BLOWN_UP = 100.0
+"""Times the very first loss: two of the next few that are above that are no noise."""
+FAR = 3.0
+"""Times the loss at the start."""
+FAR_ERRORS = 5.0
+"""Standard errors above it."""
+MIDDLE_STEP = 0.954
+"""Median of the distance between two draws of one normal distribution, in its standard deviations."""
 LEARNED = 0.9
 """An average below this part of the loss at the start has learned something."""
 BACK = 0.75
@@ -103,7 +115,7 @@ class DivergenceGuard:
         self._sum = self._weight = 0.0
         self._square = self._square_weight = 0.0
         self._best = math.inf
-        self._risen = self._back = self._near = 0
+        self._risen = self._far = self._back = self._near = 0
         if version is not None:
             self._calm_version = min(self._calm_version, version + self.span)
         self._gathered = None
@@ -156,7 +168,7 @@ class DivergenceGuard:
         if self._count <= FIRST_UPDATES:
             self._opening.append(loss)
             if self._count == FIRST_UPDATES:
-                opening = sum(self._opening) / FIRST_UPDATES
+                opening = self._start()
                 self.first = opening if self.first is None else self.first
                 self._best = min(opening, self.first)
             return None
@@ -164,6 +176,13 @@ class DivergenceGuard:
             return self._judge(version)
         self._best = min(self._best, self._sum / self._weight)
         return self._judge(version)
+
+    def _start(self) -> float:
+        """The loss at the start: a mean of the first ones, unless they have blown up already."""
+        opening = self._opening
+        if sorted(opening)[-2] > BLOWN_UP * abs(opening[0]):
+            return 2 * abs(opening[0])
+        return min(sum(opening) / len(opening), RISE * median(opening))
 
     def _rising(self) -> bool:
         average = self.average
@@ -181,6 +200,11 @@ class DivergenceGuard:
         self._risen = self._risen + 1 if risen else 0
         if self._risen >= STREAK:
             what = f"the loss, on average {average:.4g}, rose above {RISE:g} times its best of {self._best:.4g}"
+            return self._divergence(version, what)
+        far = level > max(FAR * self.first, self.first + FAR_ERRORS * self._usual_error())
+        self._far = self._far + 1 if far else 0
+        if self._far >= self.span:
+            what = f"the loss, on average {average:.4g}, stays far above the {self.first:.4g} that it started with"
             return self._divergence(version, what)
         if not self._can_stall:
             return None
@@ -202,6 +226,11 @@ class DivergenceGuard:
             what = f"the loss, on average {average:.4g}, never came below the {self.first:.4g} that it started with"
             return Divergence(version=version, good_version=0, why=what)
         return None
+
+    def _usual_error(self) -> float:
+        """Standard error of the average, as the middle one of the last steps has it: one that is out of all proportion changes nothing."""
+        steps = [abs(later - earlier) for earlier, later in pairwise(self._recent)]
+        return median(steps) / MIDDLE_STEP / math.sqrt(2 * self.span - 1) if steps else math.inf
 
     def _divergence(self, version: int, why: str) -> Divergence:
         return Divergence(version=version, good_version=self.good_version(version), why=why)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_RECOVERIES = 6
-"""New routes without a new update in between, or losses of a block's shard before training began, after which the run is given up."""
+"""New routes without a new update in between, or losses of a block's shard before training began, after which the run is given up, if
+they went on for `LEAST_SECONDS`."""
 LEAST_SECONDS = 5.0
 """So long from the first to the last of them: who was held up hears at once of all that happened meanwhile, and most of it is over."""
 MOST_SECONDS = 2.0

@@ -262,7 +262,8 @@ class Run:
     def excuse(self, seconds: float, now: float) -> None:
         """For so long nobody could be heard: no time limit counts that."""
         self._cancelled_at = min(self._cancelled_at + seconds, now)
-        self._assembly.began = min(self._assembly.began + seconds, now)
+        self._assembly.excuse(seconds, now)
+        self._setbacks.excuse(seconds, now)
         if self._starved_since is not None:
             self._starved_since = min(self._starved_since + seconds, now)
         self.shards.excuse(seconds, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layerwise.messages import Failure, LinkDown
 from layerwise.roles import Effect
@@ -78,6 +78,11 @@ class Setbacks:
         if message.generation == self._crew.routing.generation and self._link is None and not self._account.recovering:
             between = f"{peer} and {message.peer}"
             self._broken = BrokenLink(generation=message.generation, between=between, time=self._account.now)
+
+    def excuse(self, seconds: float, now: float) -> None:
+        """For so long nobody could be heard."""
+        if self._broken is not None:
+            self._broken = replace(self._broken, time=min(self._broken.time + seconds, now))
 
     @property
     def link_is_to_mend(self) -> bool:

@@ -112,7 +112,7 @@ class ForwardWorker:
             if planned:
                 data.info.check(DataInfo.from_json(planned))
             settings = ResolvedSettings.from_json(assignment.settings_json)
-            ordered = settings.mode == "synchronous" or settings.window == 1
+            ordered = settings.plain
             return data, spec.train.seed, settings.window, ordered
 
         def done(loaded: tuple[TrainingData, int, int, bool]) -> list[Effect]:

@@ -20,6 +20,7 @@ from layerwise.messages import Hello, Message, Role
 from layerwise.plan import TrainingPlan
 from layerwise.profile import LayerProfile, Profile
 from layerwise.roles import Effect
+from layerwise.server.coordinator import HELD_UP_SECONDS
 from layerwise.server.coordinator_role import CoordinatorRole
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.worker.forward_role import ForwardRole
@@ -42,18 +43,25 @@ class SimulatedCoordinator(Process):
     """The coordinator's process."""
 
     role: CoordinatorRole = field(default_factory=lambda: CoordinatorRole(MemoryJobStore(), now=0.0))
-    _expected_tick: float = math.inf
+    _tick_due: float = math.inf
 
     def on_message(self, peer: str, message: Message) -> list[Effect]:
-        return self.role.on_message(peer, message, self.world.now)
+        return self.role.on_message(peer, message, self._caught_up())
 
     def on_lost(self, peer: str) -> list[Effect]:
-        return self.role.on_lost(peer, self.world.now)
+        return self.role.on_lost(peer, self._caught_up())
 
     def on_tick(self) -> list[Effect]:
-        late = max(self.world.now - self._expected_tick, 0.0)
-        self._expected_tick = self.world.now + TICK_SECONDS
-        return self.role.on_tick(self.world.now, late=late)
+        now = self._caught_up()
+        self._tick_due = now + TICK_SECONDS
+        return self.role.on_tick(now)
+
+    def _caught_up(self) -> float:
+        now = self.world.now
+        if now - self._tick_due > HELD_UP_SECONDS:
+            self.role.excuse(now - self._tick_due, now)
+            self._tick_due = now
+        return now
 
     def describe(self) -> str:
         return "; ".join(f"{one['job']} {one['state']}: {one['message']} {one['ledger']}" for one in self.role.jobs())

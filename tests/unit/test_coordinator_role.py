@@ -19,9 +19,11 @@ from layerwise.messages import (
     LeaseKind,
     LeaseRequest,
     LeaseReturn,
+    LinkDown,
     Message,
     Outcome,
     ReleaseCut,
+    Reroute,
     Role,
     StartTraining,
     Stop,
@@ -232,8 +234,8 @@ def test_time_in_which_the_coordinator_was_stopped_counts_against_nobody() -> No
     played.hold = hold_training
     job = played.submit(spec(timeouts={"heartbeat": 50.0, "lease": 10.0, "task": 5.0}))
     played.now += 400.0
-    played.perform(played.role.on_tick(played.now, late=399.0))
-    played.run()
+    played.role.excuse(399.0, played.now)
+    played.wait(0.0)
     assert played.state(job) == "running"
     assert {node["state"] for node in played.role.nodes(played.now)} == {"working"}
     for name in ("shard-0", "shard-1", "forward-0"):
@@ -243,13 +245,43 @@ def test_time_in_which_the_coordinator_was_stopped_counts_against_nobody() -> No
     assert document["message"].startswith("nothing has moved for 32 s (training), so the run was given up")
 
 
+def test_a_job_that_waits_for_another_shard_waits_longer_by_the_time_in_which_the_coordinator_was_stopped() -> None:
+    played = PlayedCluster()
+    played.add(Role.SHARD, "shard-0")
+    played.add(Role.FORWARD, "forward-0")
+    job = played.submit(spec(timeouts={"start": 10.0}))
+    played.wait(1.0)
+    played.now += 60.0
+    played.role.excuse(59.0, played.now)
+    played.wait(0.0)
+    assert played.state(job) == "queued"
+    played.add(Role.SHARD, "shard-1")
+    assert played.state(job) != "queued"
+
+
+def test_a_link_that_broke_is_mended_later_by_the_time_in_which_the_coordinator_was_stopped() -> None:
+    played = cluster()
+    played.hold = hold_training
+    job = played.submit(spec())
+    generation = played.role.runs[job].route[0].life
+    played.say("shard-0", LinkDown(job=job, peer="shard-1", generation=generation))
+    played.now += 60.0
+    played.role.excuse(60.0, played.now)
+    played.sent.clear()
+    played.wait(0.5)
+    assert not any(isinstance(message, Reroute) for _, message in played.sent)
+    played.wait(1.0)
+    assert any(isinstance(message, Reroute) for _, message in played.sent)
+
+
 def test_a_lost_shard_s_place_waits_longer_by_the_time_in_which_the_coordinator_was_stopped() -> None:
     played = cluster()
     played.hold = hold_training
     job = played.submit(spec(timeouts={"start": 10.0}))
     played.kill("shard-1")
     played.now += 60.0
-    played.perform(played.role.on_tick(played.now, late=59.0))
+    played.role.excuse(59.0, played.now)
+    played.wait(0.0)
     assert played.state(job) == "running"
     played.wait(8.0)
     assert played.state(job) == "running"

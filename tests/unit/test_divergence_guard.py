@@ -99,6 +99,34 @@ def test_a_run_that_is_worse_than_at_its_start_and_stays_there_is_a_stall() -> N
     assert "never came below" in found.why
 
 
+@pytest.mark.parametrize("calm", [3, FIRST_UPDATES])
+@pytest.mark.parametrize("peak", [30.0, 1e8, 1e30])
+@pytest.mark.parametrize("can_stall", [True, False])
+def test_a_collapse_into_losses_that_are_thrown_about_trips_though_they_are_all_noise(
+    *, can_stall: bool, peak: float, calm: int
+) -> None:
+    """They were their own excuse: no rise was beyond ten standard errors of losses like these, and no stall above five."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        losses = [2.3 + 0.1 * rng.gauss(0, 1) for _ in range(calm)]
+        losses += [peak * rng.random() for _ in range(3)]
+        losses += [30 * abs(1 + 0.6 * rng.gauss(0, 1)) for _ in range(300 - len(losses))]
+        found = watch(losses, can_stall=can_stall)
+        assert found is not None, f"seed {seed}"
+        assert found.version < 100
+        assert found.good_version == 0
+
+
+def test_a_collapse_with_the_very_first_updates_is_not_taken_for_the_start() -> None:
+    """Losses of a real run at a hopeless rate. It was thought to have learned a lot, coming from 3e13."""
+    losses = [2.285, 7.16, 4153.0, 1.934e7, 1.501e14, 2.098e22, 2.552e17, 6.093e17, 2.771e8, 47.97, 71.28, 83.78, 77.22]
+    rng = random.Random(1)
+    losses += [28 + 7 * rng.gauss(0, 1) for _ in range(300 - len(losses))]
+    found = watch(losses)
+    assert found is not None
+    assert found.version < 60
+
+
 def test_where_it_costs_little_a_loss_that_does_not_fall_is_enough() -> None:
     for eager in (False, True):
         guard = DivergenceGuard(1000, eager=eager)

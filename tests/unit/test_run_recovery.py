@@ -481,6 +481,7 @@ def test_recoveries_with_progress_in_between_are_not_limited() -> None:
         played.report("shard-0", "shard-1")
         played.kill("shard-1")
         played.add(Role.SHARD, "shard-1")
+        played.wait(1.0)
     assert played.state(job) == "running"
     go_on(played)
     check_done(played, job)

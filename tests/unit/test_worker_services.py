@@ -87,7 +87,7 @@ def test_data_that_come_after_their_job_was_left_are_not_kept(monkeypatch: pytes
         spec = SimpleNamespace(data=None, train=SimpleNamespace(seed=1))
         monkeypatch.setattr("layerwise.worker.forward.parse_job", lambda *_, **__: spec)
         monkeypatch.setattr("layerwise.worker.forward.load_dataset", load)
-        settings = SimpleNamespace(from_json=lambda _: SimpleNamespace(window=1, mode="asynchronous"))
+        settings = SimpleNamespace(from_json=lambda _: SimpleNamespace(window=1, plain=True))
         monkeypatch.setattr("layerwise.worker.forward.ResolvedSettings", settings)
         worker = ForwardWorker(cast(Service, service))
         worker.on_message(COORDINATOR, assignment(1), 0.0)
