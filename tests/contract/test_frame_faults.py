@@ -111,6 +111,8 @@ def test_every_message_arrives_once_and_in_order(
     async def body() -> None:
         async with pair(socket_folder, receiver_dials=receiver_dials) as both:
             assert await both.exchange(100) == list(range(100))
+            while len(fired_faults(fired)) < 3:  # what was lost with a stream goes out again in few frames
+                assert await both.exchange(10) == list(range(10))
             assert not both.lost
 
     asyncio.run(body())
