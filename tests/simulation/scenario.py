@@ -198,11 +198,11 @@ def _draw(seed: int) -> Scenario:
             seconds = swallows.choice((swallows.uniform(0.1, 5.0), swallows.uniform(21.0, longest)))
             faults.append(Fault(at=at, kind="blackhole", target=one, other=other, seconds=seconds))
     stopped = random.Random(f"stopped coordinators {seed}")
-    if stopped.random() < 0.08:
+    if stopped.random() < 0.04:
         # Longer than anybody may be silent, and than a run may rest: neither is counted.
         at, seconds = (
             0.1 + stopped.uniform(0, length),
-            stopped.choice((stopped.uniform(0.5, 6.0), stopped.uniform(16.0, 45.0))),
+            stopped.choice((stopped.uniform(0.5, 6.0), stopped.uniform(16.0, 30.0))),
         )
         faults.append(Fault(at=at, kind="pause", target="coordinator", seconds=seconds))
     drops = worse.random() < 0.4
