@@ -112,7 +112,7 @@ class Assembly:
             account.note("warning", warning)
         return self.proceed()
 
-    def lose_shard(self, name: str) -> None:
+    def forget_probe(self, name: str) -> None:
         """If ``name`` measured the model, that has to be done again."""
         if name == self._probing:
             self._probing = ""

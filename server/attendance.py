@@ -11,7 +11,7 @@ from layerwise.server.assembly import Assembly
 from layerwise.server.crew import Crew
 from layerwise.server.ending import Ending
 from layerwise.server.membership import Process
-from layerwise.server.recovery import Setback
+from layerwise.server.recovery import FailuresInARow
 from layerwise.server.run_account import RunAccount
 from layerwise.server.settlement import Settlement
 from layerwise.server.training_start import TrainingStart
@@ -35,7 +35,7 @@ class Attendance:
         self._assembly = assembly
         self._start = start
         self._settlement = settlement
-        self._lost_early: defaultdict[int, Setback] = defaultdict(Setback)
+        self._lost_early: defaultdict[int, FailuresInARow] = defaultdict(FailuresInARow)
 
     # Coming ----------------------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class Attendance:
         account, training = self._account, self._account.training
         place = self._crew.shards.vacate(name, why, account.now)
         account.note("warning", f"shard {name} (block {place.block}) was lost ({why})", shard=name)
-        self._assembly.lose_shard(name)
+        self._assembly.forget_probe(name)
         if training is None:
             return self._give_up_early(place.block, name, why)
         reached = [layer.version for layer in training.layers_of(place.block)]

@@ -16,7 +16,7 @@ MOST_SECONDS = 2.0
 
 
 @dataclass(slots=True)
-class Setback:
+class FailuresInARow:
     """The same thing over and over, for ``seconds`` by now."""
 
     times: int = 0
@@ -54,7 +54,7 @@ class Recovery:
         self._lost: dict[int, LostBlock] = {}
         self._highest = -1
         self._gone_back: int | None = None
-        self.in_a_row = Setback()
+        self.in_a_row = FailuresInARow()
         """New routes that brought no update beyond those made before."""
 
     def lose(self, block: int, shard: str, version: int, now: float) -> None:
@@ -68,7 +68,7 @@ class Recovery:
         """
         reached = version if self._gone_back is None else self._gone_back
         if reached > self._highest:
-            self.in_a_row = Setback()
+            self.in_a_row = FailuresInARow()
         self.in_a_row.again(now)
         self._highest = max(self._highest, reached)
 

@@ -11,7 +11,7 @@ from layerwise.server.attendance import Attendance
 from layerwise.server.crew import Crew
 from layerwise.server.divergence_policy import DivergencePolicy
 from layerwise.server.ending import Ending
-from layerwise.server.recovery import MOST_RECOVERIES
+from layerwise.server.recovery import FailuresInARow
 from layerwise.server.run_account import RunAccount
 
 LINK_SECONDS = 1.0
@@ -46,7 +46,7 @@ class Setbacks:
         self._attendance = attendance
         self._divergence = divergence
         self._broken: BrokenLink | None = None
-        self._run_out_at, self._num_run_out = -1, 0
+        self._run_out, self._run_out_at = FailuresInARow(), -1
 
     def on_failure(self, peer: str, message: Failure) -> list[Effect]:
         """A role can't go on. If that is because a cut is damaged, the cut before it is used; if training is, that may go back."""
@@ -110,11 +110,12 @@ class Setbacks:
         if peer not in self._crew.names:
             return []
         version = self._account.version
-        self._num_run_out = self._num_run_out + 1 if version == self._run_out_at else 1
-        self._run_out_at = version
-        if self._num_run_out > MOST_RECOVERIES:
+        if version != self._run_out_at:
+            self._run_out, self._run_out_at = FailuresInARow(), version
+        self._run_out.again(self._account.now)
+        if self._run_out.goes_on:
             return self._ending.fail(
-                f"memory ran out {self._num_run_out} times before the next update, the last time in {peer}: {sentence}; "
+                f"memory ran out {self._run_out.times} times before the next update, the last time in {peer}: {sentence}; "
                 f"use a smaller data.batch or async.window, more shards, or machines with more memory"
             )
         self._crew.dismiss([peer])

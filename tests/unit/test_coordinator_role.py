@@ -389,6 +389,19 @@ def test_cancel_stops_at_the_next_update_with_a_durable_cut_and_an_exact_ledger(
     assert "`layerwise resume toy-1`" in document["message"]
 
 
+def test_a_stop_drains_longer_by_the_time_in_which_the_coordinator_was_stopped() -> None:
+    played = cluster()
+    played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN and len(played.leases) >= 20
+    job = played.submit(spec(timeouts={"drain": 5.0, "heartbeat": 100.0}))
+    played.cancel(job)
+    played.now += 60.0
+    played.role.excuse(59.0, played.now)
+    played.wait(3.0)
+    assert played.state(job) == "stopping"
+    played.wait(2.0)
+    assert played.state(job) == "cancelled"
+
+
 def test_a_stop_that_does_not_drain_in_time_leaves_the_last_cut_standing() -> None:
     played = cluster()
     played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN and len(played.leases) >= 20

@@ -61,6 +61,7 @@ def test_a_job_that_never_fits_ends_with_a_sentence_that_names_the_memory(name: 
     played, job = training()
     for _ in range(6):
         run_out(played, job, name)
+        played.wait(1.0)
     assert played.state(job) == "running"
     run_out(played, job, name)
     document = played.role.job(job)

@@ -137,6 +137,14 @@ def test_an_expired_lease_goes_to_another_worker_and_the_first_may_still_finish_
     assert len(ledger.lease("b", 1, 63.0)) == 1
 
 
+def test_a_lease_expires_later_by_the_time_in_which_nobody_could_be_heard() -> None:
+    ledger = ledger_with()
+    ledger.lease("a", 1, 0.0)
+    ledger.excuse(50.0, 100.0)
+    assert ledger.expire(50.0) == 0
+    assert ledger.expire(51.0) == 1
+
+
 def test_returning_what_is_no_microbatch_of_the_plan_changes_nothing() -> None:
     ledger = ledger_with()
     ledger.give_back("a", Attempt(Microbatch(0, 1, 2)), "open")
