@@ -20,10 +20,11 @@ CALL_SECONDS = 15.0
 RECONNECT_SECONDS = 60.0
 FINAL_STATES = frozenset({"done", "failed", "cancelled"})
 
-# A lost coordinator is looked for again at once and then often; keepalive notices one whose machine vanished.
+# A lost coordinator is looked for again at once and then often; keepalive notices one whose machine vanished. What gRPC calls
+# the smallest backoff is how long it waits for one connection: a far or busy coordinator needs time to accept it.
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),

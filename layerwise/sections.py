@@ -409,5 +409,7 @@ class Timeouts(Section):
     start: Positive = Field(default=120.0, description="for every role to be there")
     lease: Positive = Field(default=60.0, description="for a leased microbatch to be applied")
     task: Positive = Field(default=60.0, description="for one pass over a block, or one answer of a peer")
-    heartbeat: Positive = Field(default=15.0, description="without a sign of life of a process")
+    heartbeat: float = Field(
+        default=15.0, ge=2.0, description="without a sign of life of a process, which gives one a second"
+    )
     drain: Positive = Field(default=60.0, description="for what is in flight when the job stops")

@@ -74,3 +74,11 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     made = Gate(tmp_path / "gate")
     yield made
     made.open()
+
+
+@pytest.fixture
+def second_gate(tmp_path: Path) -> Iterator[Gate]:
+    """Another one."""
+    made = Gate(tmp_path / "gate-2")
+    yield made
+    made.open()

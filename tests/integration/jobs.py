@@ -97,11 +97,11 @@ class Gate:
         # Open for both, so that neither side waits for the other: readers wait for data, or for our end.
         self._file = os.open(path, os.O_RDWR)
 
-    def data(self, *, samples: int, free: int, batch: int = 16) -> dict[str, Any]:
-        """A ``data`` section of ``samples``, of which each process gets ``free`` before the gate."""
+    def data(self, *others: Gate, samples: int, free: int, batch: int = 16) -> dict[str, Any]:
+        """A ``data`` section of ``samples``, of which each process gets ``free`` before this gate, and as many more before each other."""
         target = f"{OWN_CODE}:gated"
         return {"import": target, "batch": batch, "samples": samples, "validation_samples": 12} | {
-            "gate": str(self.path),
+            "gates": [str(gate.path) for gate in (self, *others)],
             "free": free,
         }
 

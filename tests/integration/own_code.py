@@ -194,28 +194,30 @@ def smooth_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 class Gated(Ramp):
-    """Gives ``free`` samples in this process; before the next it waits until the FIFO ``gate`` is gone or closed.
+    """Gives ``free`` samples in this process before each of ``gates``, FIFOs; there it waits until the FIFO is gone or closed.
 
     One goes to layerwise itself, which looks at what samples are like.
     """
 
-    def __init__(self, samples: int, gate: str, free: int) -> None:
+    def __init__(self, samples: int, gates: list[str], free: int) -> None:
         super().__init__(samples)
-        self.gate = gate
-        self.free = free
+        self.gates = list(gates)
+        self.free = self.left = free
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """See `Ramp`."""
-        if self.free == 0:
+        while self.left == 0 and self.gates:
             with suppress(FileNotFoundError):
-                Path(self.gate).read_bytes()
-        self.free = max(self.free - 1, 0)
+                Path(self.gates[0]).read_bytes()
+            del self.gates[0]
+            self.left = self.free
+        self.left = max(self.left - 1, 0)
         return super().__getitem__(index)
 
 
-def gated(samples: int, validation_samples: int, gate: str, free: int) -> tuple[Gated, Ramp]:
-    """Training data behind a gate, and validation data."""
-    return Gated(samples, gate, free), Ramp(validation_samples)
+def gated(samples: int, validation_samples: int, gates: list[str], free: int) -> tuple[Gated, Ramp]:
+    """Training data behind gates, and validation data."""
+    return Gated(samples, gates, free), Ramp(validation_samples)
 
 
 class Flawed(Ramp):

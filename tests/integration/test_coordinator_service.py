@@ -211,6 +211,35 @@ def test_refusals_reach_the_client_as_the_errors_they_are(socket_folder: Path) -
     asyncio.run(scenario())
 
 
+def test_a_coordinator_whose_answers_take_long_is_reached_at_the_first_call(socket_folder: Path) -> None:
+    """Even what it says when it accepts the connection is half a second on its way."""
+
+    async def scenario() -> None:
+        async with running(socket_folder) as coordinator:
+
+            async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                path = coordinator.address.removeprefix("unix:")
+                onward_reader, onward_writer = await asyncio.open_unix_connection(path)
+                await asyncio.gather(pass_on(reader, onward_writer, 0.0), pass_on(onward_reader, writer, 0.5))
+
+            async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter, seconds: float) -> None:
+                while data := await source.read(1 << 16):
+                    await asyncio.sleep(seconds)
+                    sink.write(data)
+                sink.close()
+
+            async with await asyncio.start_server(accept, "127.0.0.1", 0) as far:
+                host, port = far.sockets[0].getsockname()
+
+                def list_jobs() -> list[dict[str, Any]]:
+                    with CoordinatorClient(f"{host}:{port}") as client:
+                        return client.list_jobs()
+
+                assert await asyncio.to_thread(list_jobs) == []
+
+    asyncio.run(scenario())
+
+
 def test_a_client_of_another_wire_version_is_told_so(socket_folder: Path) -> None:
     def call(address: str) -> None:
         with grpc.insecure_channel(address) as channel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,25 @@ def test_a_killed_coordinator_takes_its_processes_back_and_no_layer_goes_back(
     assert lives(result) == before
     assert result.document["recoveries"] == []
     assert any("the coordinator was started again" in event.message for event in running.logs())
+
+
+def test_a_coordinator_that_was_stopped_for_longer_than_others_may_be_silent_takes_nobody_for_lost(
+    fragile: LocalCluster, connection: Connection, tmp_path: Path, gate: Gate
+) -> None:
+    """Nor does anybody give up a coordinator that says nothing for so long."""
+    before = {node["name"]: node["incarnation"] for node in connection.nodes()}
+    running = connection.submit(long_job(tmp_path / "run", gate, timeouts={"heartbeat": 3.0}))
+    wait_for_cut(running, 5)
+    fragile.pause("coordinator")
+    threading.Event().wait(5.0)
+    fragile.unpause("coordinator")
+    gate.open()
+    result = wait(running)
+    check_done(result)
+    assert result.document["recoveries"] == []
+    lines = [event.message for event in running.logs()]
+    assert not [line for line in lines if "lost" in line or "started again" in line]
+    assert {node["name"]: node["incarnation"] for node in connection.nodes()} == before
 
 
 @pytest.mark.parametrize("name", ["shard-0", "shard-1"])

@@ -42,7 +42,7 @@ def gated_job(directory: Path, gate: Gate, free: int, **sections: Any) -> dict[s
 
 
 def test_stopped_jobs_are_resumed_after_the_end_of_their_cluster(
-    cluster: LocalCluster, tmp_path: Path, gate: Gate
+    cluster: LocalCluster, tmp_path: Path, gate: Gate, second_gate: Gate
 ) -> None:
     """One at window 1, bit-equal to the uninterrupted run; one asynchronous, with two forward workers and a complete ledger."""
     asynchronous = {
@@ -65,7 +65,6 @@ def test_stopped_jobs_are_resumed_after_the_end_of_their_cluster(
         check_ledger(stopped)
         check_audit(stopped)
 
-        second_gate = Gate(tmp_path / "gate-2")
         loose = connection.submit(gated_job(tmp_path / "loose", second_gate, 40, **asynchronous))
         wait_for_cut(loose, 2)
         loose.cancel()
