@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -48,13 +49,13 @@ def progress_view(stream: TextIO, *, quiet: bool = False) -> ProgressView:
 
 
 class ProgressLines:
-    """A line for each event, for the first update, for each tenth of the job, and after some seconds without a line."""
+    """A line for each event, for the first update seen, for each tenth of the job, and after some seconds without a line."""
 
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
         self._stream = stream
         self._quiet = quiet
         self._shown_steps = 0
-        self._shown_at = 0.0
+        self._shown_at: float | None = None
 
     def on_event(self, event: JobEvent) -> None:
         """Print it."""
@@ -66,11 +67,13 @@ class ProgressLines:
     def on_document(self, document: dict[str, Any]) -> None:
         """Print the figures when enough has happened since the last time."""
         steps, total = document.get("steps") or 0, document.get("total_steps") or 0
+        if document.get("state") in ("queued", "preparing"):
+            self._shown_steps = steps  # before it was resumed
         if self._quiet or steps <= self._shown_steps:
             return
-        silence = time.monotonic() - self._shown_at
+        silence = math.inf if self._shown_at is None else time.monotonic() - self._shown_at
         tenth = steps - self._shown_steps >= max(1.0, total * LINE_FRACTION)
-        due = not self._shown_steps or silence >= LONGEST_SILENCE_SECONDS or steps == total
+        due = silence >= LONGEST_SILENCE_SECONDS or steps == total
         if not due and not (tenth and silence >= SHORTEST_SILENCE_SECONDS):
             return
         self._shown_steps, self._shown_at = steps, time.monotonic()

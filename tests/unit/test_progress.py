@@ -70,6 +70,20 @@ def test_a_repeated_document_is_shown_once() -> None:
     assert len(stream.getvalue().splitlines()) == 1
 
 
+def test_a_resumed_job_is_shown_with_its_first_update_from_there() -> None:
+    stream = io.StringIO()
+    lines = ProgressLines(stream)
+    for state, steps in (("queued", 16), ("preparing", 16), ("running", 16), ("running", 17), ("running", 18)):
+        lines.on_document({"state": state, "steps": steps, "total_steps": 1000})
+    assert stream.getvalue() == "step 17/1000\n"
+
+
+def test_who_follows_a_job_that_trains_sees_at_once_how_far_it_is() -> None:
+    stream = io.StringIO()
+    ProgressLines(stream).on_document({"state": "running", "steps": 16, "total_steps": 1000})
+    assert stream.getvalue() == "step 16/1000\n"
+
+
 def test_quiet_still_shows_warnings() -> None:
     stream = io.StringIO()
     lines = ProgressLines(stream, quiet=True)
