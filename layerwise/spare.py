@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn, Self
 
+from layerwise.garbage import imports_kept
 from layerwise.lifetime import READY
 from layerwise.process_end import end_process
 
@@ -97,7 +98,8 @@ def wait_for_task() -> Task | None:
             if sys.platform == "linux":
                 # There niceness is a thread's own. A process could not take it back later.
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-            warm_up()
+            with imports_kept():
+                warm_up()
         except BaseException as error:  # raised again below, on the main thread
             failures.append(error)
         finally:

@@ -22,6 +22,7 @@ from layerwise.cli.options import (
     device_name,
     output_option,
 )
+from layerwise.garbage import imports_kept
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -142,7 +143,8 @@ def shard_command(
     """Run a shard server: it holds a block of a job's layers, runs them forward and backward and updates them."""
     start_logging(log_level, log_format)
     address = coordinator_address(coordinator)
-    from layerwise.server.shard import run_shard
+    with imports_kept():
+        from layerwise.server.shard import run_shard
 
     run_shard(
         coordinator=address,
@@ -182,7 +184,8 @@ def forward_command(
     """Run a forward worker: it leases samples, loads them and streams them through the shards. It keeps nothing."""
     start_logging(log_level, log_format)
     address = coordinator_address(coordinator)
-    from layerwise.worker.forward import run_forward
+    with imports_kept():
+        from layerwise.worker.forward import run_forward
 
     run_forward(
         coordinator=address,
@@ -234,7 +237,8 @@ def backward_command(
     """Run a detached backward worker: a process that computes a shard's gradients, for jobs that ask for it."""
     start_logging(log_level, log_format)
     address = coordinator_address(coordinator)
-    from layerwise.worker.backward import run_backward
+    with imports_kept():
+        from layerwise.worker.backward import run_backward
 
     run_backward(
         coordinator=address,
