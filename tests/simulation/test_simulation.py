@@ -16,7 +16,7 @@ from tests.simulation.cluster import SimulatedCluster
 from tests.simulation.found import FOUND
 from tests.simulation.scenario import Fault, draw, lose_shards
 
-NUM_SEEDS = 560
+NUM_SEEDS = 500
 SEEDS_AT_ONCE = 20
 NUM_STANDBY_SEEDS = 40
 
