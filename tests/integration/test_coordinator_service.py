@@ -9,7 +9,7 @@ import os
 import threading
 import urllib.request
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -216,17 +216,21 @@ def test_a_coordinator_whose_answers_take_long_is_reached_at_the_first_call(sock
 
     async def scenario() -> None:
         async with running(socket_folder) as coordinator:
+            connections: list[asyncio.Task[Any] | None] = []
 
             async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                connections.append(asyncio.current_task())
                 path = coordinator.address.removeprefix("unix:")
                 onward_reader, onward_writer = await asyncio.open_unix_connection(path)
                 await asyncio.gather(pass_on(reader, onward_writer, 0.0), pass_on(onward_reader, writer, 0.5))
 
             async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter, seconds: float) -> None:
-                while data := await source.read(1 << 16):
-                    await asyncio.sleep(seconds)
-                    sink.write(data)
-                sink.close()
+                with suppress(ConnectionError):
+                    while data := await source.read(1 << 16):
+                        await asyncio.sleep(seconds)
+                        sink.write(data)
+                    sink.close()
+                    await sink.wait_closed()
 
             async with await asyncio.start_server(accept, "127.0.0.1", 0) as far:
                 host, port = far.sockets[0].getsockname()
@@ -236,6 +240,7 @@ def test_a_coordinator_whose_answers_take_long_is_reached_at_the_first_call(sock
                         return client.list_jobs()
 
                 assert await asyncio.to_thread(list_jobs) == []
+                await asyncio.wait([task for task in connections if task is not None])
 
     asyncio.run(scenario())
 
