@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -272,6 +274,42 @@ def test_a_forward_worker_joins_a_running_job_and_is_killed(cluster: LocalCluste
     assert result.document["recoveries"] == []
     assert any("forward worker guest, which had joined, left" in line for line in lines)
     assert "no job 'no-job' to join here" in stranger.errors
+
+
+def test_a_detached_backward_worker_joins_a_running_job_and_is_killed(
+    cluster: LocalCluster, tmp_path: Path, gate: Gate
+) -> None:
+    """It joins while the job stands at the gate, has done passes when it dies, and nothing is lost."""
+    train = {"steps": 5000, "seed": 3, "optimizer": OPTIMIZERS["muon"]}
+    shape = {"shards": 2, "forward": 1, "backward": {"attached": False, "detached": 2}}
+    with Connection(cluster.coordinator_address) as connection:
+        running = connection.submit(long_job(tmp_path / "run", gate, cluster=shape, train=train))
+        wait_for_cut(running, 15)
+        at = ("--coordinator", cluster.coordinator_address, "--metrics", "127.0.0.1:0")
+        options = ("--join", running.id, "--name", "guest", "--allow-import", OWN_CODE)
+        with Command("backward", *options, *at, folder=REPOSITORY) as guest:
+            while running.status().document["joined_workers"] != ["guest"]:
+                assert guest.process.poll() is None
+            gate.open()
+            (address,) = (node["metrics_address"] for node in connection.nodes() if node["name"] == "guest")
+            passes = 0.0
+            while passes < 5:
+                with urlopen(f"http://{address}/metrics", timeout=10) as page:
+                    passes = float(re.findall(r"^layerwise_backward_passes_total (\S+)", page.read().decode(), re.M)[0])
+            guest.process.kill()
+            guest.process.wait()
+        cut = running.status().steps + 5
+        for event in running.logs(follow=True):
+            if "durable" in event.message and event.fields["version"] >= cut:
+                break
+        running.cancel()
+        result = wait(running)
+        lines = [event.message for event in running.logs()]
+    assert result.state == "cancelled", result.message
+    check_ledger(result)
+    check_audit(result)
+    assert result.document["recoveries"] == []
+    assert any("backward worker guest, which had joined, left" in line for line in lines)
 
 
 def test_who_follows_a_training_job_hears_of_its_end_though_the_coordinator_is_started_again(
