@@ -298,10 +298,7 @@ def test_a_detached_backward_worker_joins_a_running_job_and_is_killed(
                     passes = float(re.findall(r"^layerwise_backward_passes_total (\S+)", page.read().decode(), re.M)[0])
             guest.process.kill()
             guest.process.wait()
-        cut = running.status().steps + 5
-        for event in running.logs(follow=True):
-            if "durable" in event.message and event.fields["version"] >= cut:
-                break
+        wait_for_cut(running, 5 * (running.status().steps // 5 + 2))
         running.cancel()
         result = wait(running)
         lines = [event.message for event in running.logs()]
