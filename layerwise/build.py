@@ -90,7 +90,9 @@ def build_block(
     modules = build_modules(spec, _data_info(spec, profile, allowed_imports), allowed_imports, restored=restored)
     _check_profile(modules, profile)
     trainable_below = any(one.requires_grad for module in modules[: place.start] for one in module.parameters())
-    own = [module.to(device) for module in modules[place.start : place.stop]]
+    moves = transfers(device)
+    with moves.computing():
+        own = [module.to(device) for module in modules[place.start : place.stop]]
     names = [profile.layers[index].name for index in range(place.start, place.stop)]
     head = job_head(spec, allowed_imports) if place.stop == len(modules) else None
     del modules
@@ -106,35 +108,34 @@ def build_block(
     machine = this_machine(device, spec.train.precision)
     events = EventLog(assignment.directory, _log_header(assignment, place, settings, names, machine))
     try:
-        layers = assemble(
-            own,
-            names,
-            training,
-            events,
-            start=place.start,
-            life=place.life,
-            states=None if copies is None else [copy.state for copy in copies],
-            profiles=profile.layers[place.start : place.stop],
-        )
-        for layer, copy in zip(layers, copies or (), strict=False):
-            try:
-                layer.restore(copy)
-                if assignment.cut == course.version:
-                    layer.forget_moments()
-            except ValueError as error:
-                raise CorruptError(
-                    f"the {'cut' if standby is None else 'standby copy'} of version {assignment.cut} does not fit the job's "
-                    f"model: {error}"
-                ) from error
+        with moves.computing():
+            layers = assemble(
+                own,
+                names,
+                training,
+                events,
+                start=place.start,
+                life=place.life,
+                states=None if copies is None else [copy.state for copy in copies],
+                profiles=profile.layers[place.start : place.stop],
+            )
+            for layer, copy in zip(layers, copies or (), strict=False):
+                try:
+                    layer.restore(copy)
+                    if assignment.cut == course.version:
+                        layer.forget_moments()
+                except ValueError as error:
+                    raise CorruptError(
+                        f"the {'cut' if standby is None else 'standby copy'} of version {assignment.cut} does not fit the "
+                        f"job's model: {error}"
+                    ) from error
+            kept = [copy.to(device) for copy in copies or ()] if standby is None else []
     except BaseException:
         events.close()
         raise
-    moves = transfers(device)
-    moves.finish()
     writer = CutWriter(assignment.directory, assignment.job, before_save=events.sync)
     shelf = CutShelf(len(layers), cut_events, writer.save)
-    if standby is None:
-        shelf.restore([copy.to(device) for copy in copies or ()])
+    shelf.restore(kept)
     block = Block(
         layers,
         settings.plan,
@@ -177,7 +178,9 @@ def build_detached(
     if spec.init is not None and any(any(True for _ in one.buffers()) for one in modules[place.start : place.stop]):
         # Parameters come with the tasks, and so do the buffers that passes write; the others do not.
         load_weights(modules, spec.init)
-    own = [module.to(device) for module in modules[place.start : place.stop]]
+    moves = transfers(device)
+    with moves.computing():
+        own = [module.to(device) for module in modules[place.start : place.stop]]
     last = place.stop == len(modules)
     precision = precision_of(spec, device)
     states = PulledStates()
@@ -197,8 +200,6 @@ def build_detached(
                 lower=[layers[owner - place.start] for owner in sorted({owner for _, (owner, _) in foreign})],
             )
         )
-    moves = transfers(device)
-    moves.finish()
     return DetachedBlock(
         layers,
         states,

@@ -56,7 +56,7 @@ def this_machine(device: torch.device, precision: str) -> Machine:
         instructions=torch.backends.cpu.get_cpu_capability(),
         torch=str(torch.__version__),
         threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
         precision=precision,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,12 +14,13 @@ from layerwise.assembly import compute_layer, foreign_parameters
 from layerwise.build import build_modules, precision_of
 from layerwise.data import TrainingData, load_dataset
 from layerwise.derived_weights import derives_weights
-from layerwise.device import transfers
+from layerwise.device import HostTransfers, transfers
 from layerwise.errors import ConfigError, LayerwiseError
 from layerwise.head import JobHead, job_head, loss_gradients, run_head
 from layerwise.ids import Microbatch
 from layerwise.job import JobSpec
 from layerwise.layer_compute import LayerCompute, LayerPass, Precision
+from layerwise.memory import is_out_of_memory
 from layerwise.messages import Tensors
 from layerwise.models import layer_names, shared_tensors
 from layerwise.optimizers import ADAM_MARK
@@ -58,17 +60,20 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
     modules = build_modules(spec, data.info, allowed_imports)
     names = layer_names(modules)
     _refuse_lazy(modules, names)
-    for module in modules:
-        module.to(device)
     head = job_head(spec, allowed_imports)
     settings = resolve(spec, data.info.num_train, min(spec.cluster.shards, len(modules)))
     microbatch = settings.plan.microbatch(0)
     inputs, targets = _samples(spec, data, microbatch)
-    runner = _Runner(modules, names, spec, head, microbatch, device, inputs, targets)
-    runner.look()
-    _measure(runner)
-    single = Microbatch(microbatch.epoch, microbatch.start, microbatch.start + 1)
-    lone, single_sample_error = _look_at(modules, names, spec, head, single, device, data)
+    moves = transfers(device)
+    with _memory_explained(device):
+        with moves.computing():
+            for module in modules:
+                module.to(device)
+        runner = _Runner(modules, names, spec, head, microbatch, moves, inputs, targets)
+        runner.look()
+        _measure(runner)
+        single = Microbatch(microbatch.epoch, microbatch.start, microbatch.start + 1)
+        lone, single_sample_error = _look_at(modules, names, spec, head, single, moves, data)
     shares: dict[int, set[int]] = {}
     for shared in shared_tensors(modules):
         for index in shared.layers:
@@ -118,12 +123,12 @@ def _look_at(
     spec: JobSpec,
     head: JobHead,
     microbatch: Microbatch,
-    device: torch.device,
+    moves: HostTransfers,
     data: TrainingData,
 ) -> tuple[list[_Seen], str]:
     """What each layer does with ``microbatch`` in training, and what goes wrong, if anything does."""
     inputs, targets = _samples(spec, data, microbatch)
-    runner = _Runner(modules, names, spec, head, microbatch, device, inputs, targets)
+    runner = _Runner(modules, names, spec, head, microbatch, moves, inputs, targets)
     try:
         runner.look()
     except ConfigError as error:
@@ -151,15 +156,14 @@ class _Runner:
         spec: JobSpec,
         head: JobHead,
         microbatch: Microbatch,
-        device: torch.device,
+        moves: HostTransfers,
         inputs: Tensors,
         targets: Tensors,
     ) -> None:
         self.seen = [_Seen() for _ in modules]
         self._modules, self._names, self._spec, self._head = modules, names, spec, head
-        self._microbatch, self._device = microbatch, device
-        self._precision: Precision = precision_of(spec, device)
-        self._transfers = transfers(device)
+        self._microbatch, self._transfers = microbatch, moves
+        self._precision: Precision = precision_of(spec, moves.device)
         self._inputs = self._transfers.load(inputs)
         self._targets = self._transfers.load(targets)
         self._tickets = frozenset(range(len(modules)))
@@ -201,6 +205,8 @@ class _Runner:
         except LayerwiseError:
             raise
         except Exception as error:  # whatever a loss of the user's own raises
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"loss: it does not take what the last layer, {last} ({self._names[last]}), puts out, {_shapes(values)}, "
                 f"with targets {_shapes(self._targets)}: {_first_line(error)}"
@@ -214,7 +220,7 @@ class _Runner:
         copies = tuple(None if one is None else one.detach().clone() for one in values.items)
         before = [0 if one is None else one._version for one in copies]
         module.train()
-        with torch.no_grad(), self._precision.context(), layer_randomness(0, self._device):
+        with torch.no_grad(), self._precision.context(), layer_randomness(0, self._transfers.device):
             module(copies[0] if values.single else copies)
         return before != [0 if one is None else one._version for one in copies]
 
@@ -260,12 +266,24 @@ class _Runner:
             seen.backward_seconds.clear()
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._transfers.finish()
         return time.perf_counter()
 
     def _explained(self, index: int, values: Tensors) -> _Explained:
         return _Explained(index, self._names, values)
+
+
+@contextmanager
+def _memory_explained(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"model: the memory of {device} ran out when a microbatch was run through the whole model to measure it; give the first shard "
+            f"a larger device, or make data.batch smaller or async.accumulation larger: {_first_line(error)}"
+        ) from error
 
 
 class _Explained:
@@ -280,6 +298,8 @@ class _Explained:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or isinstance(error, LayerwiseError) or not isinstance(error, Exception):
             return
+        if is_out_of_memory(error):
+            return  # see `_memory_explained`
         index, names = self._index, self._names
         if index == 0:
             what = f"model: layer 0 ({names[0]}) does not take the data's samples, {_shapes(self._values)}"

@@ -50,9 +50,10 @@ class layer_randomness:
         _GENERATORS_LOCK.acquire()
         torch.default_generator.manual_seed(self._seed)
         device = self._device
-        if device is not None and device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            torch.cuda.default_generators[index].manual_seed(self._seed)
+        if device is not None and device.type != "cpu":
+            module = torch.get_device_module(device)
+            index = module.current_device() if device.index is None else device.index
+            module.default_generators[index].manual_seed(self._seed)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

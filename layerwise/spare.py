@@ -63,7 +63,7 @@ def warm_up() -> None:
     import layerwise.worker.backward
     import layerwise.worker.forward  # noqa: F401  (this and the others are imported for the time that it takes)
 
-    torch.cuda.is_available()
+    torch.accelerator.current_accelerator(check_available=True)
 
 
 def first_pass() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from layerwise.cli import exit_codes
-from layerwise.cli.options import allow_import_option, command, coordinator_option, output_option
+from layerwise.cli.options import allow_import_option, command, coordinator_option, device_name, output_option
 from layerwise.cli.output import print_json
 from layerwise.cli.results import job_directory
 
@@ -42,6 +42,12 @@ from layerwise.cli.results import job_directory
     help="Write the layers as they are at the end: a cut at an update, else a safetensors file a layer.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of arithmetic.  [default: as recorded]")
+@click.option(
+    "--device",
+    type=device_name,
+    metavar="cpu|cuda:N",
+    help="Where to compute.  [default: on the CPU what was recorded there, on this machine's GPU what was on one]",
+)
 @allow_import_option
 @coordinator_option
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -52,6 +58,7 @@ def replay_command(
     until: str | None,
     save: Path | None,
     threads: int | None,
+    device: str | None,
     allow_imports: tuple[str, ...],
     coordinator: str | None,
     quiet: bool,
@@ -60,16 +67,19 @@ def replay_command(
     """Execute a run again from its event logs, in the recorded order with the recorded reads, and compare every hash.
 
     Through crashes, resumes and rewinds, to the same parameters bit for bit: on the CPU in float32, with the processor
-    type, the torch version and the threads of the record. Exit status 1 when an update differs; the first one is named.
+    type, the torch version and the threads of the record; on a GPU of the same kind as far as its operations repeat. Exit
+    status 1 when an update differs; the first one is named.
     """
     directory, _ = job_directory(job, coordinator)
+    from layerwise.device import resolve_device
     from layerwise.replay import Replay, parse_until
     from layerwise.replay.saving import check_empty
 
     stop = None if until is None else parse_until(until)
     if save is not None:
         check_empty(save)
-    replay = Replay(directory, start=start, until=stop, threads=threads, allowed_imports=allow_imports)
+    place = None if device is None else resolve_device(device)
+    replay = Replay(directory, start=start, until=stop, threads=threads, device=place, allowed_imports=allow_imports)
     shown = not quiet and sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from layerwise.detached import DetachedBlock, PulledStates
+from layerwise.device import transfers_in_order
 from layerwise.errors import NotFiniteError
 from layerwise.events import (
     AbortEvent,
@@ -258,12 +259,14 @@ class Execution:
         boundary: Tensors | None = None
         with self._past.reading(versions):
             have = tuple(layer.revision() for layer in block.layers)
+            precision = block.layers[0].compute.precision
             task = block.detach(BackwardTask(attempt=attempt, number=one.number, gradients=gradients), "", life, have)
             worker = DetachedBlock(
                 [layer.compute for layer in block.layers],
                 _held(block.layers, versions, life),
                 head=self._head,
-                precision=block.layers[0].compute.precision,
+                transfers=transfers_in_order(precision.device),
+                precision=precision,
             )
             for answer in worker.run(task):
                 if isinstance(answer, PushGradient):

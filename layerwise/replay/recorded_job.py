@@ -15,6 +15,7 @@ from layerwise.build import build_modules, training_of
 from layerwise.cut_shelf import CutShelf
 from layerwise.cuts import durable_cuts, layer_files, load_manifest
 from layerwise.data import TrainingData, load_dataset
+from layerwise.device import transfers_in_order
 from layerwise.errors import CorruptError, NotFoundError
 from layerwise.events import WeightMode
 from layerwise.head import JobHead, job_head
@@ -62,20 +63,20 @@ class RecordedJob:
         return _tensors(inputs), _tensors(targets)
 
     def build(
-        self, header: LogHeader, copies: Sequence[LayerCopy] | None, *, inside: bool
+        self, header: LogHeader, copies: Sequence[LayerCopy] | None, *, inside: bool, device: torch.device
     ) -> tuple[RecordedBlock, EmittedEvents]:
-        """A block as ``header``'s process built it: with its initial weights, or restored from ``copies``.
+        """A block as ``header``'s process built it, on ``device``: with its initial weights, or restored from ``copies``.
 
         ``inside``: not a new life begins, the one that made the copies goes on.
         """
         modules = build_modules(self.spec, self.data.info, self.allowed_imports, restored=copies is not None)
         below = any(one.requires_grad for module in modules[: header.start] for one in module.parameters())
-        own = modules[header.start : header.stop]
+        own = [module.to(device) for module in modules[header.start : header.stop]]
         last = header.stop == len(modules)
         settings = replace(
             self.settings, plan=header.plan, mode="synchronous" if header.position_order else "asynchronous"
         )
-        training = replace(training_of(self.spec, settings, torch.device("cpu")), rate_factor=header.rate_factor)
+        training = replace(training_of(self.spec, settings, device), rate_factor=header.rate_factor)
         emitted = EmittedEvents()
         layers = assemble(
             own,
@@ -103,6 +104,7 @@ class RecordedJob:
             mode=WeightMode(header.backward_weights),
             head=self.head if last else None,
             trainable_below=below,
+            transfers=transfers_in_order(device),
             precision=training.precision,
         )
         return block, emitted

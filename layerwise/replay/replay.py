@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from layerwise.device import resolve_device
 from layerwise.errors import CorruptError, NotFoundError
 from layerwise.events import CutEvent, Event, UpdateEvent
 from layerwise.layer import LayerCopy, TrainedLayer
@@ -36,6 +37,7 @@ from layerwise.verify import first_difference
 Progress = Callable[[int, int], None]
 """``progress(updates done, updates in all)``, now and then."""
 
+CPU = torch.device("cpu")
 _BURST = 256
 
 
@@ -53,12 +55,14 @@ class Replay:
         start: int | None = None,
         until: Until | None = None,
         threads: int | None = None,
+        device: torch.device | None = None,
         allowed_imports: Sequence[str] = (),
     ) -> None:
         """Read the logs once.
 
         ``start`` is the version to begin at, by default the newest possible one that is not after the oldest saved
-        cut; ``threads`` of arithmetic are by default as many as were recorded.
+        cut; ``threads`` of arithmetic are by default as many as were recorded; ``device`` is by default the CPU for what
+        was recorded there, and the GPU of this machine, if it has one, for what was recorded on a GPU.
 
         Raises:
             NotFoundError: there is no log, no saved cut, or no place to begin at ``start``.
@@ -71,6 +75,7 @@ class Replay:
         self.start: Start = choose_start(self.history, self.job.saved, start)
         self.copies: dict[int, LayerCopy] = {}
         self._threads = threads
+        self._device = device
         self._exchange = Exchange(self.job.samples, num_layers=self.history.num_layers)
         self._running: list[BlockReplay] = []
         self._waiting = list(self.history.after(self.start))
@@ -243,7 +248,7 @@ class Replay:
         version = self.start.version if inside else life.version
         copies = [self._saved(layer, version, life) for layer in layers_of(life)] if version else None
         self._set_threads(life)
-        block, emitted = self.job.build(life.header, copies, inside=inside)
+        block, emitted = self.job.build(life.header, copies, inside=inside, device=self._device_of(life))
         one = BlockReplay(
             life,
             block,
@@ -296,7 +301,7 @@ class Replay:
         if file is not None and file.life == life.header.life:
             saved = self.job.saved_copy(event.version, event.layer)
             assert saved is not None
-            difference = first_difference(_named(saved), _named(copy))
+            difference = first_difference(_named(saved), _named(copy.to(CPU)))
             if difference is not None:
                 raise CorruptError(
                     f"the saved cut {event.version} differs from the replay in layer {event.layer}, though its hash in "
@@ -334,15 +339,21 @@ class Replay:
         if wanted is not None and wanted != torch.get_num_threads():
             torch.set_num_threads(wanted)
 
+    def _device_of(self, life: LifeIndex) -> torch.device:
+        if self._device is not None:
+            return self._device
+        machine = life.header.machine
+        return CPU if machine is None or machine.device == CPU.type else resolve_device("auto")
+
     def _notes(self) -> tuple[str, ...]:
         """In what this machine differs from the recorded ones."""
-        here = this_machine(torch.device("cpu"), self.job.spec.train.precision)
         found: dict[str, None] = {}
         for life in self._lives:
             machine = life.header.machine
             if machine is None:
                 found[f"{life} does not say on what it was computed"] = None
                 continue
+            here = this_machine(self._device_of(life), self.job.spec.train.precision)
             mine = here if self._threads is not None else replace(here, threads=machine.threads)
             found.update(dict.fromkeys(machine.differences(mine)))
         return tuple(found)

@@ -15,8 +15,8 @@ def test_the_command_trains_under_faults_and_reports(tmp_path: Path) -> None:
     name = write_job(
         tmp_path,
         model={"name": "mlp", "hidden": [32, 32]},
-        train={"steps": 120, "seed": 1, "optimizer": {"name": "adamw", "lr": 1e-2}},
-        checkpoint={"every": 20},
+        train={"steps": 60, "seed": 1, "optimizer": {"name": "adamw", "lr": 1e-2}},
+        checkpoint={"every": 10},
     )
     arguments = ("--scenario", "kill-forward", "--seed", "3", "--output", "json", "--directory", "here")
     with Command("chaos", name, *arguments, folder=tmp_path) as command:
@@ -26,7 +26,7 @@ def test_the_command_trains_under_faults_and_reports(tmp_path: Path) -> None:
     assert report["passed"], report["failures"]
     assert report["plan"] == draw_plan(Scenario.KILL_FORWARD, 3, shape_of(read_job(tmp_path / name))).to_json()
     assert [fault["process"] for fault in report["faults"]] == ["forward-0", "forward-0"]
-    assert report["final"]["steps"] == report["baseline"]["steps"] == 120
+    assert report["final"]["steps"] == report["baseline"]["steps"] == 60
     assert report["comparison"]["metric"] == "accuracy"
     assert report["audit"]["passed"]
     assert report["replay"]["exact"]

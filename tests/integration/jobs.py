@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from layerwise.api import Connection, Job
 from layerwise.cluster import LocalCluster
 from layerwise.cuts import load_manifest, newest_cut
+from layerwise.device import resolve_device
 from layerwise.errors import DeadlineError
 from layerwise.job import parse_job
 from layerwise.job_audit import audit_job
@@ -161,7 +162,8 @@ def check_equal_to_plain_loop(result: JobResult) -> None:
     """Parameters, buffers and optimizer state of the newest cut are those of a plain PyTorch loop, bit for bit."""
     spec = parse_job(result.document["spec"])
     settings = ResolvedSettings.from_json(json.dumps(load_manifest(result.directory, result.steps)["settings"]))
-    found = verify(spec, settings, result.directory, result.steps, allowed_imports=(OWN_CODE,))
+    device = resolve_device("auto")
+    found = verify(spec, settings, result.directory, result.steps, device=device, allowed_imports=(OWN_CODE,))
     assert found.equal, found.difference
     assert found.num_tensors > 0
 

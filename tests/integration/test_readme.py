@@ -20,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+import layerwise
 from layerwise.cli.main import run
+from layerwise.cuts import newest_cut
 from layerwise.data.load import load_dataset
 from layerwise.run_directory import spec_in
 from tests.integration.command import Command
@@ -37,7 +39,7 @@ LOOKS = (
 """Commands that look at what a run has left, run inside this process."""
 TRAINS = {
     "make train": ["train.epochs=1"],
-    "layerwise train spirals.yaml --allow-import spirals": ["train.epochs=1"],
+    "layerwise train spirals.yaml --allow-import spirals": ["train.steps=6"],
     "layerwise verify examples/digits.yaml --steps 5": [],
     "layerwise train examples/digits.yaml --set train.epochs=2 --output json": ["train.steps=4"],
 }
@@ -54,6 +56,23 @@ CLUSTER = (
     "layerwise jobs --output json",
 )
 """One after the other, on the cluster of the first."""
+RESULT_KEYS = {
+    "job",
+    "state",
+    "steps",
+    "epochs",
+    "samples",
+    "seconds",
+    "samples_per_second",
+    "train_loss",
+    "validation",
+    "staleness",
+    "ledger",
+    "window",
+    "accumulation",
+    "backward_weights",
+}
+"""What a finished run tells programs, at least."""
 NOT_RUN = re.compile(
     r"make test|cd examples/own_model|docker compose .*|layerwise (coordinator|node|shard|forward|backward|chaos) .*"
     r"|layerwise submit .*--coordinator head:7070.*"
@@ -147,6 +166,21 @@ def test_plain_pytorch_loads_the_export_and_finds_the_same_accuracy(
     assert right.float().mean().item() == pytest.approx(expected)
 
 
+def test_a_finished_run_is_left_alone(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = newest_cut(inside / "runs" / "digits")
+    assert run(["export", "runs/digits", "/proc/model"]) == 2
+    assert "/proc/model can't be written into" in capsys.readouterr().err
+    # The job file again is another run, which fails here.
+    before = set(inside.glob("runs/*"))
+    with pytest.raises(layerwise.LayerwiseError, match="no file at"):
+        layerwise.train("examples/digits.yaml", overrides=["data={name: arrays, path: nothing, batch: 4}"])
+    (another,) = set(inside.glob("runs/*")) - before
+    assert another.name.startswith("digits-")
+    assert newest_cut(inside / "runs" / "digits") == newest
+    assert run(["resume", "runs/digits", "--quiet"]) == 5
+    assert "done" in capsys.readouterr().err
+
+
 def test_the_example_of_a_model_of_ones_own_trains(folder: Path) -> None:
     [line] = [line for line in TRAINS if "spirals" in line]
     with Command(*words(line, TRAINS[line]), folder=folder / "examples" / "own_model") as command:
@@ -156,17 +190,31 @@ def test_the_example_of_a_model_of_ones_own_trains(folder: Path) -> None:
 
 def test_a_job_is_verified(folder: Path) -> None:
     [line] = [line for line in TRAINS if " verify " in line]
+    before = set(folder.glob("runs/*"))
     with Command(*words(line, TRAINS[line]), folder=folder) as command:
         assert command.finish() == 0, command.errors
         assert command.output.startswith("equal bit for bit after 5 updates")
+    assert set(folder.glob("runs/*")) == before
 
 
-def test_a_run_is_a_document_for_programs(folder: Path) -> None:
+def test_a_run_is_a_document_for_programs_that_has_every_fact(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [line] = [line for line in TRAINS if "--output json" in line]
     with Command(*words(line, TRAINS[line]), folder=folder) as command:
         assert command.finish() == 0, command.errors
+        assert len(command.output.splitlines()) == 1
         document = command.document
+    assert set(document) >= RESULT_KEYS
     assert (document["state"], document["steps"]) == ("done", 4)
+    assert document["ledger"]["samples_leased"] == document["ledger"]["samples_applied"] == 4 * 64
+    assert set(document["validation"]) >= {"loss", "accuracy"}
+    assert set(document["staleness"]) >= {"mean", "p50", "p99", "max", "layers"}
+    assert all(layer["name"] for layer in document["staleness"]["layers"])
+    assert Path(document["directory"]).parent == folder / "runs"
+    assert "step 4/4" in command.errors
+    assert "Traceback" not in command.errors
+    assert run(["evaluate", document["directory"]]) == 0
+    shown = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert float(shown["loss"]) == pytest.approx(document["validation"]["loss"], rel=1e-3)
 
 
 @pytest.fixture

@@ -3,87 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-import layerwise
 from layerwise.cli.main import run
 from layerwise.cuts import newest_cut
 from layerwise.run_directory import spec_in
 from tests.integration.command import Command, write_job
 
 ENDLESS = {"steps": 1_000_000, "optimizer": "adamw"}
-RESULT_KEYS = {
-    "job",
-    "state",
-    "steps",
-    "epochs",
-    "samples",
-    "seconds",
-    "samples_per_second",
-    "train_loss",
-    "validation",
-    "staleness",
-    "ledger",
-    "window",
-    "accumulation",
-    "backward_weights",
-}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """A command that has trained a small job to its end, in a folder of its own."""
-    folder = tmp_path_factory.mktemp("finished")
-    with Command("train", write_job(folder), "--output", "json", folder=folder) as command:
-        assert command.finish() == 0, command.errors
-        yield command
-
-
-def test_train_ends_with_one_object_that_has_every_fact(finished: Command) -> None:
-    assert len(finished.output.splitlines()) == 1
-    document = finished.document
-    assert set(document) >= RESULT_KEYS
-    assert (document["state"], document["steps"]) == ("done", 6)
-    assert document["ledger"]["samples_leased"] == document["ledger"]["samples_applied"] == 6 * 32
-    assert set(document["validation"]) >= {"loss", "accuracy"}
-    assert set(document["staleness"]) >= {"mean", "p50", "p99", "max", "layers"}
-    assert all(layer["name"] for layer in document["staleness"]["layers"])
-    assert Path(document["directory"]) == finished.folder / "runs" / "tiny"
-    assert "step 6/6" in finished.errors
-    assert "Traceback" not in finished.errors
-
-
-def test_a_finished_run_can_be_evaluated_exported_and_audited_with_no_cluster(
-    finished: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, validation = finished.folder, finished.document["validation"]
-    monkeypatch.chdir(folder)
-    assert run(["evaluate", "runs/tiny"]) == 0
-    shown = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert float(shown["loss"]) == pytest.approx(validation["loss"], rel=1e-3)
-
-    assert run(["export", "runs/tiny", "model"]) == 0
-    from safetensors.torch import load_file
-
-    assert sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values()) > 0
-
-    assert run(["export", "runs/tiny", "/proc/model"]) == 2
-    assert "/proc/model can't be written into" in capsys.readouterr().err
-
-    assert run(["audit", "runs/tiny"]) == 0
-    assert "FAIL" not in capsys.readouterr().out
-
-    # The job file again is another run, which fails here, and leaves this one alone.
-    with pytest.raises(layerwise.LayerwiseError, match="no file at"):
-        layerwise.train("job.yaml", overrides=["data={name: arrays, path: nothing, batch: 4}"])
-    assert (folder / "runs" / "tiny-2").is_dir()
-    assert newest_cut(folder / "runs" / "tiny") == 6
-    assert run(["resume", "runs/tiny", "--quiet"]) == 5
-    assert "done" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(240)
@@ -217,15 +147,6 @@ def test_where_code_of_ones_own_raised_is_in_the_log_that_the_command_names(tmp_
     log = "runs/tiny/logs/shard-0.log"
     assert command.errors.endswith(f"for a traceback see {log}")
     assert "raise KeyError('my own mistake')" in (tmp_path / log).read_text(encoding="utf-8")
-
-
-def test_verify_finds_no_different_bit(tmp_path: Path) -> None:
-    """With no more updates than the job has, also where it is given in epochs."""
-    job = write_job(tmp_path, data={"name": "digits", "batch": 500}, train={"epochs": 1, "optimizer": "adamw"})
-    with Command("verify", job, folder=tmp_path) as command:
-        assert command.finish() == 0, command.errors
-        assert command.output.startswith("equal bit for bit after 3 updates")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_plan_shows_each_blocks_part(tmp_path: Path) -> None:

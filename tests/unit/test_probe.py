@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -74,6 +74,32 @@ def test_layers_that_do_not_fit_are_named_with_their_shapes() -> None:
 def test_a_first_layer_that_does_not_take_the_samples_is_named() -> None:
     with pytest.raises(ConfigError, match=r"layer 0 \(0-linear\) does not take the data's samples, float32\[8, 64\]"):
         imported("too_narrow")
+
+
+class TooLarge(nn.Linear):
+    def __init__(self, where: str) -> None:
+        super().__init__(64, 10)
+        self._where = where
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        if self._where == "placed":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().to(*arguments, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand so on")
+
+
+def too_large(where: str) -> list[nn.Module]:
+    return [nn.Flatten(), TooLarge(where)]
+
+
+@pytest.mark.parametrize("where", ["placed", "run"])
+def test_a_model_that_the_device_has_no_memory_for_is_told_apart_from_one_that_does_not_fit_together(
+    where: str,
+) -> None:
+    with pytest.raises(ConfigError, match=r"model: the memory of cpu ran out .* 2\.00 GiB\.$"):
+        probe(spec({"import": f"{HERE}:too_large", "where": where}), device=CPU, allowed_imports=[HERE])
 
 
 def test_a_layer_that_returns_no_tensor_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from layerwise.events import BackwardEvent, PassEvent, WalkEvent
 from layerwise.ids import Attempt
 from layerwise.job import JobSpec
 from layerwise.log_retention import remove_old_records
+from layerwise.machine import Machine, this_machine
 from layerwise.replay import Replay, ReplayReport, Until, parse_until
 from layerwise.replay.history import read_history
 from layerwise.verify import cut_state, first_difference
@@ -301,6 +303,33 @@ def test_a_place_that_the_run_does_not_have_is_refused(tmp_path: Path) -> None:
     report = Replay(tmp_path, start=0, until=parse_until("11")).run()
     assert not report.passed
     assert report.unfinished == "the run ended before update 11"
+
+
+def test_what_was_recorded_on_a_gpu_is_computed_on_this_machines_and_the_rest_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_gpu(device: torch.device, precision: str) -> Machine:
+        return replace(this_machine(device, precision), device="some GPU")
+
+    asked: list[str] = []
+
+    def gpu_here(name: str) -> torch.device:
+        asked.append(name)
+        return torch.device("cpu")  # this machine may have none: what counts is who is asked
+
+    recorded(recorded_spec(), tmp_path / "cpu")
+    monkeypatch.setattr("layerwise.build.this_machine", on_a_gpu)
+    recorded(recorded_spec(), tmp_path / "gpu")
+    monkeypatch.setattr("layerwise.replay.replay.resolve_device", gpu_here)
+    check(tmp_path / "cpu", start=0)
+    assert asked == []
+    report = Replay(tmp_path / "gpu", start=0, allowed_imports=ALLOWED).run()
+    assert report.passed, "\n".join(report.lines())
+    assert report.notes == ("device: some GPU was recorded, here is cpu",)
+    assert set(asked) == {"auto"}
+    asked.clear()
+    assert Replay(tmp_path / "gpu", start=0, device=torch.device("cpu"), allowed_imports=ALLOWED).run().passed
+    assert asked == []
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
