@@ -18,13 +18,14 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# Without compiling: of all those modules a process needs a third, and compiles them when it first imports them.
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 SPEC ?= examples/digits.yaml
 ARGS ?=
 BENCH ?=
 CHAOS ?=
 CLUSTER_TESTS := tests/chaos tests/integration
-LATE_TESTS := $(wildcard tests/integration/test_[s-z]*.py)
+LATE_TESTS := $(wildcard tests/integration/test_res*.py tests/integration/test_[s-z]*.py)
 FOLDERS := layerwise server worker proto tests benchmarks tools examples
 
 .PHONY: help train test test-clusters test-others test-late check bench chaos venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
@@ -45,6 +46,8 @@ help:
 .venv/run-time: .venv/created pyproject.toml constraints.txt
 	$(INSTALL) setuptools
 	$(INSTALL) --no-build-isolation --editable '.[examples]'
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q -j 0 layerwise server worker proto
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'from layerwise.spare import warm_up; warm_up()'
 	@touch $@
 
 .venv/development: .venv/run-time

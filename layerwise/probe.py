@@ -66,9 +66,6 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
     inputs, targets = _samples(spec, data, microbatch)
     moves = transfers(device)
     with _memory_explained(device):
-        with moves.computing():
-            for module in modules:
-                module.to(device)
         runner = _Runner(modules, names, spec, head, microbatch, moves, inputs, targets)
         runner.look()
         _measure(runner)
@@ -174,7 +171,7 @@ class _Runner:
         """First run: errors, layers that write into their input, derived weights, bytes that autograd keeps."""
         values = self._inputs
         for index, module in enumerate(self._modules):
-            with self._explained(index, values), self._transfers.computing():
+            with self._explained(index, values), self._transfers.computing(), self._placed(index):
                 seen = self.seen[index]
                 seen.clones_input = self._writes_input(module, values)
                 layer = compute_layer(
@@ -194,8 +191,10 @@ class _Runner:
                     values = layer.run(leaves, self._microbatch, graph=True)
                 seen.activation_bytes = kept.num_bytes
                 seen.derived_weights = derives_weights(values.items, leaves.items)
+                # Without the graph, which would keep the layer's weights on the device.
+                values = _detached(values)
                 seen.outputs = Tensors(
-                    tuple(None if one is None else one.detach() for one in values.items), values.single
+                    tuple(None if one is None else one.to("meta") for one in values.items), values.single
                 )
         last = len(self._modules) - 1
         try:
@@ -225,39 +224,54 @@ class _Runner:
         return before != [0 if one is None else one._version for one in copies]
 
     def time(self) -> None:
-        """One timed forward and backward pass of every layer."""
-        passes: list[LayerPass] = []
+        """One timed forward and backward pass of every layer, a layer's both at once."""
         values, flowing = self._inputs, False
-        with self._transfers.computing():
-            for layer, seen in zip(self._layers, self.seen, strict=True):
-                leaves = layer.prepare(values, gradient=flowing)
-                parameters, destinations = layer.differentiated(self._tickets)
-                begun = self._now()
-                values = layer.run(leaves, self._microbatch, graph=flowing or bool(parameters))
-                seen.forward_seconds.append(self._now() - begun)
-                passes.append(
-                    LayerPass(
-                        compute=layer,
-                        microbatch=self._microbatch,
-                        ticket=True,
-                        inputs=leaves,
-                        outputs=values,
-                        buffers=(),
-                        reads=(0,),
-                        parameters=parameters,
-                        destinations=destinations,
-                    )
-                )
-                flowing = flowing or bool(parameters)
+        for index in range(len(self._layers)):
+            with self._transfers.computing(), self._placed(index):
+                values, flowing = self._time_layer(index, values, flowing)
+
+    def _time_layer(self, index: int, values: Tensors, flowing: bool) -> tuple[Tensors, bool]:
+        """What the layer puts out, and whether something below or in it is trained."""
+        layer, seen = self._layers[index], self.seen[index]
+        leaves = layer.prepare(values, gradient=flowing)
+        parameters, destinations = layer.differentiated(self._tickets)
+        flowing = flowing or bool(parameters)
+        begun = self._now()
+        outputs = layer.run(leaves, self._microbatch, graph=flowing)
+        seen.forward_seconds.append(self._now() - begun)
+        forward = LayerPass(
+            compute=layer,
+            microbatch=self._microbatch,
+            ticket=True,
+            inputs=leaves,
+            outputs=outputs,
+            buffers=(),
+            reads=(0,),
+            parameters=parameters,
+            destinations=destinations,
+        )
+        if index < len(self._layers) - 1:
+            gradients = tuple(
+                torch.ones_like(one) if one is not None and one.requires_grad else None for one in outputs.items
+            )
             begun = self._now()
-            loss, head = run_head(self._head, values, self._targets, self._precision, graph=True)
+        else:
+            begun = self._now()
+            loss, head = run_head(self._head, outputs, self._targets, self._precision, graph=True)
             gradients = loss_gradients(loss, head.items)
-            loss_seconds = self._now() - begun
-            for forward in reversed(passes):
-                begun = self._now()
-                gradients = forward.compute.gradients(forward, gradients).inputs
-                self.seen[forward.index].backward_seconds.append(self._now() - begun)
-            self.seen[-1].backward_seconds[-1] += loss_seconds
+        layer.gradients(forward, gradients)
+        seen.backward_seconds.append(self._now() - begun)
+        return _detached(outputs), flowing
+
+    @contextmanager
+    def _placed(self, index: int) -> Iterator[None]:
+        """Within it the layer's tensors are on the device: all layers together may be too large for one."""
+        module = self._modules[index]
+        module.to(self._transfers.device)
+        try:
+            yield
+        finally:
+            module.to("cpu")
 
     def forget_times(self) -> None:
         """What was timed so far does not count."""
@@ -273,6 +287,10 @@ class _Runner:
         return _Explained(index, self._names, values)
 
 
+def _detached(values: Tensors) -> Tensors:
+    return Tensors(tuple(None if one is None else one.detach() for one in values.items), values.single)
+
+
 @contextmanager
 def _memory_explained(device: torch.device) -> Iterator[None]:
     try:
@@ -281,8 +299,8 @@ def _memory_explained(device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"model: the memory of {device} ran out when a microbatch was run through the whole model to measure it; give the first shard "
-            f"a larger device, or make data.batch smaller or async.accumulation larger: {_first_line(error)}"
+            f"model: the memory of {device} ran out when a microbatch was run through the model, a layer at a time, to measure it; make "
+            f"data.batch smaller or async.accumulation larger, divide the largest layer, or take a larger device: {_first_line(error)}"
         ) from error
 
 

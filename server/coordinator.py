@@ -24,6 +24,7 @@ from layerwise.server.adopted_job import look_at_directories, read_job, unused_d
 from layerwise.server.client_service import ClientService
 from layerwise.server.coordinator_role import EVENTS_AT_ONCE, CoordinatorRole
 from layerwise.server.held_effects import HeldEffects
+from layerwise.server.held_up import HeldUp
 from layerwise.server.hello_check import hello_fault
 from layerwise.server.job_record import JobEvent
 from layerwise.server.job_store import FLUSH_SECONDS, SqliteJobStore
@@ -35,8 +36,6 @@ from layerwise.transport import Transport
 from layerwise.transport_metrics import transport_metrics
 
 LOCK = "coordinator.lock"
-HELD_UP_SECONDS = 1.0
-"""A tick that is overdue by so much says that this process was stopped or held up."""
 MAX_OUTBOX_BYTES = 64 << 20
 """For one process; what the coordinator says is small."""
 
@@ -101,7 +100,7 @@ class Coordinator:
         self._transport: Transport | None = None
         self._metrics: MetricsServer | None = None
         self._ticks: asyncio.Task[None] | None = None
-        self._tick_due = math.inf
+        self._held_up = HeldUp(TICK_SECONDS)
         self._ticked = asyncio.Event()
         self._held = HeldEffects()
         self._asked: tuple[int, float] | None = None
@@ -259,16 +258,16 @@ class Coordinator:
     def _caught_up(self) -> float:
         """The time, and whoever looks at it first after this process was stopped excuses everybody else."""
         now = self._now()
-        if now - self._tick_due > HELD_UP_SECONDS:
-            self._role.excuse(now - self._tick_due, now)
-            self._tick_due = now
+        missed = self._held_up.missed(now)
+        if missed:
+            self._role.excuse(missed, now)
         return now
 
     async def _tick(self) -> None:
         try:
             while True:
                 self._perform(self._role.on_tick(self._caught_up()))
-                self._tick_due = self._now() + TICK_SECONDS
+                self._held_up.ticked(self._now())
                 self._warn_of_a_slow_disk()
                 self._ticked.set()
                 self._ticked = asyncio.Event()

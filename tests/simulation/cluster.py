@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from layerwise.messages import Hello, Message, Role
 from layerwise.plan import TrainingPlan
 from layerwise.profile import LayerProfile, Profile
 from layerwise.roles import Effect
-from layerwise.server.coordinator import HELD_UP_SECONDS
 from layerwise.server.coordinator_role import CoordinatorRole
+from layerwise.server.held_up import HeldUp
 from layerwise.server.memory_store import MemoryJobStore
 from layerwise.worker.forward_role import ForwardRole
 from tests.simulation.disk import Disk
@@ -43,7 +42,7 @@ class SimulatedCoordinator(Process):
     """The coordinator's process."""
 
     role: CoordinatorRole = field(default_factory=lambda: CoordinatorRole(MemoryJobStore(), now=0.0))
-    _tick_due: float = math.inf
+    _held_up: HeldUp = field(default_factory=lambda: HeldUp(TICK_SECONDS))
 
     def on_message(self, peer: str, message: Message) -> list[Effect]:
         return self.role.on_message(peer, message, self._caught_up())
@@ -53,14 +52,14 @@ class SimulatedCoordinator(Process):
 
     def on_tick(self) -> list[Effect]:
         now = self._caught_up()
-        self._tick_due = now + TICK_SECONDS
+        self._held_up.ticked(now)
         return self.role.on_tick(now)
 
     def _caught_up(self) -> float:
         now = self.world.now
-        if now - self._tick_due > HELD_UP_SECONDS:
-            self.role.excuse(now - self._tick_due, now)
-            self._tick_due = now
+        missed = self._held_up.missed(now)
+        if missed:
+            self.role.excuse(missed, now)
         return now
 
     def describe(self) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import Any, Self
+from itertools import groupby
+from typing import Any, ClassVar, Self
 
 import pytest
 import torch
@@ -100,6 +101,41 @@ def test_a_model_that_the_device_has_no_memory_for_is_told_apart_from_one_that_d
 ) -> None:
     with pytest.raises(ConfigError, match=r"model: the memory of cpu ran out .* 2\.00 GiB\.$"):
         probe(spec({"import": f"{HERE}:too_large", "where": where}), device=CPU, allowed_imports=[HERE])
+
+
+class Placed(nn.Linear):
+    """Writes down when it is moved and when it computes."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __init__(self, name: str) -> None:
+        super().__init__(64, 64)
+        self._name = name
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        self.seen.append(f"{self._name} moved")
+        return super().to(*arguments, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(f"{self._name} run")
+        return super().forward(x)
+
+
+def placed() -> list[nn.Module]:
+    return [nn.Flatten(), Placed("first"), Placed("second")]
+
+
+def test_a_layer_is_on_the_device_only_while_it_is_run() -> None:
+    """All of them together may be too large for the device that measures them."""
+    Placed.seen.clear()
+    imported("placed")
+    turns = [list(turn) for _, turn in groupby(Placed.seen, key=lambda line: line.split()[0])]
+    for turn in turns:
+        assert turn[0].endswith("moved")
+        assert turn[-1].endswith("moved")
+        assert sum(line.endswith("moved") for line in turn) == 2
+        assert len(turn) > 2
+    assert [turn[0].split()[0] for turn in turns] == ["first", "second"] * (len(turns) // 2)
 
 
 def test_a_layer_that_returns_no_tensor_is_named() -> None:
