@@ -345,7 +345,8 @@ class _KeptBytes:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._parameters:
             self._kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # An operation's own output, kept as it is, would hold the graph that holds it: neither would ever be freed.
+        return tensor.detach()
 
     def __enter__(self) -> None:
         self._hooks.__enter__()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import groupby
 from typing import Any, ClassVar, Self
 
@@ -136,6 +138,30 @@ def test_a_layer_is_on_the_device_only_while_it_is_run() -> None:
         assert sum(line.endswith("moved") for line in turn) == 2
         assert len(turn) > 2
     assert [turn[0].split()[0] for turn in turns] == ["first", "second"] * (len(turns) // 2)
+
+
+REMEMBERED: list[weakref.ref[nn.Parameter]] = []
+
+
+def remembered() -> list[nn.Module]:
+    layers = [
+        nn.Flatten(),
+        nn.Linear(64, 12),
+        nn.ReLU(),
+        nn.Sequential(nn.Linear(12, 12), nn.Tanh()),
+        nn.Linear(12, 10),
+    ]
+    REMEMBERED.extend(weakref.ref(one) for layer in layers for one in layer.parameters())
+    return layers
+
+
+def test_nothing_of_the_model_stays_in_memory() -> None:
+    """Operations such as ReLU keep their own output for the backward pass."""
+    REMEMBERED.clear()
+    imported("remembered")
+    gc.collect()
+    assert len(REMEMBERED) == 6
+    assert [one() for one in REMEMBERED] == [None] * 6
 
 
 def test_a_layer_that_returns_no_tensor_is_named() -> None:
