@@ -12,6 +12,8 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# Many processes start here: each would compile all its modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The first interpreter that is new enough; PYTHON=... says another.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -46,8 +48,8 @@ help:
 .venv/run-time: .venv/created pyproject.toml constraints.txt
 	$(INSTALL) setuptools
 	$(INSTALL) --no-build-isolation --editable '.[examples]'
-	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q -j 0 layerwise server worker proto
-	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'from layerwise.spare import warm_up; warm_up()'
+	@$(BIN)/python -m compileall -q -j 0 layerwise server worker proto
+	@$(BIN)/python -c 'from layerwise.spare import warm_up; warm_up()'
 	@touch $@
 
 .venv/development: .venv/run-time

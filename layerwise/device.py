@@ -11,18 +11,20 @@ from layerwise.messages import Tensors
 from layerwise.tensors import to_host
 
 _NOTHING = nullcontext()
+_USED = ("Stream", "stream", "synchronize", "empty_cache", "current_device", "default_generators", "get_device_name")
+"""What is used of torch's module of an accelerator, such as `torch.cuda`."""
 
 
 def resolve_device(name: str) -> torch.device:
     """The device that ``--device`` names: "cpu", "cuda:N", "cuda", or "auto" (a GPU where there is one).
 
-    Any accelerator will do that torch drives with streams, as it drives CUDA: "xpu:N" where torch was built for that.
+    Any accelerator will do that torch drives as it drives CUDA.
 
     Raises:
         ConfigError: there is no such device here.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None and not hasattr(torch.get_device_module(accelerator), "Stream"):
+    if accelerator is not None and not all(hasattr(torch.get_device_module(accelerator), one) for one in _USED):
         accelerator = None
     if name == "auto":
         return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)
@@ -60,6 +62,9 @@ class HostTransfers:
     def computing(self) -> AbstractContextManager[object]:
         """The context that a pass runs in."""
         return _NOTHING
+
+    def give_back(self) -> None:
+        """Let other processes have what the device's allocator keeps without needing it."""
 
 
 class InOrderTransfers(HostTransfers):
@@ -120,6 +125,10 @@ class StreamTransfers(HostTransfers):
     def finish(self) -> None:
         """Wait until everything begun on the device is done."""
         self._module.synchronize(self.device)
+
+    def give_back(self) -> None:
+        """Empty the allocator's cache."""
+        self._module.empty_cache()
 
     def computing(self) -> AbstractContextManager[object]:
         """Work of this thread goes to the block's compute stream."""

@@ -9,8 +9,14 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
 LARGEST_KEPT_BLOCK = 64 << 20
 MOST_KEPT_BYTES = 512 << 20
-_OF_TORCH = ("can't allocate memory", "not enough memory: you tried to allocate", "CUDA error: out of memory")
-"""What torch says in errors of no class of their own: on the CPU, on Windows, and where CUDA itself refused."""
+_OF_TORCH = (
+    "can't allocate memory",
+    "not enough memory: you tried to allocate",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What torch says in errors of no class of their own: on the CPU, on Windows, where CUDA itself refused, and its libraries."""
 
 
 def keep_freed_memory() -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +16,7 @@ from layerwise.build import build_modules, precision_of
 from layerwise.data import TrainingData, load_dataset
 from layerwise.derived_weights import derives_weights
 from layerwise.device import HostTransfers, transfers
-from layerwise.errors import ConfigError, LayerwiseError
+from layerwise.errors import ConfigError, LayerwiseError, OutOfMemoryError
 from layerwise.head import JobHead, job_head, loss_gradients, run_head
 from layerwise.ids import Microbatch
 from layerwise.job import JobSpec
@@ -71,6 +72,7 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
         _measure(runner)
         single = Microbatch(microbatch.epoch, microbatch.start, microbatch.start + 1)
         lone, single_sample_error = _look_at(modules, names, spec, head, single, moves, data)
+    moves.give_back()
     shares: dict[int, set[int]] = {}
     for shared in shared_tensors(modules):
         for index in shared.layers:
@@ -134,7 +136,11 @@ def _look_at(
 
 
 def _measure(runner: _Runner) -> None:
-    """Time the layers until the shortest times can be trusted. The first pass only warms up: it loads code and memory."""
+    """Time the layers until the shortest times can be trusted. The first pass only warms up: it loads code and memory.
+
+    All layers take turns, so that what disturbs the machine for a moment is not taken for one layer's cost. The time that they take
+    to an accelerator and back counts in the limits, so that a large model is timed less often.
+    """
     runner.time()
     runner.forget_times()
     begun = time.perf_counter()
@@ -171,7 +177,7 @@ class _Runner:
         """First run: errors, layers that write into their input, derived weights, bytes that autograd keeps."""
         values = self._inputs
         for index, module in enumerate(self._modules):
-            with self._explained(index, values), self._transfers.computing(), self._placed(index):
+            with self._transfers.computing(), self._placed(index), self._explained(index, values):
                 seen = self.seen[index]
                 seen.clones_input = self._writes_input(module, values)
                 layer = compute_layer(
@@ -201,6 +207,7 @@ class _Runner:
             with self._transfers.computing():
                 loss, head = run_head(self._head, values, self._targets, self._precision, graph=False)
                 self._head.metrics(head, self._targets)
+                found = float(loss.detach())
         except LayerwiseError:
             raise
         except Exception as error:  # whatever a loss of the user's own raises
@@ -210,13 +217,12 @@ class _Runner:
                 f"loss: it does not take what the last layer, {last} ({self._names[last]}), puts out, {_shapes(values)}, "
                 f"with targets {_shapes(self._targets)}: {_first_line(error)}"
             ) from error
-        if not bool(torch.isfinite(loss.detach()).all()):
-            raise ConfigError(
-                f"model: the loss of the first microbatch is {float(loss.detach())} with the initial weights"
-            )
+        if not math.isfinite(found):
+            raise ConfigError(f"model: the loss of the first microbatch is {found} with the initial weights")
 
     def _writes_input(self, module: nn.Module, values: Tensors) -> bool:
-        copies = tuple(None if one is None else one.detach().clone() for one in values.items)
+        made = {id(one): None if one is None else one.detach().clone() for one in values.items}
+        copies = tuple(made[id(one)] for one in values.items)
         before = [0 if one is None else one._version for one in copies]
         module.train()
         with torch.no_grad(), self._precision.context(), layer_randomness(0, self._transfers.device):
@@ -266,8 +272,17 @@ class _Runner:
     @contextmanager
     def _placed(self, index: int) -> Iterator[None]:
         """Within it the layer's tensors are on the device: all layers together may be too large for one."""
-        module = self._modules[index]
-        module.to(self._transfers.device)
+        module, device = self._modules[index], self._transfers.device
+        try:
+            module.to(device)
+        except Exception as error:
+            with suppress(Exception):
+                module.to("cpu")
+            if is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"model: layer {index} ({self._names[index]}) can't be moved to {device}: {_first_line(error)}"
+            ) from error
         try:
             yield
         finally:
@@ -288,7 +303,9 @@ class _Runner:
 
 
 def _detached(values: Tensors) -> Tensors:
-    return Tensors(tuple(None if one is None else one.detach() for one in values.items), values.single)
+    """``values`` without their graph; what was one tensor stays one."""
+    found = {id(one): None if one is None else one.detach() for one in values.items}
+    return Tensors(tuple(found[id(one)] for one in values.items), values.single)
 
 
 @contextmanager
@@ -298,9 +315,9 @@ def _memory_explained(device: torch.device) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise ConfigError(
-            f"model: the memory of {device} ran out when a microbatch was run through the model, a layer at a time, to measure it; make "
-            f"data.batch smaller or async.accumulation larger, divide the largest layer, or take a larger device: {_first_line(error)}"
+        raise OutOfMemoryError(
+            f"model: memory ran out when a microbatch was run through it on {device}, a layer at a time, to measure it; make data.batch "
+            f"smaller or async.accumulation larger, divide the largest layer, or take a larger device: {_first_line(error)}"
         ) from error
 
 

@@ -182,7 +182,7 @@ def metrics_address(given: str | None, *, insecure: bool | None = None) -> str |
 
 def device_name(value: str) -> str:
     """The type of ``--device`` options; whether there is such a device is seen where it is used."""
-    if not re.fullmatch(r"auto|cpu|cuda|[a-z]+:\d+", value):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise click.BadParameter(f"{value!r} is none of auto, cpu, cuda, cuda:N")
     return value
 

@@ -45,7 +45,7 @@ from layerwise.cli.results import job_directory
 @click.option(
     "--device",
     type=device_name,
-    metavar="cpu|cuda:N",
+    metavar="auto|cpu|cuda:N",
     help="Where to compute.  [default: on the CPU what was recorded there, on this machine's GPU what was on one]",
 )
 @allow_import_option

@@ -20,26 +20,31 @@ from layerwise.cluster import LocalCluster
 from layerwise.job import JobSpec, parse_job
 
 UPDATES = 60
+ACCURACY = 0.7
+"""Far above guessing, below any run of the small job without faults."""
 HEARTBEAT_SECONDS = 2.0
 
 Run = Callable[..., ChaosReport]
 
 
+SMALL_JOB: dict[str, Any] = {
+    "name": "chaos",
+    "model": {"name": "mlp", "hidden": [32, 32, 32]},
+    "data": {"name": "digits", "batch": 32},
+    "train": {"steps": UPDATES, "seed": 1, "optimizer": {"name": "adamw", "lr": 1e-2}},
+    "cluster": {"shards": 2, "forward": 2, "backward": {"attached": False, "detached": 2}},
+    "async": {"window": 4, "accumulation": 4},
+    "checkpoint": {"every": 5},
+    "timeouts": {"heartbeat": HEARTBEAT_SECONDS, "task": 3.0, "lease": 6.0, "start": 60.0},
+}
+"""Digits with a small network on two shards, two forward workers and two detached backward workers."""
+
+
 def small_job(directory: Path, updates: int = UPDATES, **sections: Any) -> JobSpec:
-    """Digits with a small network on two shards, two forward workers and two detached backward workers."""
-    return parse_job(
-        {
-            "name": "chaos",
-            "model": {"name": "mlp", "hidden": [32, 32, 32]},
-            "data": {"name": "digits", "batch": 32},
-            "train": {"steps": updates, "seed": 1, "optimizer": {"name": "adamw", "lr": 1e-2}},
-            "cluster": {"shards": 2, "forward": 2, "backward": {"attached": False, "detached": 2}},
-            "async": {"window": 4, "accumulation": 4},
-            "checkpoint": {"every": 5, "path": str(directory)},
-            "timeouts": {"heartbeat": HEARTBEAT_SECONDS, "task": 3.0, "lease": 6.0, "start": 60.0},
-            **sections,
-        }
-    )
+    """`SMALL_JOB` with its cuts in ``directory``, so many ``updates``, and other ``sections``."""
+    train = {**SMALL_JOB["train"], "steps": updates}
+    checkpoint = {**SMALL_JOB["checkpoint"], "path": str(directory)}
+    return parse_job({**SMALL_JOB, "train": train, "checkpoint": checkpoint, **sections})
 
 
 @pytest.fixture(scope="module")

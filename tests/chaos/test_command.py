@@ -1,4 +1,4 @@
-"""The chaos command as people call it, to its end."""
+"""The chaos command as people call it, to its end, with everything at once."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import json
 from pathlib import Path
 
 from layerwise.chaos.chaos_cluster import shape_of
+from layerwise.chaos.faults import ProcessFaultKind
 from layerwise.chaos.plan import Scenario, draw_plan
 from layerwise.overrides import read_job
+from tests.chaos.conftest import ACCURACY, SMALL_JOB, UPDATES
 from tests.integration.command import Command, write_job
 
 
-def test_the_command_trains_under_faults_and_reports(tmp_path: Path) -> None:
-    name = write_job(
-        tmp_path,
-        model={"name": "mlp", "hidden": [32, 32]},
-        train={"steps": 60, "seed": 1, "optimizer": {"name": "adamw", "lr": 1e-2}},
-        checkpoint={"every": 10},
-    )
-    arguments = ("--scenario", "kill-forward", "--seed", "3", "--output", "json", "--directory", "here")
+def test_under_everything_at_once_the_command_trains_without_losing_a_sample_and_reports(tmp_path: Path) -> None:
+    name = write_job(tmp_path, **SMALL_JOB)
+    arguments = ("--scenario", "mixed", "--seed", "4", "--output", "json", "--directory", "here")
     with Command("chaos", name, *arguments, folder=tmp_path) as command:
         assert command.finish() == 0, command.errors
         report = command.document
-        assert "2 faults are planned (kill-forward, seed 3):" in command.errors
+    plan = draw_plan(Scenario.MIXED, 4, shape_of(read_job(tmp_path / name)))
     assert report["passed"], report["failures"]
-    assert report["plan"] == draw_plan(Scenario.KILL_FORWARD, 3, shape_of(read_job(tmp_path / name))).to_json()
-    assert [fault["process"] for fault in report["faults"]] == ["forward-0", "forward-0"]
-    assert report["final"]["steps"] == report["baseline"]["steps"] == 60
+    assert report["plan"] == plan.to_json()
+    assert f"{len(report['faults'])} faults are planned (mixed, seed 4):" in command.errors
+    assert {fault.kind for fault in plan.process_faults} >= {ProcessFaultKind.KILL, ProcessFaultKind.PAUSE}
+    assert plan.frame_faults
+    assert report["final"]["steps"] == report["baseline"]["steps"] == UPDATES
+    assert report["final"]["validation"]["accuracy"] > ACCURACY
     assert report["comparison"]["metric"] == "accuracy"
     assert report["audit"]["passed"]
     assert report["replay"]["exact"]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, ClassVar, Self
 
@@ -10,7 +12,8 @@ import torch
 from torch import nn
 
 from layerwise.derived_weights import derives_weights
-from layerwise.errors import ConfigError, NotAllowedError
+from layerwise.device import HostTransfers
+from layerwise.errors import ConfigError, NotAllowedError, OutOfMemoryError
 from layerwise.job import JobSpec, parse_job
 from layerwise.probe import probe
 from layerwise.profile import Profile
@@ -101,25 +104,49 @@ def too_large(where: str) -> list[nn.Module]:
 def test_a_model_that_the_device_has_no_memory_for_is_told_apart_from_one_that_does_not_fit_together(
     where: str,
 ) -> None:
-    with pytest.raises(ConfigError, match=r"model: the memory of cpu ran out .* 2\.00 GiB\.$"):
+    with pytest.raises(OutOfMemoryError, match=r"model: memory ran out when .* on cpu, .* 2\.00 GiB\.$"):
         probe(spec({"import": f"{HERE}:too_large", "where": where}), device=CPU, allowed_imports=[HERE])
 
 
-class Placed(nn.Linear):
-    """Writes down when it is moved and when it computes."""
+HERE_TOO = torch.device("cpu", 0)
+"""Another name for the processor, in the place of an accelerator."""
 
-    seen: ClassVar[list[str]] = []
+
+class OtherTransfers(HostTransfers):
+    """Notes whether a pass runs in the context that the transfers give for it."""
+
+    device = HERE_TOO
+    inside = False
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        before, OtherTransfers.inside = OtherTransfers.inside, True
+        yield
+        OtherTransfers.inside = before
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, function: str, **others: Any) -> Profile:
+    """Probed as on an accelerator."""
+    monkeypatch.setattr("layerwise.probe.transfers", lambda device: OtherTransfers())
+    return probe(spec({"import": f"{HERE}:{function}"}, **others), device=HERE_TOO, allowed_imports=[HERE])
+
+
+class Placed(nn.Linear):
+    """Writes down where it is moved to and when it computes."""
+
+    seen: ClassVar[list[tuple[str, str]]] = []
 
     def __init__(self, name: str) -> None:
         super().__init__(64, 64)
         self._name = name
 
     def to(self, *arguments: Any, **options: Any) -> Self:
-        self.seen.append(f"{self._name} moved")
+        self.seen.append((self._name, f"to {arguments[0]}"))
         return super().to(*arguments, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append(f"{self._name} run")
+        assert OtherTransfers.inside
+        self.seen.append((self._name, "run"))
         return super().forward(x)
 
 
@@ -127,17 +154,88 @@ def placed() -> list[nn.Module]:
     return [nn.Flatten(), Placed("first"), Placed("second")]
 
 
-def test_a_layer_is_on_the_device_only_while_it_is_run() -> None:
+def test_a_layer_is_on_the_device_only_while_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them together may be too large for the device that measures them."""
     Placed.seen.clear()
-    imported("placed")
-    turns = [list(turn) for _, turn in groupby(Placed.seen, key=lambda line: line.split()[0])]
-    for turn in turns:
-        assert turn[0].endswith("moved")
-        assert turn[-1].endswith("moved")
-        assert sum(line.endswith("moved") for line in turn) == 2
-        assert len(turn) > 2
-    assert [turn[0].split()[0] for turn in turns] == ["first", "second"] * (len(turns) // 2)
+    elsewhere(monkeypatch, "placed")
+    turns = [(name, [what for _, what in turn]) for name, turn in groupby(Placed.seen, key=lambda line: line[0])]
+    for _, turn in turns:
+        assert turn == [f"to {HERE_TOO}", *["run"] * (len(turn) - 2), "to cpu"]
+        assert "run" in turn
+    assert [name for name, _ in turns] == ["first", "second"] * (len(turns) // 2)
+
+
+class Leaves(nn.Linear):
+    """Remembers what it put out last."""
+
+    output: ClassVar[weakref.ref[torch.Tensor] | None] = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = super().forward(x)
+        Leaves.output = weakref.ref(made)
+        return made
+
+
+class LooksBack(nn.Module):
+    """Fails when the layer before still has its graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert Leaves.output is not None
+        assert Leaves.output() is None
+        return x + 0
+
+
+def looked_back_at() -> list[nn.Module]:
+    return [nn.Flatten(), Leaves(64, 10), LooksBack()]
+
+
+def test_a_layers_graph_is_gone_when_the_next_one_begins() -> None:
+    imported("looked_back_at")
+
+
+def inside_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    class Watched(torch.Tensor):
+        def __float__(self) -> float:
+            assert OtherTransfers.inside, "nothing orders this stream and the one that makes the loss"
+            return super().__float__()
+
+        def __bool__(self) -> bool:
+            assert OtherTransfers.inside, "nothing orders this stream and the one that makes the loss"
+            return super().__bool__()
+
+    return outputs.square().mean().as_subclass(Watched)
+
+
+def test_the_loss_is_looked_at_where_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere(monkeypatch, "placed", loss={"import": f"{HERE}:inside_loss"})
+
+
+def unmade() -> list[nn.Module]:
+    return [nn.Flatten(), nn.Linear(64, 10, device="meta")]
+
+
+def test_a_layer_that_can_not_be_moved_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model: layer 1 \(1-linear\) can't be moved to cpu: .*meta tensor"):
+        imported("unmade")
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+class TakesOneTwice(nn.Linear):
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        assert pair[0] is pair[1]
+        return super().forward(pair[0])
+
+
+def given_twice() -> list[nn.Module]:
+    return [nn.Flatten(), nn.Linear(64, 12), Twice(), TakesOneTwice(12, 10)]
+
+
+def test_a_tensor_that_is_handed_on_twice_is_one_tensor() -> None:
+    imported("given_twice")
 
 
 REMEMBERED: list[weakref.ref[nn.Parameter]] = []
