@@ -61,6 +61,10 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
     modules = build_modules(spec, data.info, allowed_imports)
     names = layer_names(modules)
     _refuse_lazy(modules, names)
+    shares: dict[int, set[int]] = {}
+    for shared in shared_tensors(modules):  # before they are moved, which may part them
+        for index in shared.layers:
+            shares.setdefault(index, set()).update(other for other in shared.layers if other != index)
     head = job_head(spec, allowed_imports)
     settings = resolve(spec, data.info.num_train, min(spec.cluster.shards, len(modules)))
     microbatch = settings.plan.microbatch(0)
@@ -73,10 +77,6 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
         single = Microbatch(microbatch.epoch, microbatch.start, microbatch.start + 1)
         lone, single_sample_error = _look_at(modules, names, spec, head, single, moves, data)
     moves.give_back()
-    shares: dict[int, set[int]] = {}
-    for shared in shared_tensors(modules):
-        for index in shared.layers:
-            shares.setdefault(index, set()).update(other for other in shared.layers if other != index)
     layers = tuple(
         replace(
             _profile(index, names[index], module, seen, spec.train.optimizer, tuple(sorted(shares.get(index, ())))),

@@ -210,6 +210,24 @@ def test_the_loss_is_looked_at_where_it_is_made(monkeypatch: pytest.MonkeyPatch)
     elsewhere(monkeypatch, "placed", loss={"import": f"{HERE}:inside_loss"})
 
 
+class Moved(nn.Linear):
+    """Its tensors are others once it was moved, as buffers are that go to a GPU."""
+
+    def to(self, *arguments: Any, **options: Any) -> Self:
+        self.weight = nn.Parameter(self.weight.detach().clone())
+        return self
+
+
+def tied_and_moved() -> list[nn.Module]:
+    layers = [Moved(64, 64), Moved(64, 64)]
+    layers[1].weight = layers[0].weight
+    return [nn.Flatten(), *layers, nn.Linear(64, 10)]
+
+
+def test_what_layers_share_is_seen_before_it_is_parted() -> None:
+    assert [one.shares_with for one in imported("tied_and_moved").layers] == [(), (2,), (1,), ()]
+
+
 def unmade() -> list[nn.Module]:
     return [nn.Flatten(), nn.Linear(64, 10, device="meta")]
 
