@@ -56,6 +56,7 @@ def probe(spec: JobSpec, *, device: torch.device, allowed_imports: Sequence[str]
     Raises:
         ConfigError: model, data, loss or initial weights can't be used, or do not fit together; says which layers,
         and their shapes. NotAllowedError: the job imports code that ``allowed_imports`` does not cover.
+        OutOfMemoryError: there is no memory for the model here, or for its largest layer on ``device``.
     """
     data = load_dataset(spec.data, allowed_imports)
     modules = build_modules(spec, data.info, allowed_imports)
