@@ -27,7 +27,7 @@ ARGS ?=
 BENCH ?=
 CHAOS ?=
 CLUSTER_TESTS := tests/chaos tests/integration
-LATE_TESTS := $(wildcard tests/integration/test_refusing*.py tests/integration/test_res*.py tests/integration/test_[s-z]*.py)
+LATE_TESTS := $(wildcard tests/integration/test_res*.py tests/integration/test_[s-z]*.py)
 FOLDERS := layerwise server worker proto tests benchmarks tools examples
 
 .PHONY: help train test test-clusters test-others test-late check bench chaos venv dev format format-check lint types proto proto-check wheel-check deploy-check clean
