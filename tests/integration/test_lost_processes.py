@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from layerwise.api import Connection
+from layerwise.api import Connection, Job
 from layerwise.cluster import LocalCluster
 from layerwise.job_result import JobResult
 from tests.integration.command import Command
@@ -249,6 +249,17 @@ def test_a_shard_that_runs_out_of_memory_is_replaced(
     assert any("exit status 7" in problem and "another one takes over" in problem for problem in fragile.problems)
 
 
+def check_guest_left(running: Job, role: str) -> None:
+    """The cancelled job has lost nothing with the worker that had joined it."""
+    result = wait(running)
+    assert result.state == "cancelled", result.message
+    check_ledger(result)
+    check_audit(result)
+    assert result.document["recoveries"] == []
+    left = f"{role} worker guest, which had joined, left"
+    assert any(left in event.message for event in running.logs())
+
+
 def test_a_forward_worker_joins_a_running_job_and_is_killed(cluster: LocalCluster, tmp_path: Path, gate: Gate) -> None:
     """The job's own worker waits at the gate, so what goes on from there is the guest's work."""
     train = {"steps": 5000, "seed": 3, "optimizer": OPTIMIZERS["muon"]}
@@ -266,13 +277,7 @@ def test_a_forward_worker_joins_a_running_job_and_is_killed(cluster: LocalCluste
             assert stranger.finish() == 4
         running.cancel()
         gate.open()
-        result = wait(running)
-        lines = [event.message for event in running.logs()]
-    assert result.state == "cancelled", result.message
-    check_ledger(result)
-    check_audit(result)
-    assert result.document["recoveries"] == []
-    assert any("forward worker guest, which had joined, left" in line for line in lines)
+        check_guest_left(running, "forward")
     assert "no job 'no-job' to join here" in stranger.errors
 
 
@@ -300,13 +305,7 @@ def test_a_detached_backward_worker_joins_a_running_job_and_is_killed(
             guest.process.wait()
         wait_for_cut(running, 5 * (running.status().steps // 5 + 2))
         running.cancel()
-        result = wait(running)
-        lines = [event.message for event in running.logs()]
-    assert result.state == "cancelled", result.message
-    check_ledger(result)
-    check_audit(result)
-    assert result.document["recoveries"] == []
-    assert any("backward worker guest, which had joined, left" in line for line in lines)
+        check_guest_left(running, "backward")
 
 
 def test_who_follows_a_training_job_hears_of_its_end_though_the_coordinator_is_started_again(
