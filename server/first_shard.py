@@ -105,7 +105,7 @@ class FirstShard:
 
         What has closed is told first, so that it is not thought open.
         """
-        effects = self._report(self._reported_at)
+        effects = self.report(self._reported_at)
         self._durable = max(self._durable, durable)
         self.admission = self._new_admission()
         self._stop_wanted = False
@@ -252,7 +252,7 @@ class FirstShard:
             self._context.compute.cut_at(version)
             if (after := self._context.downstream) is not None:
                 effects.append(Send(after.shard, StopAt(job=self._job, version=version, life=after.life)))
-        return effects + self.carry_out(decisions, now) + self._report(now)
+        return effects + self.carry_out(decisions, now) + self.report(now)
 
     def on_cut_durable(self, version: int, now: float) -> list[Effect]:
         """Admission may pass the cuts after ``version``."""
@@ -344,9 +344,10 @@ class FirstShard:
         """Tell what has closed when it is time; at once where nothing goes on: somebody may wait for just that."""
         patience = ORDERED_REPORT_SECONDS if self.admission.ordered else REPORT_SECONDS
         due = now - self._reported_at >= patience or len(self._closed) >= MAX_BATCH
-        return self._report(now) if due or self.admission.num_open == 0 else []
+        return self.report(now) if due or self.admission.num_open == 0 else []
 
-    def _report(self, now: float) -> list[Effect]:
+    def report(self, now: float) -> list[Effect]:
+        """Tell the coordinator now what has closed since the last time."""
         if not self._closed:
             return []
         closed, self._closed = tuple(self._closed), []

@@ -346,7 +346,9 @@ class ShardRole:
         self._cuts[version] = saved
         for old in sorted(self._cuts)[: -2 * (MAX_PENDING_CUTS + 1)]:
             del self._cuts[old]
-        return [Send(self._coordinator, saved)]
+        # What has closed so far comes first: the coordinator writes it into the cut's manifest.
+        effects = self.first.report(now) if self.first is not None and not self.failed else []
+        return [*effects, Send(self._coordinator, saved)]
 
     def describe(self) -> str:
         """The state in one line, for logs and for the simulated world's watchdog."""

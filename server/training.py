@@ -404,8 +404,8 @@ class Training:
         return [Send(worker, Recall(job=self._job)) for worker in sorted(self._capacity, key=natural_order)]
 
     def _advance(self, now: float) -> list[Effect]:
-        """Begin or end an evaluation where it is time, then hand out what may be handed out."""
-        effects: list[Effect] = []
+        """Commit a cut that waited, begin or end an evaluation where it is time, then hand out what may be handed out."""
+        effects = self._commit_next(now)
         if self.suspended:
             return effects
         if self.round is not None and self.round.complete:
@@ -508,7 +508,8 @@ class Training:
         return self._every is not None and version // self._every > before // self._every
 
     def _commit_next(self, now: float) -> list[Effect]:
-        commit = self.cuts.next_commit()
+        # The last manifest has the whole ledger: a shard may save its block before the first one tells what has closed.
+        commit = self.cuts.next_commit(below=None if self.ledger.complete else self.final)
         if commit is None:
             return []
         version, files, keep = commit

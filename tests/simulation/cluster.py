@@ -371,6 +371,13 @@ class SimulatedCluster:
             if all(work.assignment.cut < final for work in last):
                 assert (document["validation"] is not None) == bool(self.scenario.num_validation)
         ledger = document["ledger"]
+        if final:
+            told = self.disk.manifest(works[0].assignment.directory, final)["ledger"]
+            if document["state"] != "done":
+                # It may be older than the wish to stop there, when more had been leased.
+                assert told["samples_leased"] >= ledger["samples_leased"]
+                told = {**told, "samples_leased": ledger["samples_leased"]}
+            assert told == ledger, f"the manifest of version {final} says {told}, the job {ledger}"
         summary = SampleLedgerSummary(
             job=self.job,
             version=final,

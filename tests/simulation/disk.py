@@ -5,8 +5,10 @@ A process that is killed while it writes leaves some of its files; a file may be
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from layerwise.errors import CorruptError
 from layerwise.messages import LayerFile
@@ -27,6 +29,7 @@ class Disk:
         self._damaged: set[tuple[str, int, int, int]] = set()
         self._files: dict[tuple[str, int, int, int], LayerCopy] = {}
         self._manifests: dict[tuple[str, int], dict[int, int]] = {}
+        self._texts: dict[tuple[str, int], str] = {}
         self._fences: list[tuple[str, int, int, int]] = []
 
     def seconds(self) -> float:
@@ -67,8 +70,13 @@ class Disk:
             if self._rng.random() < 0.5:
                 self._files[directory, version, life, layer] = copy
 
-    def commit(self, directory: str, version: int, files: Iterable[LayerFile], keep: Iterable[int]) -> str:
-        """Write the manifest, delete what is not kept."""
+    def manifest(self, directory: str, version: int) -> dict[str, Any]:
+        """What the manifest of a cut says."""
+        said: dict[str, Any] = json.loads(self._texts[directory, version])
+        return said
+
+    def commit(self, directory: str, version: int, text: str, files: Iterable[LayerFile], keep: Iterable[int]) -> str:
+        """Write ``text``, the manifest, and delete what is not kept."""
         if self._rng.random() < self._failure:
             return "no space left on the simulated disk"
         lives = {file.layer: file.life for file in files}
@@ -79,6 +87,7 @@ class Disk:
                 f"version {version} is committed without layer {layer}"
             )
         self._manifests[directory, version] = lives
+        self._texts[directory, version] = text
         if self._damage and self._rng.random() < self._damage:
             layer = self._rng.choice(sorted(lives))
             self._damaged.add((directory, version, lives[layer], layer))

@@ -421,7 +421,8 @@ class SimulatedShard(Process):
     def _commit(self, message: CommitCut) -> None:
         work = self._works.get(message.job)
         if work is not None:
-            error = self.disk.commit(work.assignment.directory, message.version, message.files, message.keep)
+            directory, text = work.assignment.directory, message.manifest_json
+            error = self.disk.commit(directory, message.version, text, message.files, message.keep)
             self.send("coordinator", CutCommitted(job=message.job, version=message.version, error=error))
 
 

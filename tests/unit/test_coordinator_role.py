@@ -496,6 +496,30 @@ def test_dropped_microbatches_are_listed_and_the_run_still_ends() -> None:
     assert [(one["epoch"], one["start"]) for one in ledger["dropped"]] == [(0, 0)]
 
 
+def test_the_last_manifest_waits_until_the_first_shard_has_told_what_closed() -> None:
+    played = cluster()
+    last = Microbatch(1, 38, 40)
+    played.hold = lambda worker, lease: any(attempt.microbatch == last for attempt in lease.attempts)
+    job = played.submit(spec(train={"on_bad_sample": "drop", "max_dropped": 0.1}))
+    ((_, lease),) = played.held
+    for attempt in lease.attempts:
+        if attempt.microbatch != last:
+            played.close(job, attempt)
+    (attempt,) = (one for one in lease.attempts if one.microbatch == last)
+    for shard in ("shard-0", "shard-1"):
+        played.apply(shard, attempt, dropped=True)
+    played.run()
+    assert [one.version for _, one in sent(played, CommitCut)] == [4, 8], "all blocks have saved version 10"
+    played.close(job, attempt, Outcome.DROPPED)
+    played.run()
+    assert played.state(job) == "done"
+    (_, commit) = sent(played, CommitCut)[-1]
+    ledger = json.loads(commit.manifest_json)["ledger"]
+    assert commit.version == 10
+    assert ledger == played.role.job(job)["ledger"]
+    assert [one["start"] for one in ledger["dropped"]] == [38]
+
+
 def test_documents_and_manifests_stay_small_however_many_microbatches_are_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -847,6 +847,26 @@ def test_cuts_that_may_not_be_durable_are_told_of_again() -> None:
     assert kinds(bench.role.on_cut_saved(6, files, "", 0.0)) == ["CutSaved"]
 
 
+def test_what_has_closed_is_told_before_the_block_is_saved() -> None:
+    bench = Bench(0)
+    bench.start()
+    told: list[str] = []
+    for index in range(
+        2
+    ):  # the second closes right after the first, while others are under way: it could wait to be told
+        bench.offer(index)
+        bench.offer(index + 1)
+        bench.forward("forward-0", index, index)
+        bench.work()
+        bench.boundary(index, index)
+        bench.work()
+        bench.closed_by(1, index, index)
+        told = kinds(bench.closed_by(2, index, index))
+    assert "AttemptsClosed" not in told
+    assert kinds(bench.role.on_cut_saved(1, (), "", 0.0)) == ["AttemptsClosed", "CutSaved"]
+    assert kinds(bench.role.on_cut_saved(2, (), "", 0.0)) == ["CutSaved"]
+
+
 def test_the_first_shard_tells_what_has_closed_and_then_admits_in_the_numbers_of_the_new_generation() -> None:
     bench = Bench(0)
     bench.start()
