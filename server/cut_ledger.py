@@ -97,15 +97,15 @@ class CutLedger:
         self._cuts.pop(version, None)
         return True
 
-    def next_commit(self, below: int | None = None) -> tuple[int, tuple[LayerFile, ...], tuple[int, ...]] | None:
-        """The cut to commit now, with its files and the versions to keep; one at a time, oldest first, only ``below`` a version.
+    def next_commit(self, until: int | None = None) -> tuple[int, tuple[LayerFile, ...], tuple[int, ...]] | None:
+        """The cut to commit now, with its files and the versions to keep; one at a time, oldest first, none above ``until``.
 
         The newest durable one is always kept: if the first shard dies before its answer is here, that is the one to go on from.
         """
         if self._committing is not None:
             return None
         for version in sorted(self._cuts):
-            if below is not None and version >= below:
+            if until is not None and version > until:
                 return None
             cut = self._cuts[version]
             if len(cut.files) == self._num_blocks and not self._settled(version):

@@ -346,7 +346,7 @@ class ShardRole:
         self._cuts[version] = saved
         for old in sorted(self._cuts)[: -2 * (MAX_PENDING_CUTS + 1)]:
             del self._cuts[old]
-        # What has closed so far comes first: the coordinator writes it into the cut's manifest.
+        # What has closed by then comes first: the coordinator commits no cut before it knows of that.
         effects = self.first.report(now) if self.first is not None and not self.failed else []
         return [*effects, Send(self._coordinator, saved)]
 

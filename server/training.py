@@ -508,8 +508,8 @@ class Training:
         return self._every is not None and version // self._every > before // self._every
 
     def _commit_next(self, now: float) -> list[Effect]:
-        # The last manifest has the whole ledger: a shard may save its block before the first one tells what has closed.
-        commit = self.cuts.next_commit(below=None if self.ledger.complete else self.final)
+        # A manifest lists what was dropped: blocks may be saved before the first shard tells what has closed by then.
+        commit = self.cuts.next_commit(until=self.plan.update_of(self.ledger.num_closed))
         if commit is None:
             return []
         version, files, keep = commit

@@ -496,7 +496,7 @@ def test_dropped_microbatches_are_listed_and_the_run_still_ends() -> None:
     assert [(one["epoch"], one["start"]) for one in ledger["dropped"]] == [(0, 0)]
 
 
-def test_the_last_manifest_waits_until_the_first_shard_has_told_what_closed() -> None:
+def test_a_manifest_waits_until_the_first_shard_has_told_what_closed() -> None:
     played = cluster()
     last = Microbatch(1, 38, 40)
     played.hold = lambda worker, lease: any(attempt.microbatch == last for attempt in lease.attempts)

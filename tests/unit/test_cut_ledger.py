@@ -50,11 +50,11 @@ def test_a_version_that_waits_keeps_back_no_older_one() -> None:
     cuts = CutLedger(1, keep=2)
     cuts.save(0, 4, (file(0),))
     cuts.save(0, 8, (file(0),))
-    assert cuts.next_commit(below=4) is None
-    assert cuts.next_commit(below=8) == (4, (file(0),), (4,))
+    assert cuts.next_commit(until=3) is None
+    assert cuts.next_commit(until=7) == (4, (file(0),), (4,))
     cuts.commit(4)
-    assert cuts.next_commit(below=8) is None
-    assert cuts.next_commit() == (8, (file(0),), (4, 8))
+    assert cuts.next_commit(until=7) is None
+    assert cuts.next_commit(until=8) == (8, (file(0),), (4, 8))
 
 
 def test_only_so_many_durable_cuts_are_kept() -> None:
