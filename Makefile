@@ -22,6 +22,14 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Without compiling: of all those modules a process needs a third, and compiles them when it first imports them.
 INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
+, := ,
+# No build isolation: the constraint file's setuptools (which torch needs anyway) builds the editable install, nothing is fetched twice.
+define install
+$(INSTALL) setuptools
+$(INSTALL) --no-build-isolation --editable '.[$1]'
+@$(BIN)/python -m compileall -q -j 0 layerwise server worker proto
+@$(BIN)/python -c 'from layerwise.spare import warm_up; warm_up()'
+endef
 SPEC ?= examples/digits.yaml
 ARGS ?=
 BENCH ?=
@@ -44,17 +52,13 @@ help:
 	"$(PYTHON)" -m venv --clear .venv
 	@touch $@
 
-# No build isolation: the constraint file's setuptools (which torch needs anyway) builds the editable install, nothing is fetched twice.
 .venv/run-time: .venv/created pyproject.toml constraints.txt
-	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[examples]'
-	@$(BIN)/python -m compileall -q -j 0 layerwise server worker proto
-	@$(BIN)/python -c 'from layerwise.spare import warm_up; warm_up()'
+	$(call install,examples)
 	@touch $@
 
-.venv/development: .venv/run-time
-	$(INSTALL) --no-build-isolation --editable '.[dev]'
-	@touch $@
+.venv/development: .venv/created pyproject.toml constraints.txt
+	$(call install,examples$(,)dev)
+	@touch .venv/run-time $@
 
 venv: .venv/run-time
 
@@ -94,7 +98,8 @@ chaos: .venv/development
 
 # ---- make check ----
 
-check: format-check lint types proto-check wheel-check deploy-check
+check: .venv/development
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target format-check types lint proto-check wheel-check deploy-check
 
 format: .venv/development
 	$(BIN)/ruff format $(wildcard $(FOLDERS))

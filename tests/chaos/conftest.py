@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from layerwise.chaos.chaos_cluster import cluster_for, shape_of
-from layerwise.chaos.plan import ChaosPlan, JobShape, Scenario, draw_plan
+from layerwise.chaos.plan import ChaosPlan, JobShape
 from layerwise.chaos.report import ChaosReport
 from layerwise.chaos.run import ChaosRun
 from layerwise.client import FINAL_STATES
@@ -71,11 +71,11 @@ def cluster(standing: LocalCluster) -> Iterator[LocalCluster]:
 
 @pytest.fixture
 def under(cluster: LocalCluster, tmp_path: Path) -> Run:
-    """Run the small job on the standing cluster under the faults of processes that are drawn for it."""
+    """Run the small job on the standing cluster under the faults of processes in ``plan`` (of the job's shape)."""
 
-    def run(scenario: Scenario, seed: int, **sections: Any) -> ChaosReport:
+    def run(plan: Callable[[JobShape], ChaosPlan], **sections: Any) -> ChaosReport:
         job = small_job(tmp_path / "run", **sections)
-        return ChaosRun(cluster, job, draw_plan(scenario, seed, shape_of(job))).run()
+        return ChaosRun(cluster, job, plan(shape_of(job))).run()
 
     return run
 

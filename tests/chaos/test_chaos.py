@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from layerwise.chaos.plan import ChaosPlan, JobShape, Scenario, draw_plan, repla
 from layerwise.chaos.report import ChaosReport
 from layerwise.chaos.run import ChaosRun
 from layerwise.cluster import LocalCluster
-from layerwise.faults import FrameFault, FrameFaultKind
+from layerwise.faults import FrameFaultKind
 from tests.chaos.conftest import ACCURACY, HEARTBEAT_SECONDS, Run, small_job
 
 ONE_FORWARD = {"shards": 2, "forward": 1}
@@ -30,18 +31,30 @@ def check(report: ChaosReport) -> None:
     assert report.document["validation"]["accuracy"] > ACCURACY
 
 
-@pytest.mark.parametrize(
-    ("scenario", "seed"),
-    [
-        (Scenario.KILL_SHARD, 1),
-        (Scenario.KILL_FORWARD, 1),
-        (Scenario.KILL_BACKWARD, 1),
-        (Scenario.KILL_COORDINATOR, 1),
-        (Scenario.KILL_ALL, 1),
-    ],
-)
-def test_killed_processes_cost_no_sample(under: Run, scenario: Scenario, seed: int) -> None:
-    check(under(scenario, seed))
+def together(shape: JobShape, *scenarios: Scenario) -> ChaosPlan:
+    """The faults of several scenarios in one run."""
+    plans = [draw_plan(scenario, 1, shape) for scenario in scenarios]
+    return ChaosPlan(
+        scenario=Scenario.MIXED,
+        seed=1,
+        process_faults=tuple(fault for plan in plans for fault in plan.process_faults),
+        frame_faults=tuple(fault for plan in plans for fault in plan.frame_faults),
+    )
+
+
+def test_killed_workers_and_coordinators_cost_no_sample(under: Run) -> None:
+    """Two of each: both forward workers, one backward worker twice, the coordinator twice."""
+    report = under(
+        lambda shape: together(shape, Scenario.KILL_FORWARD, Scenario.KILL_BACKWARD, Scenario.KILL_COORDINATOR)
+    )
+    check(report)
+    killed = Counter(outcome.process.partition("-")[0] for outcome in report.faults)
+    assert killed == {"forward": 2, "backward": 2, "coordinator": 2}
+
+
+@pytest.mark.parametrize("scenario", [Scenario.KILL_SHARD, Scenario.KILL_ALL])
+def test_killed_shards_cost_no_sample(under: Run, scenario: Scenario) -> None:
+    check(under(lambda shape: draw_plan(scenario, 1, shape)))
 
 
 def test_processes_that_are_paused_replaced_and_go_on_cost_no_sample(alone: Run) -> None:
@@ -78,13 +91,8 @@ def test_a_job_that_stops_moving_fails_with_the_stacks_of_all_processes(cluster:
 
 
 def test_frames_that_are_late_repeated_overtaken_or_lost_cost_no_sample(alone: Run) -> None:
-    def plan(shape: JobShape) -> ChaosPlan:
-        faults: list[FrameFault] = []
-        for scenario in (Scenario.DELAY, Scenario.DUPLICATE, Scenario.REORDER, Scenario.DROP):
-            faults += draw_plan(scenario, 1, shape).frame_faults
-        return ChaosPlan(scenario=Scenario.MIXED, seed=1, frame_faults=tuple(faults))
-
-    report = alone(plan, cluster=ONE_FORWARD)
+    scenarios = (Scenario.DELAY, Scenario.DUPLICATE, Scenario.REORDER, Scenario.DROP)
+    report = alone(lambda shape: together(shape, *scenarios), cluster=ONE_FORWARD)
     check(report)
     assert {outcome.kind for outcome in report.faults} == {str(kind) for kind in FrameFaultKind}
 

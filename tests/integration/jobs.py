@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from layerwise.verify import verify
 
 OWN_CODE = "tests.integration.own_code"
 JOB_SECONDS = 60.0
+ASK_SECONDS = 0.05
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"name": "sgd", "lr": 0.05},
@@ -166,6 +168,13 @@ def check_equal_to_plain_loop(result: JobResult) -> None:
     found = verify(spec, settings, result.directory, result.steps, device=device, allowed_imports=(OWN_CODE,))
     assert found.equal, found.difference
     assert found.num_tensors > 0
+
+
+def ask_until(holds: Callable[[], bool]) -> None:
+    """Ask until it ``holds``, some times a second: who asks without a pause takes a processor from those that he waits for."""
+    pause = threading.Event()
+    while not holds():
+        pause.wait(ASK_SECONDS)
 
 
 def wait_for_cut(running: Job, version: int) -> None:

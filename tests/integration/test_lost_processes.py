@@ -21,6 +21,7 @@ from tests.integration.jobs import (
     OPTIMIZERS,
     OWN_CODE,
     Gate,
+    ask_until,
     check_audit,
     check_done,
     check_equal_to_plain_loop,
@@ -293,8 +294,10 @@ def test_a_detached_backward_worker_joins_a_running_job_and_is_killed(
         at = ("--coordinator", cluster.coordinator_address, "--metrics", "127.0.0.1:0")
         options = ("--join", running.id, "--name", "guest", "--allow-import", OWN_CODE)
         with Command("backward", *options, *at, folder=REPOSITORY) as guest:
-            while running.status().document["joined_workers"] != ["guest"]:
-                assert guest.process.poll() is None
+            ask_until(
+                lambda: guest.process.poll() is not None or running.status().document["joined_workers"] == ["guest"]
+            )
+            assert guest.process.poll() is None
             gate.open()
             (address,) = (node["metrics_address"] for node in connection.nodes() if node["name"] == "guest")
             passes = 0.0

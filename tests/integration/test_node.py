@@ -13,6 +13,7 @@ import pytest
 
 from layerwise.cluster import LocalCluster
 from tests.integration.command import Command
+from tests.integration.jobs import ask_until
 
 SECONDS = 60.0
 
@@ -26,12 +27,16 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalClust
 
 def processes(coordinator: LocalCluster, command: Command, names: set[str]) -> dict[str, dict[str, Any]]:
     """What the coordinator says of ``names``, once all have presented themselves."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def all_there() -> bool:
+        assert command.process.poll() is None, command.errors
+        found.update((node["name"], node) for node in client.list_nodes() if node["name"] in names)
+        return set(found) == names
+
     with coordinator.client() as client:
-        while True:
-            found = {node["name"]: node for node in client.list_nodes() if node["name"] in names}
-            if set(found) == names:
-                return found
-            assert command.process.poll() is None, command.errors
+        ask_until(all_there)
+    return found
 
 
 def test_a_node_keeps_its_processes_and_takes_them_with_it(coordinator: LocalCluster, tmp_path: Path) -> None:
@@ -44,8 +49,7 @@ def test_a_node_keeps_its_processes_and_takes_them_with_it(coordinator: LocalClu
         os.kill(killed, signal.SIGKILL)
         line = command.wait_for("ended with signal SIGKILL")
         assert f"shard-here-0 (process {killed})" in line
-        while processes(coordinator, command, names)["shard-here-0"]["pid"] == killed:
-            pass
+        ask_until(lambda: processes(coordinator, command, names)["shard-here-0"]["pid"] != killed)
         started = psutil.Process(command.process.pid).children()
         assert len(started) >= 2
         command.process.send_signal(signal.SIGTERM)

@@ -20,6 +20,7 @@ from tests.integration.conftest import REPOSITORY
 from tests.integration.jobs import (
     MODELS,
     OWN_CODE,
+    ask_until,
     check_audit,
     check_equal_to_plain_loop,
     finish,
@@ -45,8 +46,7 @@ def check_sentence(message: str) -> None:
 
 def wait_until_left(connection: Connection, name: str) -> None:
     """Return when no process works for the job any more: each lets go of it as soon as its pass is over."""
-    while any(node["job"] == name for node in connection.nodes()):
-        continue
+    ask_until(lambda: all(node["job"] != name for node in connection.nodes()))
 
 
 def failure(cluster: LocalCluster, values: dict[str, Any]) -> str:

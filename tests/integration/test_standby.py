@@ -15,7 +15,7 @@ from layerwise.cuts import durable_cuts
 from layerwise.job_result import JobResult
 from layerwise.replay import Replay
 from tests.integration.conftest import start
-from tests.integration.jobs import OPTIMIZERS, OWN_CODE, Gate, check_done, job, wait
+from tests.integration.jobs import OPTIMIZERS, OWN_CODE, Gate, ask_until, check_done, job, wait
 
 STEPS = 36
 EVERY = 3
@@ -56,12 +56,16 @@ def standby_job(directory: Path, gate: Gate, **sections: Any) -> dict[str, Any]:
 
 def wait_at_the_gate(running: Job) -> list[dict[str, Any]]:
     """The blocks, when nothing moves any more: each has its newest copy in another shard's memory."""
-    while True:
-        blocks: list[dict[str, Any]] = running.status().document["blocks"]
+    blocks: list[dict[str, Any]] = []
+
+    def rest() -> bool:
+        blocks[:] = running.status().document["blocks"]
         versions = [block["version"] or 0 for block in blocks]
         copies = [block["standby_version"] for block in blocks]
-        if versions == [GATE] * 3 and copies == [GATE - GATE % EVERY] * 3:
-            return blocks
+        return versions == [GATE] * 3 and copies == [GATE - GATE % EVERY] * 3
+
+    ask_until(rest)
+    return blocks
 
 
 def check_replay(result: JobResult, lives: int) -> None:
