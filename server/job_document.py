@@ -130,7 +130,7 @@ def _from_run(run: Run) -> dict[str, Any]:
 
 
 def _from_training(training: Training, names: tuple[str, ...], *, over: bool) -> dict[str, Any]:
-    seconds = training.seconds
+    seconds = training.clock.seconds
     samples = training.ledger.samples_applied
     layers = training.layers()
     return {
@@ -141,7 +141,7 @@ def _from_training(training: Training, names: tuple[str, ...], *, over: bool) ->
         "samples_per_second": training.run_samples / seconds if seconds else None,
         "train_loss": training.loss.recent if over else training.loss.running,
         "staleness": staleness_document(layers, names),
-        "ledger": training.ledger_summary(),
+        "ledger": training.ledger.summary(),
         "learning_rate": layers[0].learning_rate if layers else None,
     }
 

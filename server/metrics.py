@@ -101,8 +101,8 @@ def _jobs(trained: list[tuple[Run, Training]]) -> Iterable[Metric]:
         samples.add_metric([run.job, "applied"], training.ledger.samples_applied)
         samples.add_metric([run.job, "dropped"], training.ledger.samples_dropped)
         leased.add_metric(job, training.ledger.samples_leased)
-        if training.seconds:
-            rate.add_metric(job, training.run_samples / training.seconds)
+        if training.clock.seconds:
+            rate.add_metric(job, training.run_samples / training.clock.seconds)
         if training.loss.running is not None:
             train_loss.add_metric(job, training.loss.running)
         if run.record.evaluations:

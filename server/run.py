@@ -292,7 +292,7 @@ class Run:
         if self.over:
             return []
         limits, training = self.spec.timeouts, self.training
-        moved_at = training.progressed if training is not None else self._cancelled_at
+        moved_at = training.watch.moved_at if training is not None else self._cancelled_at
         if self.stopping and now - moved_at > limits.drain:
             return self._ending.give_up_draining(limits.drain)
         for place in self.shards.empty:

@@ -79,5 +79,5 @@ class RunAccount:
         cuts = tuple(cut for cut in self.record.cuts if wanted(cut.version))
         self.record = replace(self.record, cuts=cuts)
         if self.training is not None:
-            self.training.durable = {cut.version: cut for cut in cuts}
+            self.training.commits.records = {cut.version: cut for cut in cuts}
         return cuts

@@ -5,12 +5,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from layerwise.applied import AppliedSet
 from layerwise.dropped import DroppedMicrobatch
 from layerwise.ids import Attempt, Microbatch
 from layerwise.messages import Outcome
 from layerwise.plan import TrainingPlan
+
+MOST_DROPPED = 1000
+"""Dropped microbatches that a summary lists, so that it can be sent. Their tombstones are in the layers, all of them."""
 
 ALREADY_APPLIED, STILL_OPEN, STOPPING, OUT_OF_ORDER = "applied", "open", "stopping", "order"
 
@@ -109,6 +113,17 @@ class SampleLedger:
     def complete(self) -> bool:
         """Everything up to the end of the run, or up to the stop version, is closed."""
         return len(self._closed) >= self._target
+
+    def summary(self) -> dict[str, Any]:
+        """What is closed so far, for manifests and documents; lists at most `MOST_DROPPED` of the dropped microbatches."""
+        dropped = self.dropped
+        return {
+            "samples_leased": self.samples_leased,
+            "samples_applied": self.samples_applied,
+            "samples_dropped": self.samples_dropped,
+            "num_dropped": len(dropped),
+            "dropped": [one.to_json() for one in dropped[:MOST_DROPPED]],
+        }
 
     @property
     def samples_applied(self) -> int:

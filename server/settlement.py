@@ -58,7 +58,8 @@ class Settlement:
         if training is not self._training:  # it counts its decisions anew
             self._training, self._num_decisions = training, 0
         # What a commit under way deletes is forgotten before it is gone: its answer may find another coordinator.
-        cuts = tuple(training.durable[version] for version in sorted(training.durable) if training.cuts.stays(version))
+        durable = training.commits.records
+        cuts = tuple(durable[version] for version in sorted(durable) if training.cuts.stays(version))
         if cuts != account.record.cuts:
             account.record = replace(account.record, cuts=cuts)
         if training.ledger.num_decisions != self._num_decisions:

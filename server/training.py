@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
 
 from layerwise.applied import AppliedSet
 from layerwise.dropped import DroppedMicrobatch
@@ -23,9 +22,7 @@ from layerwise.messages import (
     AttemptClosed,
     AttemptsClosed,
     BlockReport,
-    CommitCut,
     CutCommitted,
-    CutDurable,
     CutSaved,
     CutTaken,
     DroppedAttempt,
@@ -40,29 +37,21 @@ from layerwise.messages import (
     ReleaseCut,
 )
 from layerwise.roles import Effect, Send
+from layerwise.server.cut_commits import CutCommits
 from layerwise.server.cut_ledger import CutLedger
-from layerwise.server.cut_manifest import why_too_large
 from layerwise.server.divergence_guard import Divergence, DivergenceGuard
 from layerwise.server.evaluation_round import Evaluation, EvaluationRound
 from layerwise.server.job_record import CutRecord
+from layerwise.server.journal import Journal
 from layerwise.server.membership import natural_order
 from layerwise.server.preparation import Prepared
+from layerwise.server.run_clock import RunClock, StallWatch
 from layerwise.server.sample_ledger import SampleLedger
 from layerwise.server.training_loss import TrainingLoss
 
 LOAD_FAILED = "load-failed"
 NOT_FINITE = "its loss is not finite"
 """How the last shard begins to say why it dropped a microbatch."""
-MOST_DROPPED = 1000
-"""Dropped microbatches that a summary lists, so that it can be sent. Their tombstones are in the layers, all of them."""
-
-
-class Journal(Protocol):
-    """Where a run writes down what a user would want to know."""
-
-    def __call__(self, level: str, message: str, **fields: object) -> None:
-        """Append to the job's log."""
-        ...
 
 
 class Training:
@@ -111,6 +100,16 @@ class Training:
             durable=tuple(cut.version for cut in durable),
             first_whole=first_whole,
         )
+        self.commits = CutCommits(
+            job=job,
+            shard=shards[0],
+            cuts=self.cuts,
+            samples=self.ledger,
+            durable=durable,
+            journal=journal,
+            manifest=manifest,
+        )
+        self.clock = RunClock()
         self.loss = TrainingLoss(self.plan)
         self.final = self.plan.num_updates
         self.restored = restored
@@ -124,8 +123,7 @@ class Training:
         self.evaluations: list[Evaluation] = []
         self.reports: dict[int, BlockReport] = {}
         self.round: EvaluationRound | None = None
-        self.progressed = now
-        self.durable: dict[int, CutRecord] = {cut.version: cut for cut in durable}
+        self.watch = StallWatch(lease=prepared.spec.timeouts.lease, task=prepared.spec.timeouts.task, now=now)
         self.samples_to_redo = sum(self.plan.microbatch(index).num_samples for index in partial)
         """Samples that some layers had and others lacked when this training began."""
         self._job = job
@@ -140,21 +138,13 @@ class Training:
         if guard is not None and self._train.on_divergence == "rollback":
             self.cuts.pin(guard.good_version(restored))
         self._journal = journal
-        self._manifest = manifest
         self._capacity: dict[str, int] = {}
         self._taken: list[int] = []
         self._due: list[int] = []
         self._evaluated = evaluated
         self._released = restored - 1
         self._samples_before = self.ledger.samples_applied + self.ledger.samples_dropped
-        self._active_before = 0.0
-        self._active_seconds = 0.0
-        self._paused_seconds = 0.0
-        self._pause_to_count = 0.0
-        self._cut_bytes: dict[int, int] = {}
-        self._short = now
         self._stop_asked: float | None = None
-        self._warned = False
 
     # What there is ---------------------------------------------------------------------------------------------------
 
@@ -173,11 +163,6 @@ class Training:
         """The newest report of one block's layers."""
         report = self.reports.get(block)
         return report.layers if report is not None else ()
-
-    @property
-    def seconds(self) -> float:
-        """From this run's first admission to its last close, without the pauses for evaluations."""
-        return max(self._active_before + self._active_seconds - self._paused_seconds, 0.0)
 
     @property
     def samples_closed(self) -> int:
@@ -205,7 +190,7 @@ class Training:
         """The last cut is durable, evaluated if it is to be, and reported by all."""
         return (
             self.ledger.complete
-            and (self.final == self.restored or self.final in self.durable)
+            and (self.final == self.restored or self.final in self.commits.records)
             and not self._due
             and self.round is None
             and (self.final == self.restored or self._all_reported())
@@ -221,14 +206,11 @@ class Training:
         self.loss = before.loss
         self.reports = {block: report for block, report in before.reports.items() if block not in set(restored)}
         self._samples_before = before._samples_before
-        self._active_before, self._active_seconds = before._active_before, before._active_seconds
-        self._paused_seconds, self._pause_to_count = before._paused_seconds, before._pause_to_count
+        self.clock = before.clock
         if 0 in set(restored):
-            # The new first shard's clock begins at its first admission; the time without one counts as well.
-            self._active_before += self._active_seconds + max(now - before.progressed, 0.0)
-            self._active_seconds = 0.0
+            self.clock.begin_anew(now - before.watch.moved_at)
         if before.round is not None:
-            self._pause_to_count += now - before.round.began
+            self.clock.pause(now - before.round.began)
 
     # Workers ---------------------------------------------------------------------------------------------------------
 
@@ -274,18 +256,15 @@ class Training:
                 self._watch(closed)
             if fresh and closed.outcome is Outcome.DROPPED and not known:
                 self._count_drop(closed.attempt.microbatch, closed.reason)
-        if message.active_seconds > self._active_seconds:
-            self._active_seconds = message.active_seconds
-            self._paused_seconds += self._pause_to_count
-            self._pause_to_count = 0.0
-        self._progress(now)
+        self.clock.reach(message.active_seconds)
+        self.watch.moved(now)
         return self._advance(now)
 
     # Cuts ------------------------------------------------------------------------------------------------------------
 
     def take_cut(self, message: CutTaken, now: float) -> list[Effect]:
         """A block copied itself."""
-        self._progress(now)
+        self.watch.moved(now)
         if not self.cuts.take(message.block, message.version):
             return []
         self._taken.append(message.version)
@@ -296,44 +275,25 @@ class Training:
 
     def save_cut(self, message: CutSaved, now: float) -> list[Effect]:
         """A block's files of a cut are on disk, or can't be."""
-        self._progress(now)
+        self.watch.moved(now)
         if message.error:
             reason = f"{self._shards[message.block]} could not save its block: {message.error}"
-            return self._give_up_cut(message.version, reason, now)
-        self.cuts.save(message.block, message.version, message.files)
-        return self._commit_next(now)
+            effects = self.commits.give_up(message.version, reason)
+        else:
+            self.cuts.save(message.block, message.version, message.files)
+            effects = self.commits.ask()
+        self._look_at_last_cut()
+        return effects
 
     def commit_cut(self, message: CutCommitted, now: float) -> list[Effect]:
         """The manifest of a cut is on disk, or can't be."""
         if message.version != self.cuts.committing:
             # An answer to the training before: it may be of a life that was replaced since. What stays is committed again.
             return []
-        self._progress(now)
-        if message.error:
-            reason = f"{self._shards[0]} could not write its manifest: {message.error}"
-            return self._give_up_cut(message.version, reason, now) + self._commit_next(now)
-        self.cuts.commit(message.version)
-        self.durable[message.version] = CutRecord(
-            version=message.version,
-            time=now,
-            num_bytes=self._cut_bytes.pop(message.version, 0),
-            ledger=self.ledger_summary(),
-        )
-        self.durable = {version: self.durable[version] for version in self.cuts.durable if version in self.durable}
-        self._journal("info", f"the cut at version {message.version} is durable", version=message.version)
-        durable = Send(self._shards[0], CutDurable(job=self._job, version=message.version))
-        return [durable, *self._commit_next(now)]
-
-    def ledger_summary(self) -> dict[str, Any]:
-        """What is closed so far, for manifests and documents; lists at most `MOST_DROPPED` of the dropped microbatches."""
-        dropped = self.ledger.dropped
-        return {
-            "samples_leased": self.ledger.samples_leased,
-            "samples_applied": self.ledger.samples_applied,
-            "samples_dropped": self.ledger.samples_dropped,
-            "num_dropped": len(dropped),
-            "dropped": [one.to_json() for one in dropped[:MOST_DROPPED]],
-        }
+        self.watch.moved(now)
+        effects = self.commits.note(message, now)
+        self._look_at_last_cut()
+        return effects
 
     # Reports, evaluation, stop ---------------------------------------------------------------------------------------
 
@@ -351,14 +311,14 @@ class Training:
         """A validation range is evaluated."""
         if self.round is None or not self.round.answer(message, now):
             return []
-        self._progress(now)
+        self.watch.moved(now)
         return self._advance(now)
 
     def stop_asked(self, now: float) -> list[Effect]:
         """The first shard was told to stop; nothing is leased until it says at which version."""
         self.stopping = True
         self._stop_asked = now
-        self._progress(now)
+        self.watch.moved(now)
         return self._recall()
 
     def stop_at(self, version: int, now: float) -> list[Effect]:
@@ -370,7 +330,7 @@ class Training:
             # A cancelled run is not evaluated any more; what is out comes back to nobody.
             self.round = None
             self._due.clear()
-        self._progress(now)
+        self.watch.moved(now)
         return self._advance(now)
 
     def tick(self, now: float) -> list[Effect]:
@@ -381,20 +341,17 @@ class Training:
         if len(self._capacity) > 1 and not self.stopping and self.ledger.expire(now - self._timeouts.lease):
             effects = self._advance(now)
         if any(report.shortage for report in self.reports.values()):
-            self._short = now  # it waits for room on a disk, and says so
-        silent = now - max(self.progressed, self._short)
-        if silent > self._timeouts.lease and not self._warned:
-            self._warned = True
-            self._journal("warning", f"nothing has moved for {silent:.0f} s ({self.phase})")
-        limit = self._timeouts.lease + 4 * self._timeouts.task
-        if silent > (3 * limit if self.cuts.saving else limit):
-            self.failure = f"nothing has moved for {silent:.0f} s ({self.phase}), so the run was given up"
+            self.watch.wait_for_room(now)
+        stands = f"nothing has moved for {self.watch.silence(now):.0f} s ({self.phase})"
+        if self.watch.is_to_warn(now):
+            self._journal("warning", stands)
+        if self.watch.has_stalled(now, saving=self.cuts.saving):
+            self.failure = f"{stands}, so the run was given up"
         return effects
 
     def excuse(self, seconds: float, now: float) -> None:
         """For so long nothing that moved could be heard of."""
-        self.progressed = min(self.progressed + seconds, now)
-        self._short = min(self._short + seconds, now)
+        self.watch.excuse(seconds, now)
         self.ledger.excuse(seconds, now)
 
     # Inside ----------------------------------------------------------------------------------------------------------
@@ -405,7 +362,7 @@ class Training:
 
     def _advance(self, now: float) -> list[Effect]:
         """Commit a cut that waited, begin or end an evaluation where it is time, then hand out what may be handed out."""
-        effects = self._commit_next(now)
+        effects = self.commits.ask()
         if self.suspended:
             return effects
         if self.round is not None and self.round.complete:
@@ -415,8 +372,7 @@ class Training:
                 self._due.pop(0), num_samples=self._num_validation, range_samples=self._range_samples, now=now
             )
         effects += self._release()
-        if self.ledger.complete and (reason := self.cuts.given_up(self.final)) is not None:
-            self.failure = f"the last cut, at version {self.final}, is not durable: {reason}"
+        self._look_at_last_cut()
         if self._stop_asked is not None or self.failure is not None:
             return effects
         for worker in sorted(self._capacity, key=natural_order):
@@ -478,8 +434,7 @@ class Training:
         evaluation = Evaluation(version=self.round.version, seconds=now - self.round.began, means=self.round.result())
         self.evaluations.append(evaluation)
         self._evaluated = evaluation.version
-        # It only delays training if training goes on after it; the first close after it settles that.
-        self._pause_to_count += evaluation.seconds
+        self.clock.pause(evaluation.seconds)
         means = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.means.items())
         level = "info" if all(map(math.isfinite, evaluation.means.values())) else "warning"
         self._journal(level, f"evaluation of version {evaluation.version}: {means}", **evaluation.to_json())
@@ -507,37 +462,10 @@ class Training:
         before = max([self._evaluated, *self._due, self.round.version if self.round is not None else 0])
         return self._every is not None and version // self._every > before // self._every
 
-    def _commit_next(self, now: float) -> list[Effect]:
-        # A manifest lists what was dropped: blocks may be saved before the first shard tells what has closed by then.
-        commit = self.cuts.next_commit(until=self.plan.update_of(self.ledger.num_closed))
-        if commit is None:
-            return []
-        version, files, keep = commit
-        manifest = self._manifest(version, files)
-        if too_large := why_too_large(manifest, files):
-            return self._give_up_cut(version, too_large, now) + self._commit_next(now)
-        self._cut_bytes[version] = sum(one.num_bytes for one in files)
-        return [
-            Send(
-                self._shards[0],
-                CommitCut(job=self._job, version=version, files=files, manifest_json=manifest, keep=keep),
-            )
-        ]
-
-    def _give_up_cut(self, version: int, reason: str, now: float) -> list[Effect]:
-        if not self.cuts.give_up(version, reason):
-            return []
-        newest = max(self.cuts.durable, default=None)
-        stands = f"the cut at version {newest} stands" if newest is not None else "there is no durable cut yet"
-        if version == self.final and self.ledger.complete:
-            self.failure = f"the last cut, at version {version}, is not durable: {reason}; {stands}"
-        else:
-            self._journal("warning", f"the cut at version {version} is given up: {reason}; {stands}", version=version)
-        return [Send(self._shards[0], CutDurable(job=self._job, version=version))]
+    def _look_at_last_cut(self) -> None:
+        """Without it the run has not ended well, though all is applied."""
+        if self.ledger.complete and (reason := self.cuts.given_up(self.final)) is not None:
+            self.failure = f"the last cut, at version {self.final}, is not durable: {reason}; {self.commits.newest()}"
 
     def _all_reported(self) -> bool:
         return len(self.reports) == len(self._shards) and all(layer.version >= self.final for layer in self.layers())
-
-    def _progress(self, now: float) -> None:
-        self.progressed = now
-        self._warned = False

@@ -135,5 +135,5 @@ class TrainingStart:
     def _manifest(self, version: int, files: tuple[LayerFile, ...]) -> str:
         account = self._account
         assert account.training is not None, "only a run that trains has cuts"
-        summary = account.training.ledger_summary()
+        summary = account.training.ledger.summary()
         return manifest_json(account.record, self._crew.routing.route, version, files, summary)

@@ -523,7 +523,7 @@ def test_a_manifest_waits_until_the_first_shard_has_told_what_closed() -> None:
 def test_documents_and_manifests_stay_small_however_many_microbatches_are_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("layerwise.server.training.MOST_DROPPED", 3)
+    monkeypatch.setattr("layerwise.server.sample_ledger.MOST_DROPPED", 3)
     played = cluster()
     played.hold = lambda worker, lease: lease.kind is LeaseKind.TRAIN
     job = played.submit(spec(train={"on_bad_sample": "drop", "max_dropped": 1.0}))
@@ -555,7 +555,7 @@ def test_the_newest_evaluations_are_listed_and_all_are_counted(monkeypatch: pyte
 def test_a_cut_whose_manifest_can_not_be_sent_is_given_up_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sending it ended the coordinator, and the next one met the same cut again."""
     monkeypatch.setattr(
-        "layerwise.server.training.why_too_large",
+        "layerwise.server.cut_commits.why_too_large",
         lambda manifest, files: "its manifest has too many bytes" if json.loads(manifest)["version"] == 4 else "",
     )
     played = cluster()
