@@ -27,7 +27,8 @@ from layerwise.roles import Effect, run_out
 from layerwise.service import Service, ServiceSettings
 from layerwise.settings import ResolvedSettings
 from layerwise.tracebacks import log_traceback
-from layerwise.worker.forward_role import Forget, ForwardRole, Load, LoadEvaluation, Prepare
+from layerwise.worker.forward_requests import Forget, Load, LoadEvaluation, Prepare
+from layerwise.worker.forward_role import ForwardRole
 
 CLOSE_SECONDS = 3.0
 """How long a load that is under way may keep the process from ending."""

@@ -58,7 +58,9 @@ from layerwise.tasks import (
     TaskResult,
 )
 from layerwise.worker.backward_role import BackwardRole, Build, Execute
-from layerwise.worker.forward_role import MAX_AHEAD, ForwardRole, Load, LoadEvaluation, Prepare
+from layerwise.worker.forward_requests import Load, LoadEvaluation, Prepare
+from layerwise.worker.forward_role import ForwardRole
+from layerwise.worker.lease_room import MAX_AHEAD
 from tests.simulation.counting_block import CountingBlock, FlushedLog, LayerCopy, activation, expect, gradient, target
 from tests.simulation.disk import Disk
 from tests.simulation.scenario import BadSamples, FakeDivergence

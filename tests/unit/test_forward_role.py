@@ -31,7 +31,8 @@ from layerwise.messages import (
     Unassigned,
 )
 from layerwise.roles import Connect, Disconnect, Effect, Send
-from layerwise.worker.forward_role import Forget, ForwardRole, Load, LoadEvaluation, Prepare
+from layerwise.worker.forward_requests import Forget, Load, LoadEvaluation, Prepare
+from layerwise.worker.forward_role import ForwardRole
 
 LIFE = 3
 ROUTE = (
