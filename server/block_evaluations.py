@@ -11,7 +11,7 @@ from layerwise.tasks import EvaluateResult, EvaluateTask
 
 
 class BlockEvaluations:
-    """Forward through the block, the answer back to the worker that asked. Called by `ShardRole` only."""
+    """Forward through the block, the answer back to the worker that asked. Called by `ShardRole` and its parts only."""
 
     def __init__(self, context: BlockContext) -> None:
         self._context = context

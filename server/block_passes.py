@@ -61,7 +61,7 @@ class _Pass:
 
 
 class BlockPasses:
-    """At most ``window`` attempts. Called by `ShardRole` only; ``feed(now)`` hands waiting backward passes to detached workers."""
+    """At most ``window`` attempts. Called by `ShardRole` and its parts only; ``feed(now)`` hands waiting backward passes to detached workers."""
 
     def __init__(self, context: BlockContext, first: FirstShard | None, feed: Callable[[float], list[Effect]]) -> None:
         self._context = context

@@ -45,7 +45,7 @@ class _Given:
 
 
 class DetachedTasks:
-    """Who works on what. Called by `ShardRole` only, on its thread.
+    """Who works on what. Called by `ShardRole` and its parts only, on its thread.
 
     ``complete(number, gradients)`` is told when a pass is whole: every layer has the gradient, ``gradients`` go upstream.
     """

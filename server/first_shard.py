@@ -52,7 +52,7 @@ class _Offered:
 
 
 class FirstShard:
-    """The admission part of `ShardRole` for block 0. Events in, effects out; called by `ShardRole` only.
+    """The admission part of `ShardRole` for block 0. Events in, effects out; called by `ShardRole` and its parts only.
 
     ``enter(worker, forward, now)`` takes a microbatch whose tensors came with its offer, once it is granted.
     """

@@ -151,9 +151,10 @@ class HostedBlock:
     def on_tick(self, now: float) -> list[Effect]:
         """Deadlines and reports of the role."""
         self._mind_room()
-        self.role.compute_seconds = self._slots.compute_seconds
-        self.role.log_bytes = self.events.num_bytes
-        self.role.shortage = self.shortage
+        reports = self.role.reports
+        reports.compute_seconds = self._slots.compute_seconds
+        reports.log_bytes = self.events.num_bytes
+        reports.shortage = self.shortage
         return self.role.on_tick(now)
 
     def commit(self, message: CommitCut) -> None:
