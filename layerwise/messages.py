@@ -796,14 +796,6 @@ class StandbyHeld:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HoldCut:
-    """Coordinator to shards: keep the copy of ``version`` in memory for evaluation."""
-
-    job: str
-    version: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseCut:
     """Coordinator to shards: copies of versions up to ``version`` may go."""
 
@@ -864,7 +856,7 @@ Message = (
     | Hello | Welcome | Dismissal
     | Heartbeat | Probe | Probed | Echo | Echoed | Assignment | Reroute | Ready | Workers | LinkDown | StartTraining | Unassign | Unassigned
     | Failure
-    | LeaseRequest | Lease | Recall | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | HoldCut | ReleaseCut
+    | LeaseRequest | Lease | Recall | LeaseReturn | AttemptsClosed | CutTaken | CutSaved | CommitCut | CutCommitted | CutDurable | ReleaseCut
     | StandbyOffer | StandbyRequest | StandbyPart | StandbyHeld
     | Stop | Stopping | BlockReport
 )  # fmt: skip

@@ -96,7 +96,7 @@ class Packet(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("offer", "grant", "decline", "closed", "forward", "boundary_gradient", "block_closed", "abort", "not_finite", "stop_at", "evaluate_forward", "evaluated", "task_request", "detached_task", "push_gradient", "task_finished", "hello", "welcome", "heartbeat", "probe", "probed", "assignment", "ready", "start_training", "unassign", "unassigned", "failure", "lease_request", "lease", "lease_return", "attempts_closed", "cut_taken", "cut_saved", "commit_cut", "cut_committed", "cut_durable", "hold_cut", "release_cut", "stop", "stopping", "block_report", "echo", "echoed", "reroute", "link_down", "recall", "workers", "standby_offer", "standby_request", "standby_part", "standby_held", "dismissal")
+    __slots__ = ("offer", "grant", "decline", "closed", "forward", "boundary_gradient", "block_closed", "abort", "not_finite", "stop_at", "evaluate_forward", "evaluated", "task_request", "detached_task", "push_gradient", "task_finished", "hello", "welcome", "heartbeat", "probe", "probed", "assignment", "ready", "start_training", "unassign", "unassigned", "failure", "lease_request", "lease", "lease_return", "attempts_closed", "cut_taken", "cut_saved", "commit_cut", "cut_committed", "cut_durable", "release_cut", "stop", "stopping", "block_report", "echo", "echoed", "reroute", "link_down", "recall", "workers", "standby_offer", "standby_request", "standby_part", "standby_held", "dismissal")
     OFFER_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     DECLINE_FIELD_NUMBER: _ClassVar[int]
@@ -133,7 +133,6 @@ class Envelope(_message.Message):
     COMMIT_CUT_FIELD_NUMBER: _ClassVar[int]
     CUT_COMMITTED_FIELD_NUMBER: _ClassVar[int]
     CUT_DURABLE_FIELD_NUMBER: _ClassVar[int]
-    HOLD_CUT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_CUT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
@@ -185,7 +184,6 @@ class Envelope(_message.Message):
     commit_cut: CommitCut
     cut_committed: CutCommitted
     cut_durable: CutDurable
-    hold_cut: HoldCut
     release_cut: ReleaseCut
     stop: Stop
     stopping: Stopping
@@ -201,7 +199,7 @@ class Envelope(_message.Message):
     standby_part: StandbyPart
     standby_held: StandbyHeld
     dismissal: Dismissal
-    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., boundary_gradient: _Optional[_Union[BoundaryGradient, _Mapping]] = ..., block_closed: _Optional[_Union[BlockClosed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., not_finite: _Optional[_Union[NotFinite, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., evaluate_forward: _Optional[_Union[EvaluateForward, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., task_request: _Optional[_Union[TaskRequest, _Mapping]] = ..., detached_task: _Optional[_Union[DetachedTask, _Mapping]] = ..., push_gradient: _Optional[_Union[PushGradient, _Mapping]] = ..., task_finished: _Optional[_Union[TaskFinished, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., start_training: _Optional[_Union[StartTraining, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., unassigned: _Optional[_Union[Unassigned, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., lease_return: _Optional[_Union[LeaseReturn, _Mapping]] = ..., attempts_closed: _Optional[_Union[AttemptsClosed, _Mapping]] = ..., cut_taken: _Optional[_Union[CutTaken, _Mapping]] = ..., cut_saved: _Optional[_Union[CutSaved, _Mapping]] = ..., commit_cut: _Optional[_Union[CommitCut, _Mapping]] = ..., cut_committed: _Optional[_Union[CutCommitted, _Mapping]] = ..., cut_durable: _Optional[_Union[CutDurable, _Mapping]] = ..., hold_cut: _Optional[_Union[HoldCut, _Mapping]] = ..., release_cut: _Optional[_Union[ReleaseCut, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., block_report: _Optional[_Union[BlockReport, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., echoed: _Optional[_Union[Echoed, _Mapping]] = ..., reroute: _Optional[_Union[Reroute, _Mapping]] = ..., link_down: _Optional[_Union[LinkDown, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ..., workers: _Optional[_Union[Workers, _Mapping]] = ..., standby_offer: _Optional[_Union[StandbyOffer, _Mapping]] = ..., standby_request: _Optional[_Union[StandbyRequest, _Mapping]] = ..., standby_part: _Optional[_Union[StandbyPart, _Mapping]] = ..., standby_held: _Optional[_Union[StandbyHeld, _Mapping]] = ..., dismissal: _Optional[_Union[Dismissal, _Mapping]] = ...) -> None: ...
+    def __init__(self, offer: _Optional[_Union[Offer, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., decline: _Optional[_Union[Decline, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., boundary_gradient: _Optional[_Union[BoundaryGradient, _Mapping]] = ..., block_closed: _Optional[_Union[BlockClosed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., not_finite: _Optional[_Union[NotFinite, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., evaluate_forward: _Optional[_Union[EvaluateForward, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., task_request: _Optional[_Union[TaskRequest, _Mapping]] = ..., detached_task: _Optional[_Union[DetachedTask, _Mapping]] = ..., push_gradient: _Optional[_Union[PushGradient, _Mapping]] = ..., task_finished: _Optional[_Union[TaskFinished, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., probed: _Optional[_Union[Probed, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., start_training: _Optional[_Union[StartTraining, _Mapping]] = ..., unassign: _Optional[_Union[Unassign, _Mapping]] = ..., unassigned: _Optional[_Union[Unassigned, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., lease_request: _Optional[_Union[LeaseRequest, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., lease_return: _Optional[_Union[LeaseReturn, _Mapping]] = ..., attempts_closed: _Optional[_Union[AttemptsClosed, _Mapping]] = ..., cut_taken: _Optional[_Union[CutTaken, _Mapping]] = ..., cut_saved: _Optional[_Union[CutSaved, _Mapping]] = ..., commit_cut: _Optional[_Union[CommitCut, _Mapping]] = ..., cut_committed: _Optional[_Union[CutCommitted, _Mapping]] = ..., cut_durable: _Optional[_Union[CutDurable, _Mapping]] = ..., release_cut: _Optional[_Union[ReleaseCut, _Mapping]] = ..., stop: _Optional[_Union[Stop, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., block_report: _Optional[_Union[BlockReport, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., echoed: _Optional[_Union[Echoed, _Mapping]] = ..., reroute: _Optional[_Union[Reroute, _Mapping]] = ..., link_down: _Optional[_Union[LinkDown, _Mapping]] = ..., recall: _Optional[_Union[Recall, _Mapping]] = ..., workers: _Optional[_Union[Workers, _Mapping]] = ..., standby_offer: _Optional[_Union[StandbyOffer, _Mapping]] = ..., standby_request: _Optional[_Union[StandbyRequest, _Mapping]] = ..., standby_part: _Optional[_Union[StandbyPart, _Mapping]] = ..., standby_held: _Optional[_Union[StandbyHeld, _Mapping]] = ..., dismissal: _Optional[_Union[Dismissal, _Mapping]] = ...) -> None: ...
 
 class TensorHeader(_message.Message):
     __slots__ = ("dtype", "shape", "strides", "num_bytes", "absent")
@@ -1020,14 +1018,6 @@ class StandbyHeld(_message.Message):
     version: int
     files: _containers.RepeatedCompositeFieldContainer[LayerFile]
     def __init__(self, job: _Optional[str] = ..., block: _Optional[int] = ..., life: _Optional[int] = ..., version: _Optional[int] = ..., files: _Optional[_Iterable[_Union[LayerFile, _Mapping]]] = ...) -> None: ...
-
-class HoldCut(_message.Message):
-    __slots__ = ("job", "version")
-    JOB_FIELD_NUMBER: _ClassVar[int]
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    job: str
-    version: int
-    def __init__(self, job: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class ReleaseCut(_message.Message):
     __slots__ = ("job", "version")

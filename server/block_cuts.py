@@ -70,10 +70,6 @@ class BlockCuts:
                 effects += [Send(self._context.coordinator, saved)] if saved is not None else []
         return effects
 
-    def hold(self, version: int) -> None:
-        """Keep the copy of ``version`` after it is saved: it is to be evaluated."""
-        self._context.compute.hold_cut(version)
-
     def release(self, version: int) -> None:
         """Let copies of versions up to ``version`` go once they are saved."""
         self._context.compute.release_cut(version)

@@ -34,7 +34,6 @@ from layerwise.messages import (
     Evaluated,
     EvaluateForward,
     Forward,
-    HoldCut,
     Hosting,
     LayerFile,
     Message,
@@ -192,7 +191,7 @@ class ShardRole:
             return self._route.on_reroute(message) if peer == self._coordinator else []
         if self.failed:
             return []
-        if self._route.changing and not isinstance(message, CutDurable | HoldCut | ReleaseCut | Workers):
+        if self._route.changing and not isinstance(message, CutDurable | ReleaseCut | Workers):
             # Whatever it is, it belongs to what is being given up.
             return []
         context = self._context
@@ -335,9 +334,6 @@ class ShardRole:
                 return self._detached.on_finished(peer, message, now)
             case Workers() if peer == self._coordinator:
                 return self._on_workers(message, now)
-            case HoldCut() if peer == self._coordinator:
-                self._cuts.hold(message.version)
-                return []
             case ReleaseCut() if peer == self._coordinator:
                 self._cuts.release(message.version)
                 return []
