@@ -523,8 +523,8 @@ class Assignment:
 class Reroute:
     """Coordinator to a process that keeps what it has: the job goes on over ``route``.
 
-    It aborts what was under way, forgets its leases, connects anew and answers `Ready`. A shard tells again of its cuts above ``durable``, the
-    newest durable version.
+    It aborts what was under way, forgets its leases, connects anew and answers `Ready`. A shard tells again of its cuts from ``durable``, the
+    newest durable version, on.
     """
 
     job: str
