@@ -23,6 +23,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Without compiling: of all those modules a process needs a third, and compiles them when it first imports them.
 INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 , := ,
+# What a check says stays together, with a make that can do that.
+TOGETHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 # No build isolation: the constraint file's setuptools (which torch needs anyway) builds the editable install, nothing is fetched twice.
 define install
 $(INSTALL) setuptools
@@ -56,7 +58,8 @@ help:
 	$(call install,examples)
 	@touch $@
 
-.venv/development: .venv/created pyproject.toml constraints.txt
+# Where both are asked for (make -j venv dev), one after the other: they install into one folder.
+.venv/development: .venv/created pyproject.toml constraints.txt | $(if $(filter train venv,$(MAKECMDGOALS)),.venv/run-time)
 	$(call install,examples$(,)dev)
 	@touch .venv/run-time $@
 
@@ -99,7 +102,7 @@ chaos: .venv/development
 # ---- make check ----
 
 check: .venv/development
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target format-check types lint proto-check wheel-check deploy-check
+	@$(MAKE) --no-print-directory --jobs=2 $(TOGETHER) format-check types lint proto-check wheel-check deploy-check
 
 format: .venv/development
 	$(BIN)/ruff format $(wildcard $(FOLDERS))

@@ -71,8 +71,10 @@ class CutLedger:
 
     @property
     def saving(self) -> bool:
-        """Some cut is taken by a block and neither durable nor given up."""
-        return any(not self._settled(version) for version in self._cuts)
+        """Some cut is being written: by a block that took it, or by the first shard, which was asked to commit it."""
+        return self._committing is not None or any(
+            len(cut.files) < self._num_blocks and not self._settled(version) for version, cut in self._cuts.items()
+        )
 
     def take(self, block: int, version: int) -> bool:
         """A block copied itself at ``version``; True when it was the last one to."""

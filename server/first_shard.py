@@ -80,6 +80,10 @@ class FirstShard:
         self._task_seconds = task_seconds
         self._closed: list[AttemptClosed] = []
         self._reported_at = 0.0
+        self._told = 0
+        """How many microbatches the coordinator knows to be closed."""
+        self._awaited = 0
+        """How many it has to know of before it commits the newest cut that this block has saved."""
         self._first_admission: float | None = None
         self._last_close = 0.0
         self._stop_wanted = False
@@ -105,7 +109,7 @@ class FirstShard:
 
         What has closed is told first, so that it is not thought open.
         """
-        effects = self.report(self._reported_at)
+        effects = self._report(self._reported_at)
         self._durable = max(self._durable, durable)
         self.admission = self._new_admission()
         self._stop_wanted = False
@@ -133,6 +137,7 @@ class FirstShard:
         stop = self._context.plan.num_microbatches
         done = AppliedSet.parse(message.done_json, stop=stop)
         held = AppliedSet.parse(message.held_json, stop=stop) if message.held_json else None
+        self._told = len(done)
         effects = self.carry_out(self.admission.start(done, held, now), now)
         if self._stop_wanted:
             effects += self.on_stop(now)
@@ -252,7 +257,7 @@ class FirstShard:
             self._context.compute.cut_at(version)
             if (after := self._context.downstream) is not None:
                 effects.append(Send(after.shard, StopAt(job=self._job, version=version, life=after.life)))
-        return effects + self.carry_out(decisions, now) + self.report(now)
+        return effects + self.carry_out(decisions, now) + self._report(now)
 
     def on_cut_durable(self, version: int, now: float) -> list[Effect]:
         """Admission may pass the cuts after ``version``."""
@@ -341,16 +346,21 @@ class FirstShard:
         return effects
 
     def _report_due(self, now: float) -> list[Effect]:
-        """Tell what has closed when it is time; at once where nothing goes on: somebody may wait for just that."""
+        """Tell what has closed when it is time; at once where a cut waits, or nothing goes on: somebody may wait for just that."""
         patience = ORDERED_REPORT_SECONDS if self.admission.ordered else REPORT_SECONDS
-        due = now - self._reported_at >= patience or len(self._closed) >= MAX_BATCH
-        return self.report(now) if due or self.admission.num_open == 0 else []
+        due = now - self._reported_at >= patience or len(self._closed) >= MAX_BATCH or self._told < self._awaited
+        return self._report(now) if due or self.admission.num_open == 0 else []
 
-    def report(self, now: float) -> list[Effect]:
-        """Tell the coordinator now what has closed since the last time."""
+    def on_cut_saved(self, version: int, now: float) -> list[Effect]:
+        """The block is saved at ``version``; the coordinator commits that once it is told of all that has closed by then."""
+        self._awaited = self._context.plan.gradients_before(version)
+        return self._report(now)
+
+    def _report(self, now: float) -> list[Effect]:
         if not self._closed:
             return []
         closed, self._closed = tuple(self._closed), []
         self._reported_at = now
+        self._told = len(self.admission.done)
         active = self._last_close - (self._first_admission or 0.0)
         return [Send(self._context.coordinator, AttemptsClosed(job=self._job, closed=closed, active_seconds=active))]

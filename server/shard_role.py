@@ -295,8 +295,7 @@ class ShardRole:
 
     def on_cut_saved(self, version: int, files: Sequence[LayerFile], error: str, now: float) -> list[Effect]:
         """The block's files of the cut are on disk, or ``error`` says why not."""
-        # What has closed by then comes first: the coordinator commits no cut before it knows of that.
-        effects = self.first.report(now) if self.first is not None and not self.failed else []
+        effects = self.first.on_cut_saved(version, now) if self.first is not None and not self.failed else []
         return effects + self._cuts.on_saved(version, files, error)
 
     def describe(self) -> str:

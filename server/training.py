@@ -362,9 +362,11 @@ class Training:
 
     def _advance(self, now: float) -> list[Effect]:
         """Commit a cut that waited, begin or end an evaluation where it is time, then hand out what may be handed out."""
-        effects = self.commits.ask()
+        effects: list[Effect] = []
         if self.suspended:
             return effects
+        if self.divergence is None:  # else the run goes back, to a cut that this commit might delete
+            effects += self.commits.ask()
         if self.round is not None and self.round.complete:
             effects += self._end_round(now)
         if self.round is None and self._due and self.ledger.num_open == 0 and self._stop_asked is None:

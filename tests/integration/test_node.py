@@ -31,6 +31,7 @@ def processes(coordinator: LocalCluster, command: Command, names: set[str]) -> d
 
     def all_there() -> bool:
         assert command.process.poll() is None, command.errors
+        found.clear()
         found.update((node["name"], node) for node in client.list_nodes() if node["name"] in names)
         return set(found) == names
 

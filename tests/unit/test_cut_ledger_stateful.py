@@ -60,12 +60,12 @@ class CutLedgerMachine(RuleBasedStateMachine):
             self.saved.pop(version, None)
             self.taken.pop(version, None)
 
-    @rule()
-    def ask_for_a_commit(self) -> None:
+    @rule(until=st.none() | VERSIONS)
+    def ask_for_a_commit(self, until: int | None) -> None:
         ready = [version for version, blocks in self.saved.items() if len(blocks) == NUM_BLOCKS]
         ready = sorted(version for version in ready if not self.settled(version))
-        commit = self.ledger.next_commit()
-        if self.committing is not None or not ready:
+        commit = self.ledger.next_commit(until)
+        if self.committing is not None or not ready or (until is not None and ready[0] > until):
             assert commit is None
             return
         assert commit is not None
@@ -97,7 +97,8 @@ class CutLedgerMachine(RuleBasedStateMachine):
             assert self.ledger.given_up(version) == self.given_up.get(version)
         assert set(self.durable) <= self.written
         pending = {version for version in (*self.taken, *self.saved) if not self.settled(version)}
-        assert self.ledger.saving == bool(pending)
+        unsaved = {version for version in pending if len(self.saved.get(version, ())) < NUM_BLOCKS}
+        assert self.ledger.saving == bool(unsaved or self.committing is not None)
 
 
 TestCutLedger = CutLedgerMachine.TestCase
