@@ -17,7 +17,7 @@ from layerwise.errors import BusyError, ConfigError
 from layerwise.proto.calls import CALLS, ClientRequest, JobsPage
 from layerwise.proto.frames import MAX_FRAME_BYTES
 from layerwise.server.coordinator import Coordinator
-from layerwise.server.coordinator_role import MAX_QUEUED
+from layerwise.server.job_queue import MAX_QUEUED
 from layerwise.specification import MAX_TEXT_BYTES, MAX_VALUES
 
 Answer = TypeVar("Answer")

@@ -87,7 +87,7 @@ def test_the_cuts_in_the_directory_stand_against_those_that_a_killed_coordinator
     before = stopped_job(tmp_path)
     found = read_job(tmp_path)
     played = PlayedCluster()
-    played.role._put(replace(found, job=before["job"], state=JobState.FAILED, cuts=(), next_life=1))
+    played.role._book.put(replace(found, job=before["job"], state=JobState.FAILED, cuts=(), next_life=1))
     document, _ = played.role.adopt(found, played.now)
     assert [cut["version"] for cut in document["cuts"]] == [4]
     assert played.role.record(before["job"]).next_life == found.next_life
