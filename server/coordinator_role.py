@@ -123,6 +123,7 @@ class CoordinatorRole:
 
         What the directory holds stands: a coordinator that was killed may not have noted the last cuts.
         """
+        self._queue.check_room()  # before anything of it is written down
         return self.resume(self._book.adopt(record, now), now, shards=shards)
 
     def resume(self, job: str, now: float, *, shards: int = 0) -> tuple[dict[str, Any], list[Effect]]:

@@ -86,7 +86,8 @@ class JobBook:
     def adopt(self, record: JobRecord, now: float) -> str:
         """Enter a job that only its directory remembers; gives its id. What is known already is the job of that directory.
 
-        If that one is over, what the directory holds stands: a coordinator that was killed may not have noted the last cuts.
+        If that one has failed or was cancelled, what the directory holds stands: a coordinator that was killed may not have noted the
+        last cuts.
         """
         known = next((one for one in self._records.values() if one.directory == record.directory), None)
         if known is None:
@@ -94,7 +95,7 @@ class JobBook:
                 record = replace(record, job=self.new_id(record.name))
             self.put(record)
             return record.job
-        if known.state.final:
+        if known.state.final and known.state is not JobState.DONE:
             fresh = tuple(one for one in record.warnings if one not in known.warnings)
             next_life = max(known.next_life, record.next_life)
             warnings = (*known.warnings, *fresh)

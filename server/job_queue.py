@@ -42,13 +42,22 @@ class JobQueue:
             places[record.job] = (before + 1, reason)
         return places
 
+    def check_room(self) -> None:
+        """``BusyError`` when as many jobs wait as may."""
+        waiting = sum(record.state is JobState.QUEUED for record in self._book.records.values())
+        if waiting >= MAX_QUEUED:
+            raise BusyError(
+                f"{waiting} jobs wait already, and at most {MAX_QUEUED} may; submit again when some have ended, or "
+                f"cancel some"
+            )
+
     def submit(self, spec: JobSpec, directory: str, now: float) -> str:
         """Put a new job at the end; gives its id. If another job has ``directory``, its own gets a number.
 
         Raises:
             BusyError: too many jobs wait already.
         """
-        self._check_room()
+        self.check_room()
         record = JobRecord(
             job=self._book.new_id(spec.name),
             number=self._take_number(),
@@ -71,7 +80,7 @@ class JobQueue:
             ConfigError: it can't be split among so many shards.
             BusyError: too many jobs wait already.
         """
-        self._check_room()
+        self.check_room()
         record = self._book.record(job)
         if not record.state.final:
             raise NotAllowedError(f"job {job} is {record.state}; only a failed or cancelled job can be resumed")
@@ -124,14 +133,6 @@ class JobQueue:
     def _waiting(self) -> list[JobRecord]:
         waiting = (record for record in self._book.records.values() if record.state is JobState.QUEUED)
         return sorted(waiting, key=lambda record: record.number)
-
-    def _check_room(self) -> None:
-        waiting = sum(record.state is JobState.QUEUED for record in self._book.records.values())
-        if waiting >= MAX_QUEUED:
-            raise BusyError(
-                f"{waiting} jobs wait already, and at most {MAX_QUEUED} may; submit again when some have ended, or "
-                f"cancel some"
-            )
 
     def _take_number(self) -> int:
         number = self._next_number

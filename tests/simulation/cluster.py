@@ -6,8 +6,8 @@ import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,10 @@ class SimulatedCluster:
 
     def run(self) -> None:
         """Run to the end and check everything. ``AssertionError`` says what is wrong."""
+        with _quiet():
+            self._run()
+
+    def _run(self) -> None:
         scenario, world = self.scenario, self.world
         self.world.at(0.05, self._submit)
         for fault in scenario.faults:
@@ -425,4 +429,13 @@ def _profile(scenario: Scenario) -> Profile:
     )
 
 
-logging.getLogger("layerwise").setLevel(logging.ERROR)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Whatever fails in a simulated world is meant to; warnings of it are of no use."""
+    logger = logging.getLogger("layerwise")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

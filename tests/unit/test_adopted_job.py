@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from layerwise.cuts import commit_manifest, cut_folder, durable_cuts, load_manifest, write_layer_file
-from layerwise.errors import CorruptError, NotFoundError
+from layerwise.errors import BusyError, CorruptError, NotFoundError
 from layerwise.messages import Assignment, CommitCut, Role
 from layerwise.server.adopted_job import read_job, unused_directory, with_cuts_on_disk
 from layerwise.server.job_record import JobState
@@ -150,6 +150,17 @@ def test_a_directory_that_is_not_seen_from_here_leaves_the_record_as_it_is(tmp_p
     job_with_two_cuts(tmp_path / "run")
     noted = replace(read_job(tmp_path / "run"), directory=str(tmp_path / "elsewhere"))
     assert with_cuts_on_disk(noted) == noted
+
+
+def test_a_job_for_which_the_queue_has_no_room_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_job(tmp_path)
+    played = PlayedCluster()
+    monkeypatch.setattr("layerwise.server.job_queue.MAX_QUEUED", 0)
+    with pytest.raises(BusyError, match="0 jobs wait already"):
+        played.role.adopt(read_job(tmp_path), played.now)
+    assert played.role.jobs() == []
 
 
 def test_a_job_whose_recorded_cuts_are_all_gone_does_not_begin_again_unasked(tmp_path: Path) -> None:
