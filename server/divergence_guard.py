@@ -14,6 +14,8 @@ Losses that are thrown about after a collapse are their own noise, and one out o
 when they stay far above the start: several times it, and by 5 standard errors of what is usual now.
 
 Two stalls count as well: the loss is nearly back where it started, and stays there; or it never came below that, and is above it.
+Where it blew up within the first updates, those are no start to compare with: once something must have been learned, a loss that is
+several times the first two, was never below them, and is beyond its noise, counts too.
 Where to trip costs little, it is enough that the loss stays near where it started, long after the beginning or soon after the window
 was opened again.
 """
@@ -38,6 +40,8 @@ FAR = 3.0
 """Times the loss at the start."""
 FAR_ERRORS = 5.0
 """Standard errors above it."""
+EARLY_STEPS = 1.5
+"""Standard deviations of a single loss: two of the first ones that are lower by that are no luck."""
 MIDDLE_STEP = 0.954
 """Median of the distance between two draws of one normal distribution, in its standard deviations."""
 LEARNED = 0.9
@@ -115,7 +119,7 @@ class DivergenceGuard:
         self._sum = self._weight = 0.0
         self._square = self._square_weight = 0.0
         self._best = math.inf
-        self._risen = self._far = self._back = self._near = 0
+        self._risen = self._far = self._back = self._near = self._lost = 0
         if version is not None:
             self._calm_version = min(self._calm_version, version + self.span)
         self._gathered = None
@@ -213,12 +217,19 @@ class DivergenceGuard:
             if self._near >= 2 * self.span:
                 what = f"the loss, on average {average:.4g}, stays near the {self.first:.4g} that it started with"
                 return Divergence(version=version, good_version=self._wary[1], why=what)
-        lost = self._best + BACK * (self.first - self._best)
-        back = self._best < LEARNED * self.first and level > max(lost, beyond_noise)
+        most_lost = self._best + BACK * (self.first - self._best)
+        back = self._best < LEARNED * self.first and level > max(most_lost, beyond_noise)
         self._back = self._back + 1 if back else 0
         if self._back >= 2 * self.span:
             what = f"the loss, on average {average:.4g}, is back where it started, after a best of {self._best:.4g}"
             return self._divergence(version, what)
+        lost = level > max(FAR * self._early, self._early + EARLY_STEPS * self._usual_step())
+        self._lost = self._lost + 1 if lost and self._best > self._early else 0
+        if self._lost >= STREAK and self._count >= self._to_learn:
+            what = (
+                f"the loss, on average {average:.4g}, stays far above the {self._early:.4g} of the very first updates"
+            )
+            return Divergence(version=version, good_version=0, why=what)
         if self._count == self._to_learn and self._best >= NEVER * self.first:
             error = math.sqrt(variance * (1 / FIRST_UPDATES + 1 / (2 * self.span - 1)))
             if level <= self.first + NEVER_ERRORS * error:
@@ -227,10 +238,19 @@ class DivergenceGuard:
             return Divergence(version=version, good_version=0, why=what)
         return None
 
+    @property
+    def _early(self) -> float:
+        """The higher one of the first two losses: these are from before most of what a learning rate can do."""
+        return max(self._opening[:2])
+
     def _usual_error(self) -> float:
-        """Standard error of the average, as the middle one of the last steps has it: one that is out of all proportion changes nothing."""
+        """Standard error of the average."""
+        return self._usual_step() / math.sqrt(2 * self.span - 1)
+
+    def _usual_step(self) -> float:
+        """Standard deviation of a loss, as the middle one of the last steps has it: one that is out of all proportion changes nothing."""
         steps = [abs(later - earlier) for earlier, later in pairwise(self._recent)]
-        return median(steps) / MIDDLE_STEP / math.sqrt(2 * self.span - 1) if steps else math.inf
+        return median(steps) / MIDDLE_STEP if steps else math.inf
 
     def _divergence(self, version: int, why: str) -> Divergence:
         return Divergence(version=version, good_version=self.good_version(version), why=why)

@@ -127,6 +127,19 @@ def test_a_collapse_with_the_very_first_updates_is_not_taken_for_the_start() -> 
     assert found.version < 60
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_that_blew_up_before_there_was_a_start_trips_once_something_must_have_been_learned(seed: int) -> None:
+    """Four of the first five losses were no better than what came after, and a job ended well with a loss of 27."""
+    rng = random.Random(seed)
+    losses = [2.31, *(rng.uniform(20, 60) for _ in range(8))]
+    losses[1] = rng.choice([2.29, 7.16])
+    losses += [28 + 7 * rng.gauss(0, 1) for _ in range(300 - len(losses))]
+    found = watch(losses)
+    assert found is not None
+    assert (found.version <= 210, found.good_version) == (True, 0)
+    assert "the loss, on average" in found.why
+
+
 def test_where_it_costs_little_a_loss_that_does_not_fall_is_enough() -> None:
     for eager in (False, True):
         guard = DivergenceGuard(1000, eager=eager)
